@@ -1,0 +1,88 @@
+"""From a yaml and overrides to a frozen dataclass, and the one clear error of each wrong key."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from vitcomposer import config
+from vitcomposer.schema import ConfigError, Supervised
+
+ROOT = Path(__file__).resolve().parent.parent
+DEIT = ROOT / "yamls/deit_s.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_yaml_loads_and_its_saved_form_is_equal(path: Path, tmp_path: Path) -> None:
+    cfg = config.load(path)
+    assert isinstance(cfg, Supervised)
+    assert cfg.run.name == path.stem
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config.to_yaml(cfg))
+    assert config.load(saved) == cfg
+
+
+def test_overrides_change_nested_values_with_their_types() -> None:
+    cfg = config.load(DEIT, ["max_duration=100ep", "optimizer.lr=1e-3", "model.drop_path_rate=0", "data.remote=s3://b/x"])
+    assert cfg.max_duration == "100ep"
+    assert cfg.optimizer.lr == 1e-3
+    assert cfg.model.drop_path_rate == 0.0
+    assert cfg.data.remote == "s3://b/x"
+
+
+def test_configuration_is_frozen() -> None:
+    cfg = config.load(DEIT)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.model.num_classes = 10
+
+
+@pytest.mark.parametrize(("scaling", "peak"), [("linear", 2e-3), ("sqrt", 1e-3), ("none", 5e-4)])
+def test_peak_lr_follows_the_global_batch(scaling: str, peak: float) -> None:
+    cfg = config.load(DEIT, ["global_train_batch_size=2048", f"optimizer.lr_scaling={scaling}"])
+    assert cfg.optimizer.peak_lr(cfg.global_train_batch_size) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.drop_path=0.1", ["model.drop_path", "Did you mean", "drop_path_rate"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "fast", "Float"]),
+        ("optimizer.lr=-1", ["optimizer.lr", "above 0", "-1"]),
+        ("augment.crop_scale=[0.5]", ["augment.crop_scale", "length 1"]),
+        ("augment.crop_scale=[0.9,0.1]", ["augment.crop_scale", "low <= high", "0.9"]),
+        ("augment.three_augment=true", ["augment.three_augment", "augment.rand_augment", "Choose one"]),
+        ("recipe=superviced", ["recipe", "superviced", "Did you mean", "supervised"]),
+        ("precision=bf16", ["precision", "bf16", "amp_bf16"]),
+        ("mixing.label_smoothing=1.5", ["mixing.label_smoothing", "[0, 1)", "1.5"]),
+        ("global_train_batch_size=12.5", ["global_train_batch_size", "12.5", "Integer"]),
+        ("global_train_batch_size=0", ["global_train_batch_size", "1 or more", "0"]),
+        ("data.local=null", ["data.local", "data.source=synthetic"]),
+        ("run.loggers=[wandbb]", ["run.loggers", "wandbb", "wandb"]),
+        ("max_duration", ["key=value", "max_duration"]),
+        ("--epochs=3", ["key=value", "--epochs"]),
+    ],
+)
+def test_wrong_override_names_key_rule_and_value(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(DEIT, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.yaml"
+    page.write_text(DEIT.read_text().replace("  weight_decay: 0.05\n", ""))
+    with pytest.raises(ConfigError, match=r"optimizer\.weight_decay is required and missing"):
+        config.load(page)
+
+
+def test_missing_yaml_suggests_the_near_one() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean: .*yamls/deit_s\.yaml"):
+        config.load(ROOT / "yamls/deit_s1.yaml")
+
+
+def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.yaml"
+    page.write_text("recipe: supervised\nmodel: {name: deit_small_patch16\n")
+    with pytest.raises(ConfigError, match=r"page\.yaml.*line"):
+        config.load(page)

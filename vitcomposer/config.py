@@ -1,0 +1,99 @@
+"""From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vitcomposer.schema import CONFIGS, ConfigError
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
+    """Read a recipe's yaml, apply overrides and return its frozen dataclass (:mod:`vitcomposer.schema`).
+
+    Args:
+        path: A yaml with a ``recipe`` key.
+        overrides: ``dotted.key=value`` strings; values are parsed as yaml (``1e-3`` is a float, ``null`` is None).
+
+    Raises:
+        ConfigError: The first key that is unknown, missing, of the wrong type or out of range.
+    """
+    page = _read(Path(path))
+    changes = _parse_overrides(overrides)
+    schema = _schema_of(OmegaConf.merge(page, changes), path)
+    base = OmegaConf.merge(OmegaConf.structured(schema), {"run": {"name": Path(path).stem}})
+    merged = _merge(_merge(base, page, str(path)), changes, "the command line")
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{missing[0]} is required and missing in {path}. Add it to the yaml. All missing: {missing}")
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+def to_yaml(cfg: Any) -> str:
+    """The whole configuration as yaml text that :func:`load` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = difflib.get_close_matches(path.as_posix(), near, n=1)
+        raise ConfigError(f"There is no yaml at {path}." + (f" Did you mean: {hint[0]}?" if hint else ""))
+    try:
+        page = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is not readable yaml: {error}. Mend the line it names.") from error
+    if not isinstance(page, DictConfig):
+        raise ConfigError(f"{path} must hold keys and values, got a {type(page).__name__}. Start with recipe: supervised.")
+    return page
+
+
+def _parse_overrides(overrides: Iterable[str]) -> DictConfig:
+    overrides = list(overrides)
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key.strip() or key.startswith("-"):
+            raise ConfigError(f"An override must read key=value, got {text!r}. Write it like max_duration=100ep.")
+    return OmegaConf.from_dotlist(overrides)
+
+
+def _schema_of(page: DictConfig | ListConfig, path: str | Path) -> type:
+    name = page.get("recipe") if isinstance(page, DictConfig) else None
+    if name not in CONFIGS:
+        near = difflib.get_close_matches(str(name), CONFIGS, n=1)
+        hint = f" Did you mean: {near[0]!r}?" if near else ""
+        raise ConfigError(f"recipe must be one of {sorted(CONFIGS)}, got {name!r} in {path}.{hint}")
+    return CONFIGS[name]
+
+
+def _merge(base: Any, more: DictConfig, origin: str) -> Any:
+    try:
+        return OmegaConf.merge(base, more)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, origin, base, more)) from error
+
+
+def _explain(error: OmegaConfBaseException, origin: str, base: Any = None, more: DictConfig | None = None) -> str:
+    """OmegaConf's first line says what is wrong; the full key and the origin say where."""
+    key = getattr(error, "full_key", None) or _first_bad_key(base, more)
+    reason = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
+    return f"{key or 'The configuration'} (from {origin}): {reason}"
+
+
+def _first_bad_key(base: Any, more: Any, prefix: str = "") -> str:
+    """The deepest key whose value alone cannot be merged: some of OmegaConf's errors do not name theirs."""
+    for key in more if isinstance(more, DictConfig) else ():
+        try:
+            OmegaConf.merge(base, {key: more[key]})
+        except OmegaConfBaseException:
+            below = base[key] if isinstance(base, DictConfig) and key in base else None
+            deeper = _first_bad_key(below, more[key], f"{prefix}{key}.") if isinstance(below, DictConfig) else ""
+            return deeper or f"{prefix}{key}"
+    return ""

@@ -1,0 +1,268 @@
+"""The shape of a yaml: frozen dataclasses, one per block, shared by the recipes.
+
+A field that decides accuracy has no default, so a yaml is the method section of a paper on one page. Mechanics
+(workers, logging, caching) have defaults. Ranges of one block are checked in its ``__post_init__``; what needs two
+blocks is checked in the recipe's class at the end of this file.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ConfigError(ValueError):
+    """A key of the yaml or of the command line that cannot be used; the message names key, rule, value and remedy."""
+
+
+def require(condition: bool, key: str, rule: str, given: Any, remedy: str) -> None:
+    """Raise ConfigError in the one form that every configuration error of vitcomposer has."""
+    if not condition:
+        raise ConfigError(f"{key} must be {rule}, got {given!r}. {remedy}")
+
+
+def _fraction(key: str, value: float, remedy: str) -> None:
+    require(0.0 <= value <= 1.0, key, "in [0, 1]", value, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which network. ``name`` fixes the published structure; an optional field that is null keeps the published value."""
+
+    name: str
+    num_classes: int
+    image_size: int  # pixels
+    drop_path_rate: float
+    drop_rate: float = 0.0
+    attn_drop_rate: float | None = None
+    drop_path_mode: Literal["linear", "constant"] | None = None
+    pool: Literal["token", "avg"] | None = None
+    patch_size: int | None = None  # pixels
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    init_values: float | None = None  # LayerScale
+    class_token: bool | None = None  # ViT only
+    position_embedding: Literal["learned", "sincos"] | None = None  # ViT only
+    local_up_to_layer: int | None = None  # ConViT only: the number of GPSA layers
+    locality_strength: float | None = None  # ConViT only
+    use_local_init: bool | None = None  # ConViT only
+
+    def __post_init__(self) -> None:
+        require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes, "Count your classes.")
+        require(self.image_size >= 1, "model.image_size", "a number of pixels", self.image_size, "Use 224.")
+        _fraction("model.drop_path_rate", self.drop_path_rate, "Use 0 to switch stochastic depth off.")
+        _fraction("model.drop_rate", self.drop_rate, "Use 0 to switch dropout off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images are and how they reach the device. Nothing here changes what a model learns.
+
+    ``remote`` is anything StreamingDataset takes (``s3://bucket/imagenet``, ``gs://``, ``oci://``, ``hf://``, ...) and
+    ``local`` the folder that caches it; ``local`` alone is a data set on disk. Splits are folders below both.
+    """
+
+    source: Literal["mds", "synthetic"] = "mds"
+    remote: str | None = None
+    local: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    num_workers: int = 8  # per rank
+    prefetch_factor: int = 2  # batches per worker
+    timeout: float = 600.0  # seconds the loader waits for one batch
+    cache_limit: str | None = None  # bytes of disk per node, such as 200gb
+    predownload: int | None = None  # samples per worker
+    download_retry: int = 2
+    download_timeout: float = 60.0  # seconds per shard
+    validate_hash: str | None = "xxh64"  # checked where the index carries that hash
+    num_canonical_nodes: int | None = None
+    shuffle_block_size: int | None = None
+    synthetic_samples: int = 1_281_167  # per epoch, of source: synthetic
+
+    def __post_init__(self) -> None:
+        given = self.source == "synthetic" or self.remote is not None or self.local is not None
+        remedy = "Set data.local=FOLDER, data.remote=s3://BUCKET/PATH with data.local=CACHE, or data.source=synthetic."
+        require(given, "data.local", "set for source: mds", self.local, remedy)
+        require(
+            self.remote is None or self.local is not None,
+            "data.local",
+            "a cache folder when data.remote is set",
+            self.local,
+            "Set data.local=/fast/disk/cache.",
+        )
+        require(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers, "0 loads in the main process.")
+        require(self.prefetch_factor >= 1, "data.prefetch_factor", "1 or more", self.prefetch_factor, "2 is usual.")
+        require(self.timeout > 0, "data.timeout", "a number of seconds above 0", self.timeout, "600 is usual.")
+        require(self.synthetic_samples >= 1, "data.synthetic_samples", "1 or more", self.synthetic_samples, "Use 1024.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """What happens to one training image, in this order: crop, flip, RandAugment or 3-Augment, jitter, erasing."""
+
+    crop_scale: tuple[float, float]  # share of the area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear"]
+    flip_prob: float
+    rand_augment: str | None  # timm's name, such as rand-m9-mstd0.5-inc1
+    three_augment: bool  # DeiT III
+    color_jitter: float  # brightness, contrast and saturation; 0 is off
+    random_erasing: float  # probability; pixel noise, 2 to 33 % of the area
+    repeated_augmentation: int  # views of one image in a global batch; 1 is off
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "augment.crop_scale", "0 < low <= high <= 1", self.crop_scale, "Use [0.08, 1.0].")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "augment.crop_ratio", "0 < low <= high", self.crop_ratio, "Use [0.75, 1.3333].")
+        _fraction("augment.flip_prob", self.flip_prob, "Use 0.5, or 0 where left and right differ (digits, text).")
+        _fraction("augment.random_erasing", self.random_erasing, "Use 0.25, or 0 to switch it off.")
+        require(self.color_jitter >= 0, "augment.color_jitter", "0 or more", self.color_jitter, "0 switches it off.")
+        require(
+            self.repeated_augmentation >= 1,
+            "augment.repeated_augmentation",
+            "1 or more",
+            self.repeated_augmentation,
+            "DeiT uses 3; 1 switches it off.",
+        )
+        require(
+            not (self.rand_augment and self.three_augment),
+            "augment.three_augment",
+            "false with augment.rand_augment",
+            self.three_augment,
+            "Choose one of the two.",
+        )
+        require(all(s > 0 for s in self.std), "augment.std", "positive", self.std, "Use the ImageNet values.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Mixup and CutMix with DeiT's switch (timm's semantics): lambda is drawn per batch, pair or image."""
+
+    mixup_alpha: float  # 0 is off
+    cutmix_alpha: float  # 0 is off
+    prob: float  # of mixing at all
+    switch_prob: float  # of CutMix when both are on
+    mode: Literal["batch", "pair", "elem"]
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            value = getattr(self, name)
+            require(value >= 0, f"mixing.{name}", "0 or more", value, "0 switches it off.")
+        _fraction("mixing.prob", self.prob, "1 mixes every batch.")
+        _fraction("mixing.switch_prob", self.switch_prob, "0.5 gives CutMix half of the batches.")
+        require(
+            0 <= self.label_smoothing < 1, "mixing.label_smoothing", "in [0, 1)", self.label_smoothing, "DeiT uses 0.1."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Shorter side to ``image_size / crop_ratio``, then the centre ``image_size`` pixels."""
+
+    crop_ratio: float
+    interpolation: Literal["bicubic", "bilinear"]
+    image_size: int | None = None  # null: the training size
+    global_batch_size: int | None = None  # null: the training batch
+
+    def __post_init__(self) -> None:
+        require(0 < self.crop_ratio <= 1, "evaluation.crop_ratio", "in (0, 1]", self.crop_ratio, "DeiT uses 0.875.")
+        size = self.global_batch_size
+        require(size is None or size >= 1, "evaluation.global_batch_size", "1 or more", size, "null follows training.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """``lr`` is the peak at ``lr_batch_size`` images; at another ``global_train_batch_size`` it follows ``lr_scaling``."""
+
+    name: str  # adamw, sgd, lamb, or any of timm's
+    lr: float
+    lr_batch_size: int
+    lr_scaling: Literal["linear", "sqrt", "none"]  # Goyal et al., arXiv:1706.02677
+    weight_decay: float
+    options: dict[str, Any] = field(default_factory=dict)  # betas, eps, momentum, ...: of that optimizer
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr", "above 0", self.lr, "DeiT uses 5e-4 at 512 images.")
+        require(self.lr_batch_size >= 1, "optimizer.lr_batch_size", "1 or more", self.lr_batch_size, "DeiT uses 512.")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay, "DeiT uses 0.05.")
+
+    def peak_lr(self, global_train_batch_size: int) -> float:
+        """The highest learning rate of the run."""
+        factor = global_train_batch_size / self.lr_batch_size
+        return self.lr * {"linear": factor, "sqrt": factor**0.5, "none": 1.0}[self.lr_scaling]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up from ``alpha_i`` to 1, then a cosine to ``alpha_f``, as factors of the peak learning rate.
+
+    ``cosine_from: start`` counts the cosine's phase from the first step, as DeiT and timm do; ``warmup`` from the end
+    of the warm-up, as big_vision does.
+    """
+
+    t_warmup: str  # Composer time string, in the units of max_duration or a share such as 0.05dur
+    alpha_i: float
+    alpha_f: float
+    cosine_from: Literal["start", "warmup"]
+
+    def __post_init__(self) -> None:
+        _fraction("schedule.alpha_i", self.alpha_i, "It is the first learning rate as a share of the peak.")
+        _fraction("schedule.alpha_f", self.alpha_f, "It is the last learning rate as a share of the peak.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One execution: its folder, what it prints and saves, and how it uses the device."""
+
+    name: str  # config.load fills in the name of the yaml
+    folder: str = "runs"
+    eval_interval: str = "1ep"
+    save_interval: str = "1ep"
+    keep_checkpoints: int = 2
+    log_interval: str = "10ba"
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
+    progress_bar: bool = True
+    device_train_microbatch_size: int | None = None  # null: the device's share of the batch
+    compile: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self.keep_checkpoints, "2 is usual.")
+        size = self.device_train_microbatch_size
+        require(size is None or size >= 1, "run.device_train_microbatch_size", "1 or more", size, "Leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """Train a classifier from labels: ViT, DeiT, DeiT III and ConViT."""
+
+    recipe: Literal["supervised"]
+    seed: int
+    max_duration: str  # Composer time string: 300ep, 1000ba
+    global_train_batch_size: int  # images per step over all devices
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    loss: Literal["soft_target_cross_entropy", "binary_cross_entropy"]
+    model: Model
+    data: Data
+    augment: Augment
+    mixing: Mixing
+    evaluation: Evaluation
+    optimizer: Optimizer
+    schedule: Schedule
+    algorithms: dict[str, dict[str, Any]] = field(default_factory=dict)  # Composer's names
+    run: Run
+
+    def __post_init__(self) -> None:
+        size = self.global_train_batch_size
+        require(size >= 1, "global_train_batch_size", "1 or more", size, "DeiT uses 1024.")
+        require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
+
+
+CONFIGS: dict[str, type] = {"supervised": Supervised}
