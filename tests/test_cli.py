@@ -1,0 +1,177 @@
+"""The command line: what it prints, what it returns, and that a mistake is one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vitcomposer.cli import main
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("digits") / "out"
+    assert main(["convert", "digits", str(out), "--shard-size", "64kb", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(digits: Path, tmp_path: Path) -> Path:
+    for file in (path for path in digits.rglob("*") if path.is_file()):
+        target = tmp_path / "copy" / file.relative_to(digits)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    return tmp_path / "copy"
+
+
+def change_first_shard(root: Path, **changes: object) -> None:
+    index = json.loads((root / "train/index.json").read_text())
+    index["shards"][0] |= changes
+    (root / "train/index.json").write_text(json.dumps(index))
+
+
+def test_convert_prints_a_summary_and_a_second_call_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", "digits", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "1,797 of 1,797 images" in printed and "images/s" in printed
+    assert "1,438 (1,438 PNG)" in printed and "over 10 classes" in printed
+    assert main(command) == 0
+    assert "already done" in capsys.readouterr().out
+
+
+def test_convert_folder_names_ignored_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/notes.txt").write_text("x")
+    (tmp_path / "images/a/x.jpg").write_bytes(b"x")
+    (tmp_path / "images/a/y.jpg").write_bytes(b"y")
+    assert main(["convert", "folder", str(tmp_path / "images"), str(tmp_path / "out"), "--workers", "1"]) == 2
+    printed = capsys.readouterr()
+    assert "1 files are no images by their names and were left out: a/notes.txt" in printed.out
+    assert "error: Every image must be readable, 2 cannot be decoded:" in printed.err and "a/x.jpg" in printed.err
+
+
+def test_convert_list_takes_the_classes_of_the_other_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vitcomposer.data.sources import DigitsSource
+
+    source = DigitsSource()
+    for item in source.splits["train"][:20]:
+        (tmp_path / item.name).parent.mkdir(exist_ok=True)
+        (tmp_path / item.name).write_bytes(source.read(item))
+    names = [item.name for item in source.splits["train"][:20]]
+    (tmp_path / "train.csv").write_text("path,label\n" + "".join(f"{n},{'abc'[i % 3]}\n" for i, n in enumerate(names)))
+    (tmp_path / "val.csv").write_text(f"{names[0]},c\n")
+    (tmp_path / "test.csv").write_text(f"{names[0]},d\n")
+    out = str(tmp_path / "out")
+    for split in ("train", "val"):
+        command = ["convert", "list", str(tmp_path / f"{split}.csv"), out, "--split", split, "--workers", "1"]
+        assert main(command) == 0
+    assert json.loads((tmp_path / "out/val/class_names.json").read_text()) == ["a", "b", "c"]
+    capsys.readouterr()
+    assert main(["convert", "list", str(tmp_path / "test.csv"), out, "--split", "test"]) == 2
+    assert "test.csv:1: the label must be one of the 3 classes, got 'd'" in capsys.readouterr().err
+    assert main(["inspect", out, "--verify"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["folder", "nowhere"], "nowhere must be a folder"),
+        (["folder", ".", "--val-fraction", "1.5"], "--val-fraction must be in [0, 1), got 1.5"),
+        (["digits", "--shard-size", "big"], "--shard-size must be a size below 4gb such as 64mb, got 'big'"),
+        (["list", "nowhere.csv", "--split", "train"], "nowhere.csv cannot be read"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(
+    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = 1 if command[0] == "digits" else 2
+    assert main(["convert", *command[:names], str(tmp_path / "out"), *command[names:]]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a folder"):
+        main(["--traceback", "convert", "folder", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+
+
+def test_module_runs_as_a_program(digits: Path) -> None:
+    command = [sys.executable, "-m", "vitcomposer", "inspect", str(digits)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0 and "1,438" in result.stdout
+
+
+def test_inspect_shows_every_split(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(digits), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("train", "val", "1,438", "359", "xxh64", "image: bytes, label: int", "10: 0, 1, 2, 3, 4, ..."):
+        assert text in printed
+    assert "median 145" in printed and "PNG 8x8 L" in printed and "right hash" in printed
+    assert main(["inspect", str(digits), "--split", "val"]) == 0
+    assert "1,438" not in capsys.readouterr().out
+    assert main(["inspect", str(digits / "val")]) == 0
+    assert "359" in capsys.readouterr().out
+
+
+def test_inspect_names_a_truncated_and_a_missing_shard(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = copy / "train/shard.00001.mds"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    (copy / "val/shard.00000.mds").unlink()
+    assert main(["inspect", str(copy)]) == 1
+    printed = capsys.readouterr().err
+    assert f"bad: train/shard.00001.mds must have {len(whole)} bytes, it has {len(whole) - 10}" in printed
+    assert "bad: val/shard.00000.mds is missing" in printed
+
+
+def test_inspect_finds_a_flipped_bit_only_with_verify(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = copy / "train/shard.00002.mds"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert main(["inspect", str(copy)]) == 0
+    assert main(["inspect", str(copy), "--verify"]) == 1
+    assert "bad: train/shard.00002.mds has another xxh64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../other/shard.mds", "/etc/passwd", "a\\..\\b.mds", "C:x.mds"])
+def test_inspect_refuses_shards_outside_the_split(copy: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change_first_shard(copy, raw_data={"basename": name, "bytes": 1, "hashes": {}})
+    assert main(["inspect", str(copy)]) == 2
+    assert "shard names must stay in the split's folder" in capsys.readouterr().err
+
+
+def test_inspect_refuses_pickles_and_broken_indexes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_first_shard(copy, column_encodings=["pkl", "int"])
+    assert main(["inspect", str(copy)]) == 2
+    assert "column 'image' is stored as pkl" in capsys.readouterr().err
+    for text in ("{", "[]", '{"shards": [{}]}', '{"shards": 3}'):
+        (copy / "train/index.json").write_text(text)
+        assert main(["inspect", str(copy)]) == 2
+        assert "must be an MDS index" in capsys.readouterr().err
+
+
+def test_inspect_of_a_folder_without_data_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "There must be an index.json" in capsys.readouterr().err
+
+
+def test_inspect_reads_what_streaming_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from streaming import MDSWriter
+
+    columns = {"x": "pil", "y": "int", "caption": "str"}
+    from PIL import Image
+
+    for name, options in (("plain", {}), ("zipped", {"compression": "zstd:3", "hashes": ["sha1", "xxh64"]})):
+        with MDSWriter(columns=columns, out=str(tmp_path / "theirs" / name), **options) as writer:
+            writer.write({"x": Image.new("RGB", (6, 4)), "y": 3, "caption": "six by four"})
+    assert main(["inspect", str(tmp_path / "theirs")]) == 0
+    printed = capsys.readouterr().out
+    assert "caption: str, x: pil, y: int" in printed and "no encoded image" in printed
+    assert "shards are compressed (zstd:3)" in printed and "sha1, xxh64" in printed
+    assert main(["inspect", str(tmp_path / "theirs" / "zipped"), "--verify"]) == 0

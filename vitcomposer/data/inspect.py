@@ -1,0 +1,182 @@
+"""What a data set on disk or in a bucket holds, and whether its files are what its index says.
+
+Everything is read with our own few lines, not with Streaming: an index from a stranger can name files outside its
+folder and columns that run code, and must be looked at before anything acts on it.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from PIL import Image
+
+from vitcomposer.data.storage import Store, open_store
+
+_IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "jpeg_array")
+
+
+@dataclass
+class SplitReport:
+    """One split. ``problems`` is empty when every shard is what the index says."""
+
+    name: str
+    samples: int
+    shards: int
+    bytes: int  # uncompressed
+    hashes: list[str]
+    columns: dict[str, str]
+    class_names: list[str] | None
+    class_counts: dict[str, int] | None
+    first_sample: str
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect_data(location: str | Path, split: str | None = None, *, verify: bool = False) -> list[SplitReport]:
+    """Look at every split below a folder or ``s3://`` address, or at the one that it is itself.
+
+    Args:
+        location: Folder of the splits, or of one split.
+        split: Name of the only split to look at.
+        verify: Read every shard and compare its hashes, rather than its size alone.
+
+    Raises:
+        ValueError: No data set, or an index that is not safe to use.
+    """
+    store = open_store(location)
+    names = [split] if split is not None else ["", *store.folders()]
+    summary = json.loads(store.read("summary.json") or b"{}").get("splits", {})
+    reports = []
+    for name in names:
+        prefix = f"{name}/" if name else ""
+        index = store.read(f"{prefix}index.json")
+        if index is not None:
+            shards = _read_index(index, f"{store.url}/{prefix}index.json")
+            report = _inspect_split(store, prefix, shards, summary.get(name, {}).get("class_counts"))
+            report.problems += _check_shards(store, prefix, shards, verify)
+            reports.append(report)
+    if not reports:
+        where = f"{store.url}/{split}" if split is not None else f"{store.url} or a folder in it"
+        raise ValueError(f"There must be an index.json in {where}. There is none: check the path, or convert first.")
+    return reports
+
+
+def _read_index(data: bytes, where: str) -> list[dict[str, Any]]:
+    """The shards of an index that is safe to use."""
+    try:
+        shards = json.loads(data)["shards"]
+        for shard in shards:
+            _ = shard["samples"], shard["raw_data"]["bytes"], shard["column_sizes"], _stored(shard)["hashes"]
+            for column, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+                if encoding == "pkl":
+                    raise ValueError(
+                        f"{where}: column {column!r} is stored as pkl, which runs code of whoever wrote it when it is "
+                        "read. Write it again as bytes, int, str or json."
+                    )
+            _check_name(shard["raw_data"]["basename"], where)
+            _check_name(_stored(shard)["basename"], where)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{where} must be an MDS index (version 2), reading it failed: {error!r}. Convert again."
+        ) from error
+    return shards
+
+
+def _check_name(basename: str, where: str) -> None:
+    steps = re.split(r"[/\\]", basename)
+    if ".." in steps or not steps[0] or ":" in basename:
+        raise ValueError(
+            f"{where}: shard names must stay in the split's folder, got {basename!r}. Do not use this data."
+        )
+
+
+def _inspect_split(
+    store: Store, prefix: str, shards: list[dict[str, Any]], class_counts: dict[str, int] | None
+) -> SplitReport:
+    class_names = store.read(f"{prefix}class_names.json")
+    report = SplitReport(
+        name=prefix.rstrip("/") or ".",
+        samples=sum(shard["samples"] for shard in shards),
+        shards=len(shards),
+        bytes=sum(shard["raw_data"]["bytes"] for shard in shards),
+        hashes=sorted({algorithm for shard in shards for algorithm in _stored(shard)["hashes"]}),
+        columns=dict(zip(shards[0]["column_names"], shards[0]["column_encodings"], strict=True)) if shards else {},
+        class_names=None if class_names is None else json.loads(class_names),
+        class_counts=class_counts,
+        first_sample=_first_sample(store, prefix, shards[0]) if shards else "none",
+    )
+    if not report.samples:
+        report.problems.append(f"{store.url}/{prefix}index.json lists no samples")
+    return report
+
+
+def _stored(shard: dict[str, Any]) -> dict[str, Any]:
+    """The file that is really there: the compressed one where shards are compressed."""
+    return shard["zip_data"] or shard["raw_data"]
+
+
+def _check_shards(store: Store, prefix: str, shards: list[dict[str, Any]], verify: bool) -> list[str]:
+    sizes = store.sizes(prefix)
+    problems = []
+    for shard in shards:
+        file = _stored(shard)
+        name = prefix + file["basename"]
+        if name not in sizes:
+            problems.append(f"{name} is missing")
+        elif sizes[name] != file["bytes"]:
+            problems.append(f"{name} must have {file['bytes']} bytes, it has {sizes[name]}")
+        elif verify:
+            problems += _check_hashes(store.read(name) or b"", name, file["hashes"])
+    return problems
+
+
+def _check_hashes(data: bytes, name: str, hashes: dict[str, str]) -> list[str]:
+    if not hashes:
+        return [f"{name} cannot be verified: the index has no hash of it"]
+    problems = []
+    for algorithm, digest in hashes.items():
+        hasher = getattr(xxhash if algorithm in xxhash.algorithms_available else hashlib, algorithm)
+        if hasher(data).hexdigest() != digest:
+            problems.append(f"{name} has another {algorithm} than the index says: its bytes were changed")
+    return problems
+
+
+def _first_sample(store: Store, prefix: str, shard: dict[str, Any]) -> str:
+    """Size and format of the first image of a shard, from the few bytes that hold it."""
+    if shard["zip_data"]:
+        return f"not read: shards are compressed ({shard['compression']})"
+    name = prefix + shard["raw_data"]["basename"]
+    offsets = store.read(name, 4, 12) or b""
+    if len(offsets) < 8:
+        return "not readable"
+    start, stop = struct.unpack("<2I", offsets)
+    sample = store.read(name, start, stop) or b""
+    if len(sample) < stop - start:
+        return "not readable"
+    for column, (encoding, value) in _columns(sample, shard).items():
+        if encoding in _IMAGE_ENCODINGS:
+            try:
+                with Image.open(BytesIO(value)) as image:
+                    return f"{column}: {image.format} {image.width}x{image.height} {image.mode}, {len(value):,} bytes"
+            except OSError:
+                continue  # some other column of bytes
+    return f"{len(sample):,} bytes, no encoded image among its columns"
+
+
+def _columns(sample: bytes, shard: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
+    """Encoding and raw bytes of every column: first the lengths that vary (uint32), then the values."""
+    varying = sum(size is None for size in shard["column_sizes"])
+    lengths = iter(struct.unpack_from(f"<{varying}I", sample))
+    position, columns = 4 * varying, {}
+    for name, encoding, size in zip(
+        shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True
+    ):
+        length = next(lengths) if size is None else size
+        columns[name] = encoding, sample[position : position + length]
+        position += length
+    return columns
