@@ -1,0 +1,210 @@
+"""load_weights: formats, names, positions, heads, safety."""
+
+import argparse
+import datetime
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.vit import ImageTransformer
+
+OPTIONS = {"depth": 2, "embed_dim": 32, "num_heads": 4}
+CONVIT = {**OPTIONS, "local_up_to_layer": 1}
+
+
+def small(name: str = "deit_tiny_patch16", *, seed: int = 0, num_classes: int = 5, image_size: int = 224, **options):
+    torch.manual_seed(seed)
+    options = {**(CONVIT if name.startswith("convit") else OPTIONS), **options}
+    model = build_model(name, num_classes=num_classes, image_size=image_size, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def assert_same_function(first: nn.Module, second: nn.Module, image_size: int = 224) -> None:
+    images = torch.randn(2, 3, image_size, image_size)
+    torch.testing.assert_close(first(images), second(images))
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16", "deit_tiny_distilled_patch16", "deit3_small_patch16", "convit_tiny"]
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_round_trip_of_a_flat_state_dict(name: str, suffix: str, tmp_path: Path) -> None:
+    source, target = small(name, seed=1), small(name, seed=2)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(source.state_dict(), path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(source.state_dict(), path)
+    report = load_weights(target, path)
+    assert_same_function(source, target)
+    assert report.matched == 1.0 and len(report.loaded) == len(source.state_dict())
+    assert not (report.resized or report.replaced_heads or report.missing or report.unexpected)
+    assert str(path) in str(report) and "100.0%" in str(report)
+
+
+def wrapped_deit(state: dict[str, Tensor]) -> dict:
+    return {"model": state, "optimizer": {"lr": 1}, "epoch": 3, "args": argparse.Namespace(lr=1e-3)}
+
+
+def wrapped_composer(state: dict[str, Tensor]) -> dict:
+    """What Composer writes: weights under the wrapper's attribute, its clock, versions and random state."""
+    state = {f"module.model.{key}": value for key, value in state.items()}
+    clock = {"epoch": 1, "total_wct": datetime.timedelta(seconds=2)}
+    rng = [{"numpy": np.random.get_state(), "torch": torch.get_rng_state()}]
+    metadata = {"torch_version": torch.__version__}
+    return {"state": {"model": state, "timestamp": clock, "metadata": metadata}, "rng": rng}
+
+
+def wrapped_timm(state: dict[str, Tensor]) -> dict:
+    return {"state_dict": {f"module.{key}": value for key, value in state.items()}, "arch": "x", "epoch": 1}
+
+
+@pytest.mark.parametrize("wrap", [wrapped_deit, wrapped_composer, wrapped_timm])
+def test_wrapped_checkpoints_load_safely(wrap, tmp_path: Path) -> None:
+    source, target = small(seed=1), small(seed=2)
+    torch.save(wrap(source.state_dict()), tmp_path / "checkpoint.pt")
+    assert load_weights(target, tmp_path / "checkpoint.pt").matched == 1.0
+    assert_same_function(source, target)
+
+
+class Payload:
+    """Would run code when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.mkdir, (self.marker,))
+
+
+def test_file_that_runs_code_is_refused(tmp_path: Path) -> None:
+    marker = tmp_path / "code_ran"
+    torch.save({"model": small().state_dict(), "extra": Payload(marker)}, tmp_path / "bad.pth")
+    model = small(seed=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"bad\.pth was not loaded: it needs \w+\.mkdir, .*torch\.save\(torch\.load\("):
+        load_weights(model, tmp_path / "bad.pth")
+    assert not marker.exists()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut"])
+def test_file_that_is_no_checkpoint_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"notes{suffix}"
+    torch.save(small().state_dict(), path)
+    path.write_bytes({"text": b"no weights here", "empty": b"", "cut": path.read_bytes()[:5000]}[kind])
+    with pytest.raises(ValueError, match=rf"notes{suffix} could not be read, is it a whole checkpoint\? \w"):
+        load_weights(small(), path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
+        load_weights(small(), tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16", "deit_tiny_distilled_patch16", "convit_tiny"])
+def test_head_with_other_classes_is_left_out(name: str) -> None:
+    source, target = small(name, seed=1, num_classes=1000), small(name, seed=2, num_classes=5)
+    heads = [key for key in target.state_dict() if key.startswith("head")]
+    before = {key: target.state_dict()[key].clone() for key in heads}
+    report = load_weights(target, source.state_dict())
+    assert report.replaced_heads == tuple(sorted(heads)) and report.matched == 1.0
+    assert not report.missing and not report.unexpected
+    assert all(torch.equal(target.state_dict()[key], before[key]) for key in heads)
+    assert "left as initialised, other number of classes: head.bias" in str(report)
+    source.reset_classifier(0), target.reset_classifier(0)
+    assert_same_function(source, target)
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16", "deit_tiny_distilled_patch16", "deit3_small_patch16", "convit_tiny"]
+)
+def test_positions_are_resized_from_224_to_384(name: str) -> None:
+    source, target = small(name, seed=1), small(name, seed=2, image_size=384)
+    report = load_weights(target, source.state_dict())
+    assert report.resized == ("pos_embed",) and "resized to the model's grid: pos_embed" in str(report)
+    assert target.pos_embed.shape[1] == 24 * 24 + target.num_position_rows
+    # The model resizes in its forward pass too, so both see a 384 image with the same positions.
+    assert_same_function(source, target, 384)
+
+
+def test_class_row_moves_into_the_token_of_a_model_without_that_row() -> None:
+    source = small("deit_small_patch16", seed=1, init_values=0.1)
+    target = small("deit3_small_patch16", seed=2)
+    assert load_weights(target, source.state_dict()).resized == ("pos_embed",)
+    assert_same_function(source, target)
+
+
+def test_class_row_is_zero_where_the_source_has_none() -> None:
+    source = small("deit3_small_patch16", seed=1)
+    target = small("deit_small_patch16", seed=2, init_values=0.1)
+    load_weights(target, source.state_dict())
+    assert not target.pos_embed[:, 0].any()
+    assert_same_function(source, target)
+
+
+def test_source_state_dict_is_not_changed() -> None:
+    state = small("deit_small_patch16", seed=1, init_values=0.1).state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    load_weights(small("deit3_small_patch16", seed=2), state)
+    assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in state)
+
+
+def test_official_deit3_names_are_mapped() -> None:
+    source, target = small("deit3_small_patch16", seed=1), small("deit3_small_patch16", seed=2)
+    official = {
+        key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+        for key, value in source.state_dict().items()
+    }
+    assert "blocks.1.gamma_2" in official
+    assert load_weights(target, {"model": official}).matched == 1.0
+    assert_same_function(source, target)
+
+
+def test_checkpoint_without_qkv_bias_is_tolerated_and_reported() -> None:
+    source, target = (
+        small(seed=1, depth=12),
+        build_model("deit_tiny_patch16", num_classes=5, image_size=224, **{**OPTIONS, "depth": 12}),
+    )
+    state = {key: value for key, value in source.state_dict().items() if not key.endswith("qkv.bias")}
+    report = load_weights(target, state)
+    assert report.missing == tuple(f"blocks.{index}.attn.qkv.bias" for index in range(12))
+    assert not target.state_dict()["blocks.0.attn.qkv.bias"].any()
+    assert "left as initialised, not in the source: blocks.0.attn.qkv.bias" in str(report)
+    assert "and 6 more" in str(report)
+
+
+def test_too_little_matched_names_file_and_share(tmp_path: Path) -> None:
+    source = small(seed=1).state_dict()
+    half = {key: value for key, value in source.items() if not key.startswith("blocks.1.")}
+    torch.save(half, tmp_path / "half.pt")
+    model = small(seed=2)
+    with pytest.raises(
+        ValueError, match=r"half\.pt fills 60\.0% of the model, at least 90\.0%.*blocks\.1\.norm1\.weight"
+    ):
+        load_weights(model, tmp_path / "half.pt")
+    assert load_weights(model, tmp_path / "half.pt", min_matched=0.5).matched == pytest.approx(0.6)
+
+
+def test_other_architecture_names_the_shapes() -> None:
+    with pytest.raises(ValueError, match=r"30 of 30 tensors have another shape \(.*\(1, 1, 64\) for \(1, 1, 32\)"):
+        load_weights(small(), small(embed_dim=64).state_dict())
+
+
+def test_weights_of_timm_load() -> None:
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
+    model: ImageTransformer = build_model("vit_tiny_patch16", num_classes=7, image_size=224).eval()
+    assert load_weights(model, reference.state_dict()).matched == 1.0
+    assert_same_function(model, reference)

@@ -1,0 +1,78 @@
+"""Vision transformers by name: ``build_model``, ``model_names`` and ``load_weights``."""
+
+import difflib
+from dataclasses import fields, replace
+from typing import Any
+
+from vitcomposer.models import convit, vit
+from vitcomposer.models.checkpoints import LoadReport, load_weights
+
+__all__ = ["LoadReport", "build_model", "load_weights", "model_names"]
+
+_FIXED_BY_NAME = {"dist_token", "prefix_positions"}
+_VIT_OPTIONS = {field.name for field in fields(vit.ViTConfig)} - _FIXED_BY_NAME
+_CONVIT_OPTIONS = {field.name for field in fields(convit.ConViTConfig)}
+
+
+def model_names() -> list[str]:
+    """Every name ``build_model`` knows, sorted: timm's names without the image size."""
+    return sorted({**vit.VARIANTS, **convit.VARIANTS})
+
+
+def build_model(name: str, *, num_classes: int, image_size: int, **options: Any) -> vit.ImageTransformer:
+    """Build a model with new weights; every model has timm's feature interface (``vit.ImageTransformer``).
+
+    The head starts at zero, so the first loss is exactly ln(num_classes).
+
+    Args:
+        name: One of ``model_names()``.
+        num_classes: Outputs of the head; 0 builds a model without head that returns pooled features.
+        image_size: Side in pixels the position embedding is made for; the forward pass takes other sizes too.
+        options: What to change of the published architecture: fields of ``vit.ViTConfig`` or ``convit.ConViTConfig``.
+            None keeps what the name stands for; dropout rates are 0 unless given.
+
+    Raises:
+        ValueError: on an unknown name, an unknown option, one of the other family, or a value that does not fit;
+            options are called ``model.<option>``.
+
+    Example:
+        >>> model = build_model("deit_tiny_patch16", num_classes=10, image_size=32, depth=2, drop_path_rate=0.1)
+        >>> model.num_features, model.num_prefix_tokens
+        (192, 1)
+    """
+    if name in vit.VARIANTS:
+        changes = _known_options(name, options, _VIT_OPTIONS, other_family="convit", other_options=_CONVIT_OPTIONS)
+        config = replace(vit.VARIANTS[name], **changes)
+        model_class = vit.DistilledVisionTransformer if config.dist_token else vit.VisionTransformer
+        return model_class(config, num_classes=num_classes, image_size=image_size)
+    if name in convit.VARIANTS:
+        other = "vit and deit"
+        changes = _known_options(name, options, _CONVIT_OPTIONS, other_family=other, other_options=_VIT_OPTIONS)
+        config = replace(convit.VARIANTS[name], **changes)
+        return convit.ConViT(config, num_classes=num_classes, image_size=image_size)
+    raise ValueError(f"model.name must be a known model, got {name!r}{_did_you_mean(name, model_names())}")
+
+
+def _known_options(
+    name: str, options: dict[str, Any], own: set[str], *, other_family: str, other_options: set[str]
+) -> dict[str, Any]:
+    """The options that are given, after checking that ``name`` has each."""
+    given = {}
+    for option, value in options.items():
+        if option not in own | other_options:
+            suggestion = _did_you_mean(option, sorted(own), prefix="model.")
+            raise ValueError(f"model.{option} is not an option of {name}{suggestion}")
+        if value is None:
+            continue
+        if option not in own:
+            raise ValueError(
+                f"model.{option} is an option of the {other_family} models, {name} has none; remove it, or choose "
+                f"another model.name"
+            )
+        given[option] = value
+    return given
+
+
+def _did_you_mean(word: str, choices: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; choose from {', '.join(choices)}"

@@ -1,0 +1,167 @@
+"""Building blocks that every vision transformer here shares; module names are timm's, so state dicts are too.
+
+Shapes: B batch, H W pixels, N tokens, D width, h heads, K = D / h head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+
+
+def drop_path_rates(rate: float, depth: int, mode: str) -> list[float]:
+    """Drop rate of the residual branches of each block, first block first.
+
+    Args:
+        rate: Highest rate, in [0, 1).
+        depth: Number of blocks.
+        mode: ``linear`` rises from 0 to ``rate`` over the depth (DeiT, arXiv:2012.12877); ``constant`` uses ``rate``
+            everywhere (DeiT III, arXiv:2204.07118).
+
+    Example:
+        >>> drop_path_rates(0.5, 3, "linear")
+        [0.0, 0.25, 0.5]
+    """
+    if mode == "constant" or depth == 1:
+        return [rate] * depth
+    return [rate * index / (depth - 1) for index in range(depth)]
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, D) to (B, h, N, K)."""
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, h, N, K) to (B, N, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class DropPath(nn.Module):
+    """Zero the residual branch of a random share of the samples (stochastic depth, arXiv:1603.09382).
+
+    What is kept is scaled by 1 / (1 - rate), so the expectation is the branch itself and evaluation needs no scaling.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        return x * scale
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class LayerScale(nn.Module):
+    """Learned factor per channel on a residual branch (arXiv:2103.17239, eq. 3)."""
+
+    def __init__(self, embed_dim: int, init_values: float) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.full((embed_dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens by a strided convolution."""
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, N, D) of images (B, 3, H, W), and the grid (rows, columns) they came from.
+
+        Raises:
+            ValueError: if height or width is no multiple of the patch size.
+        """
+        height, width = images.shape[-2:]
+        patch = self.patch_size
+        # The convolution would silently drop the last rows or columns.
+        if height % patch or width % patch:
+            raise ValueError(
+                f"images must have a height and width divisible by model.patch_size={patch}, got {height} x {width}; "
+                f"crop to {height // patch * patch} x {width // patch * patch} or resize"
+            )
+        x = self.proj(images)  # (B, D, rows, columns)
+        return x.flatten(2).transpose(1, 2), (height // patch, width // patch)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, with dropout after both linear layers as in ViT."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection for query, key and value."""
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, *, qkv_bias: bool, drop_rate: float = 0.0, attn_drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop_rate = attn_drop_rate
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        dropout = self.attn_drop_rate if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # (B, h, N, K)
+        return self.proj_drop(self.proj(merge_heads(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and MLP, each with a residual connection.
+
+    Args:
+        attn: Module from (B, N, D), and whatever else ``forward`` is given, to (B, N, D).
+        hidden_dim: Width inside the MLP.
+        drop_rate: Dropout of the MLP.
+        drop_path_rate: Share of samples whose residual branch is dropped, drawn separately for the two branches.
+        init_values: Start of the LayerScale factors; 0 builds a block without LayerScale.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        embed_dim: int,
+        hidden_dim: int,
+        *,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        init_values: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.attn = attn
+        self.ls1 = LayerScale(embed_dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(embed_dim, hidden_dim, drop_rate)
+        self.ls2 = LayerScale(embed_dim, init_values) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor, *attn_inputs: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *attn_inputs)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

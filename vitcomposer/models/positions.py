@@ -1,0 +1,78 @@
+"""Where a patch is: absolute position embeddings and the relative positions of ConViT.
+
+Shapes: N = rows * columns patches in row-major order, D width, P rows of class and distillation tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def resize_positions(positions: Tensor, *, old_grid: Grid, new_grid: Grid, num_prefix_rows: int) -> Tensor:
+    """Position embedding for another grid of patches, bicubic with antialiasing as timm does it.
+
+    Args:
+        positions: (1, P + N, D); the first ``num_prefix_rows`` rows belong to tokens that are no patches and are kept.
+        old_grid: Rows and columns of patches that ``positions`` was made for.
+        new_grid: Rows and columns of patches wanted.
+        num_prefix_rows: P, 0 where class and distillation token have no position.
+
+    Returns:
+        (1, P + new N, D) in the dtype of ``positions``; the same tensor if the grids agree.
+    """
+    if old_grid == new_grid:
+        return positions
+    prefix, patches = positions[:, :num_prefix_rows], positions[:, num_prefix_rows:]
+    # Interpolating in half precision would move every embedding by its rounding error, so at least float32.
+    image = patches.to(torch.promote_types(positions.dtype, torch.float32))
+    image = image.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    patches = image.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, new N, D)
+    return torch.cat((prefix, patches), dim=1) if num_prefix_rows else patches
+
+
+def sincos_positions(grid: Grid, embed_dim: int, *, temperature: float = 10000.0) -> Tensor:
+    """Fixed 2D sine-cosine position embedding of big_vision (arXiv:2205.01580, section 2).
+
+    With ``omega_i = temperature ** (-i / (D / 4 - 1))`` for ``i = 0 .. D / 4 - 1`` a patch at column x and row y gets
+    ``[sin(x omega), cos(x omega), sin(y omega), cos(y omega)]``. MoCo-v3 divides i by D / 4 instead, so its lowest
+    frequency is a little higher.
+
+    Returns:
+        (1, N, D) float32.
+
+    Raises:
+        ValueError: if ``embed_dim`` is not a multiple of 4 or is below 8.
+    """
+    if embed_dim % 4 or embed_dim < 8:
+        lower = max(8, embed_dim // 4 * 4)
+        raise ValueError(
+            f"model.embed_dim must be a multiple of 4 and at least 8 for model.position_embedding=sincos, "
+            f"got {embed_dim}; use {lower} or {lower + 4}"
+        )
+    # float64 until the end: float32 powers would cost the high frequencies their last digits.
+    exponents = torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4 - 1)
+    omega = torch.exp(-math.log(temperature) * exponents)  # (D / 4,)
+    rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega  # (N, D / 4)
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1).float().unsqueeze(0)
+
+
+def relative_positions(grid: Grid, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Relative positions r of ConViT (arXiv:2103.10697, eq. 6): column offset, row offset, squared distance.
+
+    An offset is key minus query, in patches.
+
+    Returns:
+        (3, N, N), indexed [channel, query, key].
+    """
+    rows, columns = (torch.arange(size, device=device, dtype=dtype) for size in grid)
+    y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
+    dx = x.unsqueeze(0) - x.unsqueeze(1)  # (N, N)
+    dy = y.unsqueeze(0) - y.unsqueeze(1)
+    return torch.stack((dx, dy, dx.square() + dy.square()))
