@@ -1,0 +1,107 @@
+"""What happens to whole batches on the device: normalise, erase, mix, and the soft targets.
+
+The order is timm's: its loader normalises and erases, its training loop mixes. Nothing here is random and nothing
+looks at a value: the loader worker drew every box, share and seed, so the device never waits for the host and a batch
+gives the same tensors however it is split.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vitcomposer.data.crops import box_mask
+from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, mix_images, soft_targets
+from vitcomposer.schema import Augment, Mixing
+
+ERASE_BOX = "erase_box"  # int32 (B, 4); an empty box erases nothing
+ERASE_SEED = "erase_seed"  # int64 (B,)
+
+_GOLDEN = 0x9E3779B97F4A7C15  # increment and multipliers of splitmix64
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+class TrainTransform:
+    """A collated training batch on its device to ``image`` float32, ``target`` float32 (B, num_classes).
+
+    ``label`` and ``sample_id`` stay; what the loader drew for the device is used up.
+    """
+
+    def __init__(self, augment: Augment, mixing: Mixing, *, num_classes: int) -> None:
+        self._normalize = Normalize(augment.mean, augment.std)
+        self._erases = augment.random_erasing > 0
+        self._num_classes = num_classes
+        self._label_smoothing = mixing.label_smoothing
+
+    def __call__(self, batch: Batch) -> Batch:
+        batch = dict(batch)
+        images = self._normalize(batch["image"])
+        if self._erases:
+            images = erase(images, batch.pop(ERASE_BOX), batch.pop(ERASE_SEED))
+        lam = batch.pop(MIX_LAM, None)
+        if lam is not None:
+            images = mix_images(images, lam, batch.pop(MIX_BOX))
+        target = soft_targets(batch["label"], self._num_classes, self._label_smoothing, lam)
+        return {**batch, "image": images, "target": target}
+
+
+class EvalTransform:
+    """A collated evaluation batch on its device to ``image`` float32; the rest stays."""
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        self._normalize = Normalize(mean, std)
+
+    def __call__(self, batch: Batch) -> Batch:
+        return {**batch, "image": self._normalize(batch["image"])}
+
+
+class Normalize:
+    """uint8 (B, 3, H, W) to float32 with the given mean and std of values in [0, 1]."""
+
+    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
+        self._mean = torch.tensor([255 * m for m in mean]).view(3, 1, 1)
+        self._std = torch.tensor([255 * s for s in std]).view(3, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._mean.device != images.device:  # once: a copy in every step would make the host wait
+            self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
+        return torch.sub(images, self._mean).div_(self._std)
+
+
+def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:
+    """Replace the pixels inside each box with standard normal noise (timm's ``pixel`` mode)."""
+    return torch.where(box_mask(boxes, *images.shape[-2:]), pixel_noise(seeds, *images.shape[1:]), images)
+
+
+def pixel_noise(seeds: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """Standard normal values (B, channels, height, width) that depend on nothing but each sample's int64 seed.
+
+    A counter-based generator in three steps. Splitmix64 gives every line of pixels and every column of a sample its
+    own 32-bit key; the product of the two keys modulo 2**32 is the uniform number of a pixel; the inverse normal
+    distribution function makes it normal. Only one multiplication touches every pixel, because on a GPU the passes
+    over the whole batch are the cost.
+    """
+    lines = channels * height
+    keys = _splitmix64(seeds[:, None] + _signed(_GOLDEN) * torch.arange(1, lines + width + 1, device=seeds.device))
+    keys = (keys >> 32).to(torch.int32)
+    line = (keys[:, :lines] | 1).view(-1, channels, height, 1)  # odd: an even key would lose bits of the product
+    column = keys[:, lines:].view(-1, 1, 1, width)
+    # Slightly below 2**-31, so that no value rounds to 1, whose quantile is infinite; the largest here is 5.2 sigma.
+    uniform = (line * column) * (2**-31 * (1 - 2**-22))  # (-1, 1)
+    return torch.erfinv(uniform).mul_(math.sqrt(2.0))
+
+
+def _splitmix64(state: Tensor) -> Tensor:
+    """The output function of splitmix64 (Steele et al. 2014) on int64, whose products wrap and shifts are signed."""
+    for shift, multiplier in _MULTIPLIERS:
+        state = (state ^ _unsigned_shift(state, shift)) * _signed(multiplier)
+    return state ^ _unsigned_shift(state, 31)
+
+
+def _unsigned_shift(state: Tensor, shift: int) -> Tensor:
+    return (state >> shift) & ((1 << (64 - shift)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of this uint64."""
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,191 @@
+"""From the blocks of a yaml to the loader that Composer's Trainer takes."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base.distributed import barrier, get_local_rank, maybe_init_dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vitcomposer.data.augment import EvalTransform, TrainTransform
+from vitcomposer.data.collate import EvalCollate, TrainCollate
+from vitcomposer.data.mixing import split_batch
+from vitcomposer.data.shards import CLASS_NAMES, read_class_names
+from vitcomposer.data.stream import ImageStream, StreamOptions
+from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.schema import ConfigError, Data, Supervised, require
+
+Split = Literal["train", "val"]
+
+SYNTHETIC_VAL_SAMPLES = 50_000  # ImageNet's
+
+
+def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_size: int) -> DataSpec:
+    """Loader and device-side transforms of a split, checked against the model before anything is read.
+
+    Training drops the last batch where it is short. In evaluation every sample comes once over all ranks; those
+    repeated to give the ranks equal work have IGNORE_LABEL.
+
+    Args:
+        device_batch_size: Images per batch and rank.
+
+    Raises:
+        ConfigError: The data cannot be found, or does not fit the model or the batch.
+        ShardError: A shard is missing or damaged; also later, in the loader.
+    """
+    dataset = _build_dataset(cfg, split, seed, device_batch_size)
+    train = split == "train"
+    if train:
+        _check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
+        collate = TrainCollate(
+            cfg.augment,
+            cfg.mixing,
+            image_size=cfg.model.image_size,
+            num_classes=cfg.model.num_classes,
+            seed=seed,
+        )
+        transform = TrainTransform(cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes)
+    else:
+        collate = EvalCollate(
+            image_size=cfg.evaluation.image_size or cfg.model.image_size,
+            crop_ratio=cfg.evaluation.crop_ratio,
+            interpolation=cfg.evaluation.interpolation,
+            num_classes=cfg.model.num_classes,
+        )
+        transform = EvalTransform(cfg.augment.mean, cfg.augment.std)
+    workers = cfg.data.num_workers
+    loader = DataLoader(
+        dataset,
+        batch_size=device_batch_size,
+        collate_fn=collate,
+        drop_last=train,
+        num_workers=workers,  # torch gives each of them one thread
+        prefetch_factor=cfg.data.prefetch_factor if workers else None,
+        persistent_workers=workers > 0,
+        timeout=cfg.data.timeout if workers else 0,
+        pin_memory=torch.cuda.is_available(),
+        # Its own, since an iterator draws a seed: from the default generator it would take the number that stochastic
+        # depth gets next, and a resumed run or one with other workers would drop other blocks.
+        generator=torch.Generator(),
+    )
+    return DataSpec(
+        loader,
+        num_samples=dataset.num_samples,
+        microbatch_transforms=transform,
+        split_batch=split_batch,
+        get_num_samples_in_batch=_count_samples,
+    )
+
+
+def _count_samples(batch: dict[str, Tensor]) -> int:
+    return len(batch["label"])
+
+
+def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) -> ImageStream | SyntheticImages:
+    data, train = cfg.data, split == "train"
+    repeats = cfg.augment.repeated_augmentation if train else 1
+    if data.source == "synthetic":
+        return SyntheticImages(
+            num_samples=data.synthetic_samples if train else min(data.synthetic_samples, SYNTHETIC_VAL_SAMPLES),
+            num_classes=cfg.model.num_classes,
+            batch_size=batch_size,
+            shuffle=train,
+            seed=seed,
+            repeats=repeats,
+        )
+    assert data.local is not None
+    _clear_stale_shared_memory()
+    stream = ImageStream(
+        remote=data.remote,
+        local=data.local,
+        split=_folder(data, split),
+        batch_size=batch_size,
+        shuffle=train,
+        seed=seed,
+        repeats=repeats,
+        options=StreamOptions(
+            cache_limit=data.cache_limit,
+            predownload=data.predownload,
+            download_retry=data.download_retry,
+            download_timeout=data.download_timeout,
+            validate_hash=data.validate_hash,
+            num_canonical_nodes=data.num_canonical_nodes,
+            shuffle_block_size=data.shuffle_block_size,
+        ),
+    )
+    _check_classes(cfg, split)
+    return stream
+
+
+def _folder(data: Data, split: Split) -> str:
+    return data.train_split if split == "train" else data.val_split
+
+
+def _check_classes(cfg: Supervised, split: Split) -> None:
+    assert cfg.data.local is not None
+    path = Path(cfg.data.local, _folder(cfg.data, split), CLASS_NAMES)
+    names = read_class_names(path)
+    if names is None:
+        return
+    require(
+        len(names) == cfg.model.num_classes,
+        "model.num_classes",
+        f"{len(names)}, the number of classes in {path}",
+        cfg.model.num_classes,
+        f"Set model.num_classes={len(names)}.",
+    )
+    other_path = Path(cfg.data.local, _folder(cfg.data, "val" if split == "train" else "train"), CLASS_NAMES)
+    other = read_class_names(other_path)
+    if other is not None and names != other:
+        at, *_ = [i for i in range(len(names)) if other[i : i + 1] != names[i : i + 1]] or [len(names)]
+        raise ConfigError(
+            f"{path} must list the classes of {other_path} in the same order, or labels mean different things: the "
+            f"first difference is label {at}, {names[at : at + 1]} and {other[at : at + 1]}. Write both splits with "
+            "one run of `vitcomposer convert`."
+        )
+
+
+def _check_fills_a_batch(dataset: ImageStream | SyntheticImages, global_batch_size: int) -> None:
+    require(
+        dataset.num_samples >= global_batch_size,
+        "global_train_batch_size",
+        f"at most {dataset.num_samples}, the number of training samples",
+        global_batch_size,
+        f"Set global_train_batch_size={max(1, dataset.num_samples // 2)} or less.",
+    )
+
+
+@cache  # once a process: the second data set must not sweep away what the first one uses
+def _clear_stale_shared_memory() -> None:
+    """Remove the shared memory of killed runs, which Streaming would stumble over (its issue 781).
+
+    Only blocks that no process has mapped: ``streaming.base.util.clean_stale_shared_memory`` also takes those of a
+    run that is alive on this machine. Outside Linux, where the blocks cannot be listed, nothing is done.
+    """
+    destroy_process_group = maybe_init_dist()
+    folder = Path("/dev/shm")
+    if get_local_rank() == 0 and folder.is_dir() and os.path.isdir("/proc/self"):
+        blocks = [path for name in SHM_TO_CLEAN for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9][0-9]_{name}")]
+        in_use = _mapped_files() if blocks else ""
+        for path in blocks:
+            if str(path) not in in_use and path.stat().st_uid == os.getuid():
+                path.unlink(missing_ok=True)
+    barrier()
+    if destroy_process_group:
+        torch.distributed.destroy_process_group()
+
+
+def _mapped_files() -> str:
+    found = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            found.append(maps.read_text())
+        except OSError:  # ended since, or another user's
+            continue
+    return "\n".join(found)
