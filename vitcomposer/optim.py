@@ -1,0 +1,233 @@
+"""Parameter groups, optimizers by name (torch's, then timm's) and the learning-rate schedule."""
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import timm.optim
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vitcomposer import schema
+from vitcomposer.schema import ConfigError, require
+
+if TYPE_CHECKING:  # importing Composer costs seconds, and building an optimizer does not need it
+    from composer.core import State
+
+TORCH_OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+timm_optim: Any = timm.optim  # it does not declare what it exports
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with ``weight_decay`` and, ``weight_decay: 0``, without.
+
+    Without are one-dimensional parameters (norms, gates), everything named ``bias`` and what the model lists in
+    ``no_weight_decay()``: the rule of DeiT and timm (``timm.optim.param_groups_weight_decay``). A listed name is a
+    dotted name or its end: ``pos_embed`` also means ``encoder.pos_embed``. A group without parameters is left out.
+
+    Raises:
+        ValueError: A listed name that fits no parameter; the model lists it wrongly.
+    """
+    listed = cast(Callable[[], set[str]], model.no_weight_decay)()
+    parameters = dict(model.named_parameters())
+    lost = sorted(name for name in listed if not any(_ends_with(full, name) for full in parameters))
+    if lost:
+        raise ValueError(
+            f"{type(model).__name__}.no_weight_decay() must name parameters of the model, got {lost}, which fit none. "
+            f"Mend the method."
+        )
+    decayed, exempt = [], []
+    for full, parameter in parameters.items():
+        if not parameter.requires_grad:
+            continue
+        free = parameter.ndim <= 1 or _ends_with(full, "bias") or any(_ends_with(full, name) for name in listed)
+        (exempt if free else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _ends_with(full: str, name: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: schema.Optimizer, *, global_train_batch_size: int, fused: bool
+) -> Optimizer:
+    """The optimizer a yaml names, over :func:`param_groups`, at the peak learning rate of this batch size.
+
+    ``adamw`` and ``sgd`` are torch's (SGD with momentum 0.9 unless ``options`` says otherwise, no Nesterov), every
+    other name is timm's. timm's ``lamb`` clips the gradient's global norm at 1 as DeiT III's apex FusedLAMB does;
+    ``options: {max_grad_norm: null}`` switches that off. The Muon family moves what has no weight decay (positions,
+    tokens, norms) by its AdamW, because orthogonal updates are meant for weight matrices.
+
+    Args:
+        fused: Whether training will run on CUDA: AdamW then uses its fused kernel. The model may still be on the CPU.
+
+    Raises:
+        ConfigError: An unknown name or option, or a value the optimizer refuses.
+    """
+    name = optimizer.name
+    cls = _optimizer_class(name)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in optimizer.options.items()}
+    _check_options(cls, name, options)
+    if name == "adamw" and fused and not {"fused", "foreach"} & options.keys():
+        options["fused"] = True
+    if name == "sgd":
+        options.setdefault("momentum", 0.9)
+    groups = param_groups(model, optimizer.weight_decay)
+    if name.endswith("muon"):
+        groups[-1]["use_fallback"] = True
+    make: Any = cls if name in TORCH_OPTIMIZERS else partial(timm_optim.create_optimizer_v2, opt=name)
+    try:
+        lr = optimizer.peak_lr(global_train_batch_size)
+        return make(groups, lr=lr, weight_decay=optimizer.weight_decay, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"optimizer.options must be values that {name} accepts, got {optimizer.options}. It says: {error}"
+        ) from error
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    if name in TORCH_OPTIMIZERS:
+        return TORCH_OPTIMIZERS[name]
+    known = sorted({*TORCH_OPTIMIZERS, *timm_optim.list_optimizers()})
+    if name not in known:
+        raise ConfigError(
+            f"optimizer.name must be adamw, sgd or a name of timm.optim.list_optimizers(), got {name!r}."
+            f"{did_you_mean(name, known) or ' Use adamw or lamb.'}"
+        )
+    require(
+        not timm_optim.get_optimizer_info(name).second_order,
+        "optimizer.name",
+        "a first-order optimizer",
+        name,
+        "Composer's training step keeps no graph for second derivatives. Use adamw or lamb.",
+    )
+    try:
+        return timm_optim.get_optimizer_class(name, bind_defaults=False)
+    except (ImportError, AssertionError) as error:
+        raise ConfigError(
+            f"optimizer.name must be an optimizer that is installed here, got {name!r}: {error}. Use adamw or lamb."
+        ) from error
+
+
+def _check_options(cls: type[Optimizer], name: str, options: dict[str, Any]) -> None:
+    allowed = [key for key in inspect.signature(cls).parameters if key not in ("params", "lr", "weight_decay")]
+    for key in options:
+        if key not in allowed:
+            raise ConfigError(
+                f"optimizer.options.{key} is not an option of {name}.{did_you_mean(key, allowed)} "
+                f"Its options: {allowed}; lr and weight_decay stand beside them in optimizer."
+            )
+
+
+def did_you_mean(given: str, known: Collection[str]) -> str:
+    """`` Did you mean 'x'?`` with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+CosineFrom = Literal["start", "warmup"]
+
+
+def cosine_with_warmup(
+    t: float, total: float, warmup: float, *, alpha_i: float, alpha_f: float, cosine_from: CosineFrom
+) -> float:
+    """The factor of the peak learning rate at step ``t`` of ``total``.
+
+    Linear from ``alpha_i`` at 0 to 1 at ``warmup``, then half a cosine to ``alpha_f`` at ``total``. With ``start`` the
+    cosine's phase is ``t / total``, so it is already below 1 when the warm-up ends (DeiT; timm's CosineLRScheduler);
+    with ``warmup`` it begins at 1 there (big_vision; timm with ``warmup_prefix``).
+    """
+    if t < warmup:
+        return alpha_i + (1 - alpha_i) * t / warmup
+    begin = 0.0 if cosine_from == "start" else warmup
+    phase = (t - begin) / (total - begin) if t < total else 1.0
+    return alpha_f + (1 - alpha_f) * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+class CosineWithWarmup:
+    """:func:`cosine_with_warmup` as a Composer scheduler, stepped every batch: batch ``b`` trains at factor ``f(b)``.
+
+    Composer's own schedulers lag one batch behind: they are stepped before the time advances, so the first two batches
+    share a learning rate. This one does not lag, and equals timm's ``step_update`` at every batch.
+
+    Args:
+        t_warmup: Time string in ep, ba or sp, or a share of the run such as ``0.05dur``.
+        global_train_batch_size: Images per step over all ranks; turns samples into batches.
+    """
+
+    def __init__(
+        self,
+        t_warmup: str,
+        *,
+        alpha_i: float,
+        alpha_f: float,
+        cosine_from: CosineFrom,
+        global_train_batch_size: int,
+    ) -> None:
+        self.t_warmup = _parse_time("schedule.t_warmup", t_warmup)
+        self.alpha_i = alpha_i
+        self.alpha_f = alpha_f
+        self.cosine_from: CosineFrom = cosine_from
+        self.global_train_batch_size = global_train_batch_size
+
+    def __call__(self, state: "State", ssr: float = 1.0) -> float:
+        assert state.max_duration is not None, "the Trainer sets max_duration before it compiles schedulers"
+        total = self._batches(state.max_duration.value, state.max_duration.unit.value, state)
+        value, unit = self.t_warmup
+        warmup = value * total if unit == "dur" else self._batches(value, unit, state) * ssr
+        require(
+            warmup <= total,
+            "schedule.t_warmup",
+            f"at most max_duration ({total:g} batches)",
+            f"{value:g}{unit} = {warmup:g} batches",
+            "The peak would never be reached: shorten the warm-up.",
+        )
+        # The Trainer asks once while it compiles (it has no schedulers yet) for the first batch; then after each batch,
+        # before it counts that batch, for the next one.
+        t = int(state.timestamp.batch) + (1 if state.schedulers else 0)
+        return cosine_with_warmup(
+            t, total, warmup, alpha_i=self.alpha_i, alpha_f=self.alpha_f, cosine_from=self.cosine_from
+        )
+
+    def _batches(self, value: float, unit: str, state: "State") -> float:
+        if unit == "ep":
+            assert state.dataloader_len is not None, "our loaders know their length"
+            return value * int(state.dataloader_len)
+        return math.ceil(value / self.global_train_batch_size) if unit == "sp" else value
+
+
+def check_schedule(max_duration: str, schedule: schema.Schedule) -> None:
+    """Refuse what Composer takes without a word: durations that never end and warm-ups that never reach the peak.
+
+    A warm-up in other units than ``max_duration`` is compared when the Trainer knows the length of an epoch.
+
+    Raises:
+        ConfigError: The key that cannot be used.
+    """
+    total, total_unit = _parse_time("max_duration", max_duration)
+    remedy = "Write 300ep, 1000ba or 100000sp."
+    require(total_unit != "dur" and total > 0, "max_duration", "above 0 in ep, ba or sp", max_duration, remedy)
+    warmup, unit = _parse_time("schedule.t_warmup", schedule.t_warmup)
+    longest = {"dur": 1.0, total_unit: total}.get(unit, math.inf)
+    remedy = "The peak would never be reached: shorten the warm-up."
+    require(warmup <= longest, "schedule.t_warmup", f"at most max_duration ({max_duration})", schedule.t_warmup, remedy)
+
+
+def _parse_time(key: str, text: str) -> tuple[float, str]:
+    """Value and unit of a Composer time string, in the units that make sense for images.
+
+    Composer also knows tok, iter and sec; a run of image batches never counts a token and so would never end.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?|\.\d+)(ep|ba|sp|dur)", str(text).strip())
+    remedy = "Write 300ep, 1000ba or 100000sp" + (", or 0.05dur." if key == "schedule.t_warmup" else ".")
+    require(match is not None, key, "a time string in ep, ba or sp", text, remedy)
+    value, unit = float(cast(re.Match[str], match)[1]), cast(re.Match[str], match)[2]
+    require(unit == "dur" or value.is_integer(), key, f"a whole number of {unit}", text, remedy)
+    return value, unit
