@@ -1,0 +1,148 @@
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback
+
+from tests.callbacks import tiny_run
+from vitcomposer.callbacks import Preemption
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(folder: Path, *, workers: int = 0, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """tiny_run.py for 16 steps of 0.3 s in a process group of its own."""
+    command = [sys.executable, "-W", "ignore", tiny_run.__file__, str(folder), "4ep", "0.3", str(workers)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
+
+
+def wait_for(process: subprocess.Popen, line: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for text in process.stdout:
+        seen.append(text)
+        if text.strip() == line:
+            return
+    raise AssertionError(f"{line!r} never came:\n{''.join(seen)}")
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    return output
+
+
+def checkpointed_steps(folder: Path) -> list[int]:
+    return sorted(int(re.findall(r"-ba(\d+)-", p.name)[0]) for p in (folder / "checkpoints").glob("ep*.pt"))
+
+
+def test_sigterm_saves_the_step_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start(tmp_path / "broken", workers=2)
+    wait_for(process, "step 5")
+    os.killpg(process.pid, signal.SIGTERM)  # as Slurm does: the workers of the loader get it too
+    output = finish(process)
+    assert process.returncode == 143, output
+    assert "Stopped by SIGTERM after step 6." in output
+    assert checkpointed_steps(tmp_path / "broken") == [6]
+    assert (tmp_path / "broken/checkpoints/latest-rank0.pt").resolve().name == "ep1-ba6-rank0.pt"
+
+    assert tiny_run.main(tmp_path / "broken", "4ep") == 0
+    assert tiny_run.main(tmp_path / "unbroken", "4ep") == 0
+    assert "resumed at 6\nstep 6" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("broken", "unbroken"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_signal_on_one_rank_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    ranks = [start(tmp_path, environment={**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    try:
+        wait_for(ranks[1], "step 2")
+        ranks[1].send_signal(signal.SIGUSR1)
+        outputs = [finish(process) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [143, 143], outputs
+    assert "Stopped by a signal on another rank after step 3." in outputs[0]
+    assert "step 3" not in outputs[1].replace("step 3.", "")
+    assert checkpointed_steps(tmp_path) == [3]
+
+
+class SignalAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.evaluations: list[int] = []
+
+    def batch_start(self, state: Any, logger: Any) -> None:
+        if state.timestamp.batch.value == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def eval_start(self, state: Any, logger: Any) -> None:
+        self.evaluations.append(state.timestamp.batch.value)
+
+
+def run(max_duration: str, step: int, folder: Path | None = None, **options: Any) -> tuple[Any, Preemption, SignalAt]:
+    preemption, signals = Preemption(), SignalAt(step)
+    save = {} if folder is None else {"save_folder": str(folder), "save_interval": "100ep", "save_overwrite": True}
+    trainer = tiny_run.build(max_duration, callbacks=[preemption, signals], **save, **options)
+    trainer.fit()
+    trainer.close()
+    return trainer, preemption, signals
+
+
+def test_stop_skips_the_evaluation_and_gives_the_handlers_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    trainer, preemption, signals = run("2ep", step=3)
+    assert preemption.stopped and trainer.state.timestamp.batch == 3
+    assert signals.evaluations == []
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("max_duration", ["2ep", "8ba", "64sp"])
+def test_signal_in_the_last_step_lets_the_run_end_with_its_evaluation(max_duration: str) -> None:
+    trainer, preemption, signals = run(max_duration, step=8)
+    assert not preemption.stopped and trainer.state.timestamp.batch == 8
+    assert signals.evaluations[-1] == 8
+
+
+def test_signal_at_the_end_of_an_epoch_resumes_with_the_next(tmp_path: Path) -> None:
+    stopped, preemption, signals = run("3ep", step=4, folder=tmp_path)
+    assert preemption.stopped and stopped.state.timestamp.batch == 4
+    assert signals.evaluations == []
+    latest = str(tmp_path / "latest-rank0.pt")
+    resumed, _, signals = run("3ep", step=99, folder=tmp_path, load_path=latest)
+    whole, _, _ = run("3ep", step=99)
+    assert signals.evaluations == [4, 8, 12], "the evaluation that the stop left out is made up for"
+    assert resumed.state.timestamp.epoch == 3 and resumed.state.timestamp.batch == 12
+    for a, b in zip(resumed.state.model.parameters(), whole.state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_handlers_come_back_when_training_fails() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = tiny_run.build("1ep", callbacks=[Preemption()], fail_at=2)
+    with pytest.raises(RuntimeError, match="the loss went away"):
+        trainer.fit()
+    assert signal.getsignal(signal.SIGTERM) != before
+    trainer.engine.close()
+    assert signal.getsignal(signal.SIGTERM) == before

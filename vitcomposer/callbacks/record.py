@@ -1,0 +1,312 @@
+"""What a run leaves behind: config.yaml, environment.json, metrics.jsonl and summary.json in its run folder."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import numbers
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from composer.core import Event, State, Time
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import create_interval_scheduler, dist
+from torch.version import cuda as cuda_version
+
+from vitcomposer.callbacks.throughput import Throughput
+
+FACTS = ("recipe", "model", "seed", "lr_peak")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "mosaicml",
+    "mosaicml-streaming",
+    "timm",
+    "omegaconf",
+    "numpy",
+    "pillow",
+)
+
+
+class RunRecord(LoggerDestination):
+    """Writes the run folder on rank 0 while the run goes on.
+
+    ``metrics.jsonl`` has one line per logged step: ``step, epoch, sample, seconds, lr`` and the latest value of every
+    number logged since the line before (a value that isn't finite is null). A resumed run first drops the lines
+    after its checkpoint, and a line that a kill cut short.
+
+    ``summary.json`` appears at the end of training; ``finished`` is false after an early stop. A field that doesn't
+    apply is null, accuracies are fractions, ``seconds`` counts evaluation and checkpoints, ``images_per_sec`` doesn't.
+
+    Args:
+        run_folder: Created where missing.
+        config_yaml: The resolved configuration.
+        facts: ``recipe``, ``model``, ``seed`` and ``lr_peak``.
+        throughput: The callback whose totals go into the summary.
+        log_interval: Composer time string; evaluations are always logged.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        config_yaml: str,
+        facts: Mapping[str, Any],
+        *,
+        throughput: Throughput,
+        log_interval: str = "10ba",
+    ) -> None:
+        if sorted(facts) != sorted(FACTS):
+            raise ValueError(
+                f"facts must have the keys {sorted(FACTS)}, got {sorted(facts)}. Add or remove the others."
+            )
+        self.run_folder = Path(run_folder)
+        self.config_yaml = config_yaml
+        self.facts = dict(facts)
+        self.throughput = throughput
+        self._due = create_interval_scheduler(log_interval, include_end_of_training=False, checkpoint_events=False)
+        self._pending: dict[str, Any] = {}
+        self._evaluated: dict[str, float] = {}
+        self._lr: float | None = None
+        self._file: BinaryIO | None = None
+        self._last_line: dict[str, Any] = {}
+        self._last_offset = 0
+        self._ended = False
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        for name, value in metrics.items():
+            # Composer's time/batch and its kin lag one step behind the step, epoch and sample of the line.
+            if not name.startswith("time/") and _is_scalar(value):
+                self._pending[name] = value.detach() if isinstance(value, torch.Tensor) else value
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        assert state.max_duration is not None, "Composer has set it before training"
+        self._max_duration: Time = state.max_duration  # kept: an early stop changes the state's
+        self._ended = False
+        if dist.get_global_rank() != 0 or self._file is not None:
+            return
+        self._batches_per_epoch = None if state.dataloader_len is None else state.dataloader_len.value
+        self._environment = describe_environment()
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        # First: beside a new config.yaml, the summary of a shorter run would say that this one is finished.
+        (self.run_folder / "summary.json").unlink(missing_ok=True)
+        _write(self.run_folder / "config.yaml", self.config_yaml)
+        _write(self.run_folder / "environment.json", _to_json(self._environment))
+        self._open_metrics(state.timestamp.batch.value)
+
+    def _open_metrics(self, step: int) -> None:
+        path = self.run_folder / "metrics.jsonl"
+        lines = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._last_line = lines[-1] if lines else {}
+        self._last_offset = self._file.seek(0, os.SEEK_END)
+        if lines:
+            self._last_offset -= len(json.dumps(lines[-1])) + 1
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        if self._file is not None:
+            # Here the optimizer holds what this step trains at; at BATCH_END it is already that of the next.
+            self._lr = max(float(group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._due(state, Event.BATCH_END):
+            self._write_line(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        if self._due(state, Event.EPOCH_END):
+            self._write_line(state)
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        for name, value in self._pending.items():
+            if name.startswith("metrics/"):
+                self._evaluated[name] = float(value)
+        self._write_line(state)
+        # Composer runs an evaluation that is due at the end of training after FIT_END.
+        if self._ended:
+            self._write_summary(state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self._write_line(state)
+        self._ended = True
+        self._write_summary(state)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluated": dict(self._evaluated)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._evaluated = dict(state["evaluated"])
+
+    def _write_line(self, state: State) -> None:
+        """Append what was logged since the last line; a second call in one step extends the line of that step."""
+        if self._file is None or not self._pending:
+            return
+        line: dict[str, Any] = {
+            "step": state.timestamp.batch.value,
+            "epoch": self._epochs(state),
+            "sample": state.timestamp.sample.value,
+            "seconds": round(self.throughput.wall_seconds, 3),
+        }
+        if self._lr is not None:
+            line["lr"] = self._lr
+        line |= {name: _number(value) for name, value in self._pending.items()}
+        self._pending.clear()
+        if self._last_line.get("step") == line["step"]:
+            line = {**self._last_line, **line}
+            self._file.seek(self._last_offset)
+            self._file.truncate()
+        else:
+            self._last_offset = self._file.seek(0, os.SEEK_END)
+        # One unbuffered write per line: a kill can cut short nothing but the last line.
+        self._file.write((json.dumps(line) + "\n").encode())
+        self._last_line = line
+
+    def _epochs(self, state: State) -> float:
+        done = state.timestamp.batch_in_epoch.value
+        if self._batches_per_epoch is None or done == 0:
+            return state.timestamp.epoch.value
+        return state.timestamp.epoch.value + round(done / self._batches_per_epoch, 6)
+
+    def _write_summary(self, state: State) -> None:
+        if self._file is None:
+            return
+        images = state.timestamp.sample.value
+        flops = self.throughput.train_flops_per_image
+        summary = {
+            "recipe": self.facts["recipe"],
+            "model": self.facts["model"],
+            "top1": self._metric("eval", "top1"),
+            "top5": self._metric("eval", "top5"),
+            "loss": self._metric("eval", "loss"),
+            "top1_ema": self._metric("ema", "top1"),
+            "top5_ema": self._metric("ema", "top5"),
+            "epochs": self._epochs(state),
+            "steps": state.timestamp.batch.value,
+            "images_seen": images,
+            "seconds": self.throughput.wall_seconds,
+            "images_per_sec": self.throughput.images_per_sec,
+            "data_wait_fraction": self.throughput.data_wait_fraction,
+            "train_flops": None if flops is None else flops * images,
+            "mfu": self.throughput.mfu,
+            "peak_memory_bytes": self.throughput.peak_memory_bytes,
+            "world_size": dist.get_world_size(),
+            "device": torch.cuda.get_device_name() if state.device.name == "gpu" else state.device.name,
+            "seed": self.facts["seed"],
+            "lr_peak": self.facts["lr_peak"],
+            "git_commit": self._environment["git_commit"],
+            "finished": bool(state.timestamp >= self._max_duration),
+        }
+        _write(self.run_folder / "summary.json", _to_json(summary))
+
+    def _metric(self, label: str, name: str) -> float | None:
+        value = self._evaluated.get(f"metrics/{label}/{name}")
+        return None if value is None else _number(value)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; one that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+    return lines
+
+
+def describe_environment() -> dict[str, Any]:
+    """Source, versions and hardware of this process; nothing that names the host or its user."""
+    commit, dirty = _git_state()
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [{"name": name, "count": count} for name, count in gpus.items()],
+        "gpu_driver": _gpu_driver() if gpus else None,
+        "cuda": cuda_version if gpus else None,
+        "world_size": dist.get_world_size(),
+        "nodes": max(1, dist.get_world_size() // dist.get_local_world_size()),
+    }
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether files differ from it; nulls for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        # A package installed somewhere inside another repository must not report that repository's commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _gpu_driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
+    return None
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> int | float | None:
+    """A number that JSON knows; None for NaN and infinity, which it doesn't."""
+    if not isinstance(value, int):
+        value = value.item() if isinstance(value, torch.Tensor) else float(value)
+    return value if math.isfinite(value) else None
+
+
+def _to_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that no reader and no kill ever finds half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,29 @@
+"""Random numbers of a step that depend on the step alone."""
+
+import random
+
+import numpy as np
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from vitcomposer.data.collate import random_key
+
+
+class StepSeed(Callback):
+    """Seeds the global generators before every step from (seed, step, rank).
+
+    Stochastic depth and dropout draw from torch's generator, some of Composer's algorithms from numpy's. Composer 0.32
+    restores none of them when a run with a StreamingDataset resumes inside an epoch, so the resumed run would drop
+    other blocks. Seeded by the step, they are those of the run that was never interrupted.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        key = random_key(self.seed, state.timestamp.batch.value, dist.get_global_rank())
+        torch.manual_seed(key)  # of the CUDA devices too
+        np.random.seed(key & 0xFFFFFFFF)
+        random.seed(key)

@@ -1,0 +1,229 @@
+"""From the run folder of a run to its pictures: curves.png and one self-contained report.html."""
+
+import base64
+import html
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vitcomposer.callbacks.record import read_metrics
+
+BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1600a", "#2c7d3f", "#6e6e6e"
+SMOOTHED_POINTS = 100  # the smoothed loss is a mean over 1/100 of the run
+
+ROWS = (
+    ("recipe", "Recipe", "{}"),
+    ("model", "Model", "{}"),
+    ("finished", "Finished", "{}"),
+    ("top1", "Top-1", "{:.2%}"),
+    ("top5", "Top-5", "{:.2%}"),
+    ("top1_ema", "Top-1 of the averaged weights (EMA)", "{:.2%}"),
+    ("top5_ema", "Top-5 of the averaged weights (EMA)", "{:.2%}"),
+    ("loss", "Evaluation loss", "{:.4f}"),
+    ("epochs", "Epochs", "{:,g}"),
+    ("steps", "Steps", "{:,}"),
+    ("images_seen", "Images seen", "{:,}"),
+    ("seconds", "Wall clock", "duration"),
+    ("images_per_sec", "Training speed, images/s", "{:,.0f}"),
+    ("data_wait_fraction", "Training time spent waiting for data", "{:.1%}"),
+    ("train_flops", "Training FLOPs", "{:.3g}"),
+    ("mfu", "Model FLOPs utilisation", "{:.1%}"),
+    ("peak_memory_bytes", "Peak device memory, GiB", "gib"),
+    ("lr_peak", "Peak learning rate", "{:.3g}"),
+    ("device", "Device", "{}"),
+    ("world_size", "Devices", "{}"),
+    ("seed", "Seed", "{}"),
+    ("git_commit", "Commit", "{}"),
+)
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
+img {{ width: 100%; }}
+table {{ border-collapse: collapse; }}
+th {{ text-align: left; font-weight: normal; color: #555; padding: .2rem 2rem .2rem 0; }}
+td {{ font-variant-numeric: tabular-nums; }}
+tr {{ border-bottom: 1px solid #e4e4e4; }}
+pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .85rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{sections}
+</body>
+</html>
+"""
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write ``curves.png`` and ``report.html`` into a run folder and return the latter; what is missing is left out.
+
+    Raises:
+        ValueError: The folder has no ``metrics.jsonl``.
+    """
+    folder = Path(run_folder)
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"run_folder must be the folder of a run, with a metrics.jsonl, got {folder}. "
+            "Give the folder that holds config.yaml."
+        )
+    picture = _draw(read_metrics(path))
+    (folder / "curves.png").write_bytes(picture)
+    report = folder / "report.html"
+    report.write_text(_page(folder, picture), encoding="utf-8")
+    return report
+
+
+def _draw(lines: list[dict[str, Any]]) -> bytes:
+    """The four pictures of a run as one PNG, 1200 x 800 pixels."""
+    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
+    loss, top1, lr, speed = figure.subplots(2, 2, sharex=True).flat
+    # Less than an epoch is better told in steps.
+    x = "epoch" if lines and lines[-1]["epoch"] >= 1 else "step"
+    _draw_loss(loss, lines, x)
+    _draw_top1(top1, lines, x)
+    _draw_series(lr, lines, x, "lr", color=BLUE)
+    lr.set(title="Learning rate (largest group)", ylabel="learning rate")
+    lr.set_ylim(bottom=0)
+    lr.ticklabel_format(axis="y", scilimits=(-2, 2))
+    _draw_speed(speed, lines, x)
+    for axes in (loss, top1, lr, speed):
+        axes.grid(color="#e4e4e4")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (lr, speed):
+        axes.set_xlabel(x)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=x == "step"))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_loss(axes: Axes, lines: list[dict[str, Any]], x: str) -> None:
+    axes.set(title="Loss", ylabel="loss per image")
+    xs, ys = _series(lines, x, "loss/train/total")
+    if xs:
+        smooth = _smooth(ys)
+        label = "training" if smooth == ys else "training (smoothed)"
+        axes.plot(xs, ys, color=BLUE, alpha=0.25, linewidth=1)
+        axes.plot(xs, smooth, color=BLUE, linewidth=1.8, label=label, marker="o" if len(xs) == 1 else "")
+    _draw_series(axes, lines, x, "metrics/eval/loss", color=ORANGE, label="evaluation", marker="o")
+    _end(axes)
+
+
+def _draw_top1(axes: Axes, lines: list[dict[str, Any]], x: str) -> None:
+    axes.set(title="Evaluation top-1", ylabel="top-1 (%)")
+    _draw_series(axes, lines, x, "metrics/eval/top1", color=ORANGE, label="weights", marker="o", scale=100)
+    _draw_series(axes, lines, x, "metrics/ema/top1", color=GREEN, label="averaged weights (EMA)", marker="s", scale=100)
+    _end(axes)
+
+
+def _draw_speed(axes: Axes, lines: list[dict[str, Any]], x: str) -> None:
+    axes.set(title="Training speed and waiting for data")
+    _draw_series(axes, lines, x, "throughput/images_per_sec", color=BLUE)
+    if not axes.lines:
+        return _end(axes)
+    axes.set_ylim(bottom=0, top=1.05 * axes.dataLim.y1)
+    axes.set_ylabel("images/s", color=BLUE)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    wait = axes.twinx()
+    _draw_series(wait, lines, x, "throughput/data_wait_fraction", color=ORANGE, scale=100)
+    wait.set_ylim(0, 100)
+    wait.set_ylabel("training time spent waiting for data (%)", color=ORANGE)
+    wait.spines[["top"]].set_visible(False)
+
+
+def _draw_series(
+    axes: Axes,
+    lines: list[dict[str, Any]],
+    x: str,
+    key: str,
+    *,
+    color: str,
+    label: str | None = None,
+    marker: str = "",
+    scale: float = 1,
+) -> None:
+    xs, ys = _series(lines, x, key)
+    if xs:
+        # Markers help while points are few and hide the line when they are many.
+        shape = "o" if len(xs) == 1 else marker if len(xs) <= 30 else ""
+        width = 1.8 if len(xs) <= 1000 else 1.2
+        axes.plot(xs, [y * scale for y in ys], color=color, label=label, marker=shape, markersize=4, linewidth=width)
+
+
+def _end(axes: Axes) -> None:
+    """Legend, or a word instead of an empty picture."""
+    if axes.lines:
+        axes.legend(frameon=False)
+    else:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def _series(lines: list[dict[str, Any]], x: str, key: str) -> tuple[list[float], list[float]]:
+    points = [(line[x], line[key]) for line in lines if line.get(key) is not None]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a window around each point; centred, because a running mean would lag behind a falling loss."""
+    half = len(values) // (2 * SMOOTHED_POINTS)
+    if half == 0:
+        return list(values)
+    sums = list(itertools.accumulate(values, initial=0.0))
+    windows = ((max(i - half, 0), min(i + half + 1, len(values))) for i in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
+
+
+def _page(folder: Path, picture: bytes) -> str:
+    summary = _read_json(folder / "summary.json")
+    environment = _read_json(folder / "environment.json")
+    image = base64.b64encode(picture).decode()
+    sections = [
+        f'<p><img alt="Loss, top-1, learning rate and speed over the run" src="data:image/png;base64,{image}"></p>'
+    ]
+    if summary is None:
+        sections.append("<h2>Summary</h2><p>The run has not ended yet, or was cut off.</p>")
+    else:
+        rows = [(label, _format(summary.get(key), form)) for key, label, form in ROWS]
+        cells = "\n".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+        sections.append(f"<h2>Summary</h2>\n<table>\n{cells}\n</table>")
+    config = folder / "config.yaml"
+    texts = {
+        "Configuration": config.read_text() if config.is_file() else None,
+        "Environment": None if environment is None else json.dumps(environment, indent=2),
+    }
+    sections += [f"<h2>{name}</h2>\n<pre>{html.escape(text)}</pre>" for name, text in texts.items() if text]
+    return PAGE.format(title=html.escape(folder.resolve().name), sections="\n".join(sections))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _format(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if form == "duration":
+        minutes, seconds = divmod(round(value), 60)
+        return f"{minutes // 60} h {minutes % 60:02} min {seconds:02} s"
+    if form == "gib":
+        return f"{value / 2**30:.2f}"
+    return form.format(value)
