@@ -23,7 +23,9 @@ def test_every_yaml_loads_and_its_saved_form_is_equal(path: Path, tmp_path: Path
 
 
 def test_overrides_change_nested_values_with_their_types() -> None:
-    cfg = config.load(DEIT, ["max_duration=100ep", "optimizer.lr=1e-3", "model.drop_path_rate=0", "data.remote=s3://b/x"])
+    cfg = config.load(
+        DEIT, ["max_duration=100ep", "optimizer.lr=1e-3", "model.drop_path_rate=0", "data.remote=s3://b/x"]
+    )
     assert cfg.max_duration == "100ep"
     assert cfg.optimizer.lr == 1e-3
     assert cfg.model.drop_path_rate == 0.0

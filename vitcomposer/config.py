@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitcomposer.schema import CONFIGS, ConfigError
@@ -51,7 +51,9 @@ def _read(path: Path) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not readable yaml: {error}. Mend the line it names.") from error
     if not isinstance(page, DictConfig):
-        raise ConfigError(f"{path} must hold keys and values, got a {type(page).__name__}. Start with recipe: supervised.")
+        raise ConfigError(
+            f"{path} must hold keys and values, got a {type(page).__name__}. Start with recipe: supervised."
+        )
     return page
 
 
@@ -64,7 +66,7 @@ def _parse_overrides(overrides: Iterable[str]) -> DictConfig:
     return OmegaConf.from_dotlist(overrides)
 
 
-def _schema_of(page: DictConfig | ListConfig, path: str | Path) -> type:
+def _schema_of(page: Any, path: str | Path) -> type:
     name = page.get("recipe") if isinstance(page, DictConfig) else None
     if name not in CONFIGS:
         near = difflib.get_close_matches(str(name), CONFIGS, n=1)

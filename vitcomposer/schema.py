@@ -28,7 +28,7 @@ def _fraction(key: str, value: float, remedy: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which network. ``name`` fixes the published structure; an optional field that is null keeps the published value."""
+    """Which network. ``name`` fixes the published structure; a field that is null keeps the published value."""
 
     name: str
     num_classes: int
@@ -93,7 +93,9 @@ class Data:
             self.local,
             "Set data.local=/fast/disk/cache.",
         )
-        require(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers, "0 loads in the main process.")
+        require(
+            self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers, "0 loads in the main process."
+        )
         require(self.prefetch_factor >= 1, "data.prefetch_factor", "1 or more", self.prefetch_factor, "2 is usual.")
         require(self.timeout > 0, "data.timeout", "a number of seconds above 0", self.timeout, "600 is usual.")
         require(self.synthetic_samples >= 1, "data.synthetic_samples", "1 or more", self.synthetic_samples, "Use 1024.")
@@ -179,7 +181,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """``lr`` is the peak at ``lr_batch_size`` images; at another ``global_train_batch_size`` it follows ``lr_scaling``."""
+    """``lr`` is the peak at ``lr_batch_size`` images a step; at another batch it follows ``lr_scaling``."""
 
     name: str  # adamw, sgd, lamb, or any of timm's
     lr: float

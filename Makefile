@@ -1,0 +1,41 @@
+# make            what there is
+# make deit_s NGPU=8 ARGS="max_duration=100ep data.remote=s3://bucket/imagenet data.local=/cache"
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+NGPU ?= 1
+ARGS ?=
+RECIPES := $(filter-out demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
+
+.PHONY: list setup demo test lint $(RECIPES)
+
+list:
+	@echo "make setup | demo | test | lint    (each does the set-up it needs)"
+	@echo "make RECIPE [NGPU=8] [ARGS=\"key=value ...\"]"
+	@for name in demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vitcomposer needs Python 3.11: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Digits are 8 x 8 pixels: the whole path from images to a trained, evaluated ViT in minutes on a laptop's CPU.
+demo: setup
+	$(BIN)/vitcomposer convert digits datasets/digits
+	$(BIN)/composer -n $(NGPU) train.py yamls/demo.yaml $(ARGS)
+
+# One torch thread a worker: two pytest workers share two cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+$(RECIPES): setup
+	$(BIN)/composer -n $(NGPU) train.py yamls/$@.yaml $(ARGS)

@@ -1,0 +1,82 @@
+"""What several test files share: real photographs as an ImageFolder and as MDS, and runs of train.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTOS = ("astronaut", "chelsea", "china", "coffee", "flower", "hubble_deep_field", "immunohistochemistry", "rocket")
+TRAIN_PER_CLASS, VAL_PER_CLASS = 24, 6
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+def read_photo(name: str) -> Image.Image:
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    array = load_sample_image(f"{name}.jpg") if name in ("china", "flower") else getattr(data, name)()
+    return Image.fromarray(np.asarray(array))
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of JPEG crops of real photographs: a class is a photograph, val crops come from its right end."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in PHOTOS:
+        photo = read_photo(name)
+        for split, count, left, right in (("train", TRAIN_PER_CLASS, 0.0, 0.6), ("val", VAL_PER_CLASS, 0.6, 1.0)):
+            (folder / split / name).mkdir(parents=True)
+            low, high = int(left * photo.width), int(right * photo.width)
+            for i in range(count):
+                width, height = (int(n) for n in rng.integers(80, 140, size=2))
+                x = int(rng.integers(low, max(high - width, low + 1)))
+                y = int(rng.integers(0, max(photo.height - height, 1)))
+                crop = photo.crop((x, y, x + width, y + height))
+                crop.save(folder / split / name / f"{i:03}.jpg", quality=int(rng.integers(80, 96)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_mds(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs, converted by the command that users call."""
+    out = tmp_path_factory.mktemp("mds") / "photos"
+    command = [sys.executable, "-m", "vitcomposer", "convert", "folder", str(photo_folder), str(out), "--workers", "2"]
+    subprocess.run([*command, "--shard-size", "100kb"], check=True, cwd=ROOT, timeout=120)
+    return out
+
+
+def tiny_photo_overrides(mds: Path, runs: Path, name: str) -> list[str]:
+    """deit_ti on the photographs at a size that two CPU cores train in seconds; every code path stays."""
+    return [
+        f"data.local={mds}",
+        f"run.folder={runs}",
+        f"run.name={name}",
+        "data.num_workers=0",
+        "precision=fp32",
+        f"model.num_classes={len(PHOTOS)}",
+        "model.image_size=32",
+        "model.patch_size=8",
+        "model.depth=2",
+        "global_train_batch_size=16",
+        "max_duration=2ep",
+        "schedule.t_warmup=1ba",
+        "run.log_interval=1ba",
+    ]
+
+
+def run_train(argv: list[str]) -> int:
+    """train.py in this process: Composer's import is paid once."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import train
+    finally:
+        sys.path.remove(str(ROOT))
+    return train.main(argv)

@@ -1,0 +1,253 @@
+"""From checked parts to a composer.Trainer: the one place that calls it, and the run folder it resumes from."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Algorithm, Evaluator, Trainer
+from composer.core import DataSpec
+from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.models import ComposerModel
+from composer.utils import MissingConditionalImportError, dist, reproducibility
+from torch import nn
+from torch.optim import Optimizer
+
+from vitcomposer import config, optim
+from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
+from vitcomposer.flops import forward_flops
+from vitcomposer.models import build_model
+from vitcomposer.schema import ConfigError, Model, require
+
+# What a resumed run may change: how long, where the data lies, how it is read and what is printed.
+FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation")
+LATEST = "latest-rank{rank}.pt"
+STOPPED_BY_SIGNAL = 143
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What the machine adds to a configuration."""
+
+    device: str  # "gpu" or "cpu"
+    world_size: int
+    device_train_batch_size: int  # images per rank and step
+    device_eval_batch_size: int
+
+
+def run_folder(cfg: Any) -> Path:
+    """The folder that tells the whole story of one run."""
+    return Path(cfg.run.folder) / cfg.run.name
+
+
+def build_network(model: Model) -> nn.Module:
+    """The network of the ``model`` block; what the yaml leaves out keeps the published value of the name.
+
+    Raises:
+        ConfigError: A name, an option or a size that no network has.
+    """
+    options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    try:
+        return build_model(options.pop("name"), **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def already_finished(cfg: Any) -> bool:
+    """Whether the run folder holds this run, complete.
+
+    Raises:
+        ConfigError: The folder holds another run, which this one would overwrite.
+    """
+    _initialize_dist()
+    # Rank 0 looks and tells: other nodes need not see its disk, and all ranks must take the same way.
+    answer: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer[0] = _look_at_run_folder(cfg)
+        except ConfigError as error:
+            answer[0] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], str):
+        raise ConfigError(answer[0])
+    return bool(answer[0])
+
+
+def _look_at_run_folder(cfg: Any) -> bool:
+    folder = run_folder(cfg)
+    if not (folder / "config.yaml").is_file() or not (folder / "checkpoints" / LATEST.format(rank=0)).exists():
+        return False
+    old = config.load(folder / "config.yaml")
+    changed = _changed_keys(dataclasses.asdict(old), dataclasses.asdict(cfg))
+    if changed:
+        key, before, after = changed[0]
+        more = "" if len(changed) == 1 else f" (and {len(changed) - 1} more: {', '.join(c[0] for c in changed[1:])})"
+        raise ConfigError(
+            f"{key} must be {before!r} to go on with the run in {folder}, got {after!r}{more}. "
+            f"Set run.name to start another run, or delete the folder."
+        )
+    summary = folder / "summary.json"
+    finished = summary.is_file() and json.loads(summary.read_text()).get("finished", False)
+    return finished and old.max_duration == cfg.max_duration
+
+
+def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after or (not prefix and key in FREE_ON_RESUME):
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += _changed_keys(before, after, f"{prefix}{key}.")
+        else:
+            changed.append((f"{prefix}{key}", before, after))
+    return changed
+
+
+def prepare(cfg: Any) -> Placement:
+    """Start the process group, seed every generator and share the batch out over the ranks.
+
+    Raises:
+        ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
+    """
+    _initialize_dist()
+    device = _device()
+    remedy = "Add precision=fp32, or run on a GPU."
+    require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
+    reproducibility.seed_all(cfg.seed)
+    train = cfg.global_train_batch_size
+    evaluate = cfg.evaluation.global_batch_size or train
+    return Placement(
+        device=device,
+        world_size=dist.get_world_size(),
+        device_train_batch_size=_share(train, "global_train_batch_size"),
+        device_eval_batch_size=_share(evaluate, "evaluation.global_batch_size"),
+    )
+
+
+def _device() -> str:
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _initialize_dist() -> None:
+    if not dist.is_initialized():
+        dist.initialize_dist(_device(), timeout=600)
+
+
+def _share(batch_size: int, key: str) -> int:
+    ranks = dist.get_world_size()
+    below, above = max(batch_size // ranks, 1) * ranks, -(-batch_size // ranks) * ranks
+    choice = f"Use {below} or {above}." if below != above else f"Use {below}."
+    require(batch_size % ranks == 0, key, f"divisible by the {ranks} ranks", batch_size, choice)
+    return batch_size // ranks
+
+
+def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval: str) -> list[Evaluator]:
+    """``eval`` measures the raw weights; ``ema``, where there is an average, measures that on the same images."""
+    names = list(task.get_metrics(is_train=False))
+    labels = ["eval", "ema"] if ema else ["eval"]
+    return [Evaluator(label=lb, dataloader=val, metric_names=names, eval_interval=interval) for lb in labels]
+
+
+def build_trainer(
+    cfg: Any,
+    placement: Placement,
+    *,
+    task: ComposerModel,
+    train: DataSpec,
+    evaluators: Sequence[Evaluator],
+    optimizer: Optimizer,
+    algorithms: Sequence[Algorithm],
+) -> Trainer:
+    """The Trainer of every recipe: it resumes from the run folder by itself and leaves its story there."""
+    folder = run_folder(cfg)
+    peak_lr = cfg.optimizer.peak_lr(cfg.global_train_batch_size)
+    flops = forward_flops(task.get_submodule("model"), cfg.model.image_size)
+    throughput = Throughput(train_flops_per_image=3 * flops, precision=cfg.precision)
+    facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
+    callbacks = [throughput, Preemption(), StepSeed(cfg.seed)]
+    if cfg.run.progress_bar:
+        callbacks.append(Progress(throughput))
+    record = RunRecord(folder, config.to_yaml(cfg), facts, throughput=throughput, log_interval=cfg.run.log_interval)
+    schedule = cfg.schedule
+    if dist.get_global_rank() == 0:
+        print(
+            f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
+            f"{placement.world_size} x {placement.device}, {cfg.precision}, peak lr {peak_lr:.3g}"
+        )
+    return Trainer(
+        model=task,
+        train_dataloader=train,
+        eval_dataloader=list(evaluators),
+        optimizers=optimizer,
+        schedulers=optim.CosineWithWarmup(
+            schedule.t_warmup,
+            alpha_i=schedule.alpha_i,
+            alpha_f=schedule.alpha_f,
+            cosine_from=schedule.cosine_from,
+            global_train_batch_size=cfg.global_train_batch_size,
+        ),
+        algorithms=list(algorithms),
+        callbacks=callbacks,
+        loggers=[record, *_loggers(cfg, folder)],
+        max_duration=cfg.max_duration,
+        precision=cfg.precision,
+        device=placement.device,
+        device_train_microbatch_size=cfg.run.device_train_microbatch_size or placement.device_train_batch_size,
+        compile_config={"dynamic": False} if cfg.run.compile else None,
+        seed=cfg.seed,
+        deterministic_mode=cfg.run.deterministic,
+        run_name=cfg.run.name,
+        progress_bar=False,
+        save_folder=str(folder / "checkpoints"),
+        save_latest_filename=LATEST,
+        save_interval=cfg.run.save_interval,
+        save_num_checkpoints_to_keep=cfg.run.keep_checkpoints,
+        # A kill between a checkpoint and its `latest` link leaves a file that the resumed run writes again.
+        save_overwrite=True,
+        autoresume=True,
+    )
+
+
+def _loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
+    make = {
+        "tensorboard": lambda: TensorboardLogger(log_dir=str(folder / "tensorboard")),
+        "wandb": lambda: WandBLogger(name=cfg.run.name),
+        "mlflow": lambda: MLFlowLogger(run_name=cfg.run.name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")),
+    }
+    loggers = []
+    for name in cfg.run.loggers:
+        try:
+            loggers.append(make[name]())
+        except (MissingConditionalImportError, ImportError) as error:
+            raise ConfigError(
+                f"run.loggers must name installed loggers, got {name!r}. pip install 'vitcomposer[{name}]'"
+            ) from error
+    return loggers
+
+
+def fit(trainer: Trainer, cfg: Any) -> int:
+    """Train to the end. Returns 0, or 143 when a signal stopped the run after a checkpoint."""
+    stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
+    try:
+        trainer.fit()
+        _end_workers(trainer)
+        trainer.close()
+    except BaseException:
+        # Trainer.close() waits for all ranks, and the others may not come here.
+        _end_workers(trainer)
+        trainer.engine.close()
+        raise
+    return STOPPED_BY_SIGNAL if stopped.stopped else 0
+
+
+def _end_workers(trainer: Trainer) -> None:
+    """End persistent loader workers now: Python's own clean-up sends them the one SIGTERM that they outlive."""
+    state = trainer.state
+    for loader in (state.train_dataloader, *(evaluator.dataloader.dataloader for evaluator in state.evaluators)):
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
