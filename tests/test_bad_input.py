@@ -23,7 +23,7 @@ CASES = {
     ),
     "odd batch with mixing": (["global_train_batch_size=15"], ["global_train_batch_size", "even", "15"]),
     "unknown model": (["model.name=deit_smal_patch16"], ["deit_smal_patch16", "Did you mean", "deit_small_patch16"]),
-    "option of another model": (["model.locality_strength=1.0"], ["model.locality_strength", "ConViT"]),
+    "option of another model": (["model.locality_strength=1.0"], ["model.locality_strength", "convit"]),
     "size off the patch grid": (["model.image_size=30"], ["model.image_size", "30", "24", "32"]),
     "width that heads cannot share": (["model.embed_dim=100"], ["model.embed_dim", "100", "3"]),
     "unknown optimizer": (["optimizer.name=adamww"], ["optimizer.name", "adamww", "Did you mean", "adamw"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, VAL_PER_CLASS, tiny_photo_overrides
+from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, VAL_PER_CLASS, run_train, tiny_photo_overrides
 from tests.test_train import losses
 
 DEIT = str(ROOT / "yamls/deit_ti.yaml")
@@ -30,8 +30,7 @@ def test_two_ranks_see_disjoint_samples_that_cover_the_set(photo_mds: Path, tmp_
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("launcher", ["composer", "torchrun"])
-def test_two_ranks_learn_the_photographs(launcher: str, photo_mds: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_the_photographs(photo_mds: Path, tmp_path: Path) -> None:
     """deit_ti's own recipe, at a size for CPU: the loss falls and the held-out crops are recognised."""
     overrides = [
         *tiny_photo_overrides(photo_mds, tmp_path, "photos"),
@@ -44,14 +43,21 @@ def test_two_ranks_learn_the_photographs(launcher: str, photo_mds: Path, tmp_pat
         "run.eval_interval=30ep",
         "run.save_interval=30ep",
     ]
-    command = {
-        "composer": [str(BIN / "composer"), "-n", "2"],
-        "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"],
-    }[launcher]
-    launch(command, ["train.py", DEIT, *overrides])
+    launch([str(BIN / "composer"), "-n", "2"], ["train.py", DEIT, *overrides])
     run = tmp_path / "photos"
     curve = losses(run)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["images_seen"] == 30 * len(PHOTOS) * TRAIN_PER_CLASS
-    assert sum(curve[-12:]) / 12 < 0.8 * sum(curve[:12]) / 12
+    # Smoothed and mixed labels keep the loss well above 0 even for a perfect model.
+    assert sum(curve[-12:]) < 0.9 * sum(curve[:12])
     assert summary["top1"] > 5 / len(PHOTOS), "held-out top-1 should be five times chance"
+
+
+def test_torchrun_starts_it_and_two_ranks_end_with_the_losses_of_one(photo_mds: Path, tmp_path: Path) -> None:
+    """Without mixing, which pairs the images of a device, and drop path, the ranks only change the rounding."""
+    overrides = ["mixing.prob=0", "model.drop_path_rate=0", "augment.repeated_augmentation=1"]
+    two = [*tiny_photo_overrides(photo_mds, tmp_path, "two"), *overrides]
+    launch([str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"], ["train.py", DEIT, *two])
+    assert run_train([DEIT, *tiny_photo_overrides(photo_mds, tmp_path, "one"), *overrides]) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["world_size"] == 2

@@ -19,8 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from vitcomposer.optim import did_you_mean
-from vitcomposer.schema import ConfigError, require
+from vitcomposer.schema import ConfigError, did_you_mean, require
 
 EMA_LABEL = "ema"  # the Evaluator that measures the averaged weights
 

@@ -1,6 +1,5 @@
 """From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf."""
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vitcomposer.schema import CONFIGS, ConfigError
+from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
@@ -44,8 +43,7 @@ def to_yaml(cfg: Any) -> str:
 def _read(path: Path) -> DictConfig:
     if not path.is_file():
         near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = difflib.get_close_matches(path.as_posix(), near, n=1)
-        raise ConfigError(f"There is no yaml at {path}." + (f" Did you mean: {hint[0]}?" if hint else ""))
+        raise ConfigError(f"There is no yaml at {path}.{did_you_mean(path.as_posix(), near)}")
     try:
         page = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -69,8 +67,7 @@ def _parse_overrides(overrides: Iterable[str]) -> DictConfig:
 def _schema_of(page: Any, path: str | Path) -> type:
     name = page.get("recipe") if isinstance(page, DictConfig) else None
     if name not in CONFIGS:
-        near = difflib.get_close_matches(str(name), CONFIGS, n=1)
-        hint = f" Did you mean: {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(name), CONFIGS)
         raise ConfigError(f"recipe must be one of {sorted(CONFIGS)}, got {name!r} in {path}.{hint}")
     return CONFIGS[name]
 

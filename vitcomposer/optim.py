@@ -1,10 +1,9 @@
 """Parameter groups, optimizers by name (torch's, then timm's) and the learning-rate schedule."""
 
-import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vitcomposer import schema
-from vitcomposer.schema import ConfigError, require
+from vitcomposer.schema import ConfigError, did_you_mean, require
 
 if TYPE_CHECKING:  # importing Composer costs seconds, and building an optimizer does not need it
     from composer.core import State
@@ -124,12 +123,6 @@ def _check_options(cls: type[Optimizer], name: str, options: dict[str, Any]) -> 
                 f"optimizer.options.{key} is not an option of {name}.{did_you_mean(key, allowed)} "
                 f"Its options: {allowed}; lr and weight_decay stand beside them in optimizer."
             )
-
-
-def did_you_mean(given: str, known: Collection[str]) -> str:
-    """`` Did you mean 'x'?`` with the nearest known name, or nothing."""
-    near = difflib.get_close_matches(given, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 CosineFrom = Literal["start", "warmup"]

@@ -5,6 +5,9 @@ A field that decides accuracy has no default, so a yaml is the method section of
 blocks is checked in the recipe's class at the end of this file.
 """
 
+import difflib
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +23,12 @@ def require(condition: bool, key: str, rule: str, given: Any, remedy: str) -> No
     """Raise ConfigError in the one form that every configuration error of vitcomposer has."""
     if not condition:
         raise ConfigError(f"{key} must be {rule}, got {given!r}. {remedy}")
+
+
+def did_you_mean(given: str, known: Collection[str]) -> str:
+    """`` Did you mean 'x'?`` with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _fraction(key: str, value: float, remedy: str) -> None:
@@ -93,6 +102,9 @@ class Data:
             self.local,
             "Set data.local=/fast/disk/cache.",
         )
+        limit = self.cache_limit
+        known = limit is None or re.fullmatch(r"[0-9.]+ *[kmgt]?b?", limit.lower()) is not None
+        require(known, "data.cache_limit", "a number of bytes", limit, "Write it like 200gb.")
         require(
             self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers, "0 loads in the main process."
         )

@@ -68,9 +68,12 @@ def read_shards(out: Path, split: str) -> list[tuple[bytes, int]]:
 def stream(local: Path, split: str, remote: str | None = None) -> list[tuple[bytes, int]]:
     from streaming import StreamingDataset
 
-    data = StreamingDataset(
-        local=str(local), remote=remote, split=split, shuffle=False, batch_size=1, validate_hash="xxh64"
-    )
+    from vitcomposer.data.stream import one_start_at_a_time
+
+    with one_start_at_a_time():
+        data = StreamingDataset(
+            local=str(local), remote=remote, split=split, shuffle=False, batch_size=1, validate_hash="xxh64"
+        )
     samples = [data[i] for i in range(len(data))]
     return [(sample["image"], int(sample["label"])) for sample in samples]
 
@@ -356,7 +359,7 @@ def test_list_errors_name_file_and_line(folder: Path, text: str, message: str) -
 
 def test_list_with_an_unknown_name_suggests_the_right_one(folder: Path) -> None:
     (folder / "list.csv").write_text("train/cat/000.JPEG,catt\n")
-    with pytest.raises(ValueError, match="Did you mean: 'cat'"):
+    with pytest.raises(ValueError, match="Did you mean 'cat'"):
         ListSource(folder / "list.csv", split="train", class_names=["cat", "dog"])
 
 
@@ -446,7 +449,7 @@ def test_torchvision_files_are_kept_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cifar10", "Did you mean: CIFAR10"),
+        ("cifar10", "Did you mean 'CIFAR10'"),
         ("FashionMNIST", "Dataset not found.*--download"),
         ("EuroSAT", "no training and test split"),
         ("VOCDetection", "no train split|cannot be opened|no training and test split"),

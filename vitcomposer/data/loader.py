@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from vitcomposer.data.augment import EvalTransform, TrainTransform
 from vitcomposer.data.collate import EvalCollate, TrainCollate
 from vitcomposer.data.mixing import split_batch
-from vitcomposer.data.shards import CLASS_NAMES, read_class_names
+from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.schema import ConfigError, Data, Supervised, require
@@ -36,10 +36,13 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
         device_batch_size: Images per batch and rank.
 
     Raises:
-        ConfigError: The data cannot be found, or does not fit the model or the batch.
-        ShardError: A shard is missing or damaged; also later, in the loader.
+        ConfigError: Data that cannot be found or do not fit the model or batch; a shard on disk missing or cut.
+        ShardError: Later, in the loader: a shard that cannot be had or whose hash is wrong.
     """
-    dataset = _build_dataset(cfg, split, seed, device_batch_size)
+    try:
+        dataset = _build_dataset(cfg, split, seed, device_batch_size)
+    except ShardError as error:  # found before anything is read
+        raise ConfigError(str(error)) from error
     train = split == "train"
     if train:
         _check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())

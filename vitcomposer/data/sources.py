@@ -5,7 +5,6 @@ on as they are; images that only exist as arrays become PNG, which loses nothing
 """
 
 import csv
-import difflib
 import hashlib
 import importlib
 import json
@@ -16,6 +15,8 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from vitcomposer.schema import did_you_mean
 
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm avif jp2 tga"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
@@ -272,8 +273,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _near(label: str, index: dict[str, int]) -> str:
-    near = difflib.get_close_matches(label, index, n=1)
-    return f", got {label!r}.{f' Did you mean: {near[0]!r}?' if near else ''} Mend the line or use --classes."
+    return f", got {label!r}.{did_you_mean(label, index)} Mend the line or use --classes."
 
 
 def _read_rows(file: Path) -> list[tuple[int, str, str]]:

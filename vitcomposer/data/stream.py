@@ -2,20 +2,25 @@
 
 import multiprocessing
 import os
+import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from ctypes import c_bool, c_char
 from dataclasses import dataclass
+from pathlib import Path
 from time import sleep, time_ns
 from typing import Any, NoReturn, cast
 
 import numpy as np
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.constant import CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.distributed import get_local_rank
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.spanner import Spanner
 from streaming.base.world import World
@@ -81,6 +86,26 @@ class _VirtualSpanner(Spanner):
         return shard, sample_id - self._begins[shard]
 
 
+@contextmanager
+def one_start_at_a_time() -> Iterator[None]:
+    """Let the runs of a machine set up their StreamingDatasets one after the other.
+
+    Streaming looks for a free name in shared memory and takes it in a second step, so two runs that start together can
+    choose the same. Its ranks look on their own: they wait until their leader holds the lock. After a minute it goes
+    on without, since two runs that share several nodes could wait for each other.
+    """
+    lock = FileLock(Path(tempfile.gettempdir(), f"vitcomposer-{os.getuid()}.lock"), timeout=60)
+    if get_local_rank() == 0:
+        with suppress(Timeout):
+            lock.acquire()
+    try:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        yield
+    finally:
+        lock.release()
+
+
 class ImageStream(StreamingDataset):
     """One split of an MDS data set. Yields ``image`` (encoded file), ``label``, ``sample_id``, ``copy``, ``epoch``.
 
@@ -116,17 +141,18 @@ class ImageStream(StreamingDataset):
             validate_hash=options.validate_hash,
             trust_cache=options.cache_limit is not None,
         )
-        super().__init__(
-            streams=[self.stream],
-            # Eviction deletes files, which is only right in a cache.
-            cache_limit=None if self.stream.is_origin else options.cache_limit,
-            predownload=max(options.predownload or 8 * batch_size, batch_size),
-            num_canonical_nodes=options.num_canonical_nodes or World.detect().num_nodes,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            shuffle_block_size=options.shuffle_block_size,
-        )
+        with one_start_at_a_time():
+            super().__init__(
+                streams=[self.stream],
+                # Eviction deletes files, which is only right in a cache.
+                cache_limit=None if self.stream.is_origin else options.cache_limit,
+                predownload=max(options.predownload or 8 * batch_size, batch_size),
+                num_canonical_nodes=options.num_canonical_nodes or World.detect().num_nodes,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                shuffle_seed=seed,
+                shuffle_block_size=options.shuffle_block_size,
+            )
         self._check_nodes()
         self.repeats = repeats
         self.spanner = _VirtualSpanner(self.samples_per_shard)

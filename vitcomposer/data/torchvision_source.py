@@ -3,7 +3,6 @@
 Where torchvision keeps image files, their bytes are taken as they are; where it has arrays, the images become PNG.
 """
 
-import difflib
 import inspect
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from torchvision import datasets
 
 from vitcomposer.data.sources import PNG_OVERHEAD, Item, Source, encode_png
+from vitcomposer.schema import did_you_mean
 
 _SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid", "test")}
 
@@ -100,9 +100,8 @@ class TorchvisionSource(Source):
 def _find_class(name: str) -> Any:
     known = [n for n in datasets.__all__ if inspect.isclass(getattr(datasets, n))]
     if name not in known:
-        by_lower = {n.lower(): n for n in known}
-        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-        hint = f" Did you mean: {by_lower[near[0]]}?" if near else f" Known: {', '.join(known)}."
+        exact = [n for n in known if n.lower() == name.lower()]  # cifar10: letter by letter it is far from CIFAR10
+        hint = did_you_mean(exact[0] if exact else name, known) or f" Known: {', '.join(known)}."
         raise ValueError(f"torchvision has no data set {name!r}.{hint}")
     return getattr(datasets, name)
 

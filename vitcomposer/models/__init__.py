@@ -1,11 +1,11 @@
 """Vision transformers by name: ``build_model``, ``model_names`` and ``load_weights``."""
 
-import difflib
 from dataclasses import fields, replace
 from typing import Any
 
 from vitcomposer.models import convit, vit
 from vitcomposer.models.checkpoints import LoadReport, load_weights
+from vitcomposer.schema import did_you_mean
 
 __all__ = ["LoadReport", "build_model", "load_weights", "model_names"]
 
@@ -50,7 +50,8 @@ def build_model(name: str, *, num_classes: int, image_size: int, **options: Any)
         changes = _known_options(name, options, _CONVIT_OPTIONS, other_family=other, other_options=_VIT_OPTIONS)
         config = replace(convit.VARIANTS[name], **changes)
         return convit.ConViT(config, num_classes=num_classes, image_size=image_size)
-    raise ValueError(f"model.name must be a known model, got {name!r}{_did_you_mean(name, model_names())}")
+    known = f" Known: {', '.join(model_names())}."
+    raise ValueError(f"model.name must be a known model, got {name!r}.{did_you_mean(name, model_names()) or known}")
 
 
 def _known_options(
@@ -60,19 +61,14 @@ def _known_options(
     given = {}
     for option, value in options.items():
         if option not in own | other_options:
-            suggestion = _did_you_mean(option, sorted(own), prefix="model.")
-            raise ValueError(f"model.{option} is not an option of {name}{suggestion}")
+            hint = did_you_mean(option, sorted(own)) or f" Its options: {', '.join(sorted(own))}."
+            raise ValueError(f"model.{option} is not an option of {name}.{hint}")
         if value is None:
             continue
         if option not in own:
             raise ValueError(
-                f"model.{option} is an option of the {other_family} models, {name} has none; remove it, or choose "
-                f"another model.name"
+                f"model.{option} is an option of the {other_family} models, {name} has none. Remove it, or choose "
+                f"another model.name."
             )
         given[option] = value
     return given
-
-
-def _did_you_mean(word: str, choices: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; choose from {', '.join(choices)}"
