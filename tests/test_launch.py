@@ -31,25 +31,28 @@ def test_two_ranks_see_disjoint_samples_that_cover_the_set(photo_mds: Path, tmp_
 
 @pytest.mark.timeout(400)
 def test_two_ranks_learn_the_photographs(photo_mds: Path, tmp_path: Path) -> None:
-    """deit_ti's own recipe, at a size for CPU: the loss falls and the held-out crops are recognised."""
+    """deit_ti at a size for CPU, with less augmentation: 20 epochs are 240 steps, not 375,000."""
+    epochs = 20
     overrides = [
         *tiny_photo_overrides(photo_mds, tmp_path, "photos"),
-        "max_duration=30ep",
+        f"max_duration={epochs}ep",
         "schedule.t_warmup=2ep",
-        "optimizer.lr=2e-2",
+        "optimizer.lr=3e-2",
         "augment.repeated_augmentation=1",
+        "augment.rand_augment=null",
+        "augment.random_erasing=0",
         "model.depth=4",
-        "mixing.prob=0.5",
-        "run.eval_interval=30ep",
-        "run.save_interval=30ep",
+        "mixing.prob=0",
+        f"run.eval_interval={epochs}ep",
+        f"run.save_interval={epochs}ep",
     ]
     launch([str(BIN / "composer"), "-n", "2"], ["train.py", DEIT, *overrides])
     run = tmp_path / "photos"
     curve = losses(run)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["world_size"] == 2 and summary["images_seen"] == 30 * len(PHOTOS) * TRAIN_PER_CLASS
-    # Smoothed and mixed labels keep the loss well above 0 even for a perfect model.
-    assert sum(curve[-12:]) < 0.9 * sum(curve[:12])
+    assert summary["world_size"] == 2 and summary["images_seen"] == epochs * len(PHOTOS) * TRAIN_PER_CLASS
+    # Smoothed labels keep the loss well above 0 even for a perfect model.
+    assert sum(curve[-12:]) < 0.7 * sum(curve[:12])
     assert summary["top1"] > 5 / len(PHOTOS), "held-out top-1 should be five times chance"
 
 
