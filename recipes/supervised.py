@@ -54,6 +54,13 @@ def check(cfg: Supervised) -> None:
         cfg.mixing.label_smoothing,
         "Set mixing.label_smoothing=0.",
     )
+    require(
+        "LabelSmoothing" not in cfg.algorithms or "distilled" not in cfg.model.name,
+        "algorithms.LabelSmoothing",
+        "left out with a distilled model, which has two outputs",
+        cfg.model.name,
+        "Set mixing.label_smoothing instead, which does the same.",
+    )
 
 
 def check_mixing(cfg: Supervised, run: Placement) -> None:

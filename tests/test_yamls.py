@@ -2,12 +2,17 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import run_train
+from vitcomposer import config
+from vitcomposer.flops import forward_flops
+from vitcomposer.trainer import build_network
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGENET_YAMLS = sorted(p for p in (ROOT / "yamls").glob("*.yaml") if p.stem != "demo")
@@ -32,6 +37,18 @@ def test_yaml_trains_two_batches_from_the_loss_of_a_uniform_guess(path: Path, tm
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     assert summary["steps"] == 2 and summary["images_seen"] == 4 and summary["finished"] is True
     assert summary["train_flops"] > 0 and summary["mfu"] is None and 0 <= summary["top1"] <= 1
+
+
+@pytest.mark.parametrize("path", IMAGENET_YAMLS, ids=lambda p: p.stem)
+def test_yaml_header_states_the_counted_flops(path: Path) -> None:
+    cfg = config.load(path)
+    with torch.device("meta"):
+        flops = 3 * forward_flops(build_network(cfg.model), cfg.model.image_size)
+    stated = re.search(r"Cost: ([\d.]+) GFLOP an image, ([\d.]+) EFLOP", path.read_text())
+    assert stated is not None
+    assert float(stated[1]) == pytest.approx(flops / 1e9, rel=0.01)
+    images = 1_281_167 * int(cfg.max_duration.removesuffix("ep"))
+    assert float(stated[2]) == pytest.approx(flops * images / 1e18, rel=0.02)
 
 
 def read_jsonl(path: Path) -> list[dict]:
