@@ -1,8 +1,12 @@
 """What several test files share: real photographs as an ImageFolder and as MDS, and runs of train.py."""
 
+import atexit
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,23 @@ PHOTOS = ("astronaut", "chelsea", "china", "coffee", "flower", "hubble_deep_fiel
 TRAIN_PER_CLASS, VAL_PER_CLASS = 24, 6
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_of_streams_released() -> Iterator[None]:
+    """Streaming keeps a data set's shared memory, and a handle on everybody else's, until its process ends.
+
+    A run has two data sets; a test worker makes hundreds, each opening all that there were before.
+    """
+    yield
+    if "streaming" in sys.modules and len(os.listdir("/proc/self/fd")) > 200:
+        from streaming.base.shared.memory import SharedMemory
+
+        gc.collect()
+        for block in [thing for thing in gc.get_objects() if type(thing) is SharedMemory]:
+            atexit.unregister(block.cleanup)
+            with suppress(BufferError):  # its memory is still mapped by an array, which frees it later
+                block.cleanup()
 
 
 def read_photo(name: str) -> Image.Image:

@@ -1,0 +1,143 @@
+"""The moving average: measured beside the raw weights, in every checkpoint, and never left in the model."""
+
+import copy
+
+import pytest
+import torch
+from composer import Callback, Evaluator, Trainer
+
+from tests.algorithm_runs import (
+    Task,
+    assert_equal,
+    build,
+    checkpointed,
+    data_spec,
+    fit,
+    weights,
+)
+from vitcomposer.algorithms import (
+    EMA_LABEL,
+    averaged_weights,
+)
+
+
+def evaluators() -> list[Evaluator]:
+    return [Evaluator(label=label, dataloader=data_spec(), metric_names=["weight"]) for label in ("eval", EMA_LABEL)]
+
+
+class Measured(Callback):
+    """What each evaluation saw: (label, batch, sum of the head's weights)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, float]] = []
+
+    def eval_end(self, state, logger):
+        label = state.dataloader_label
+        self.seen.append((label, int(state.timestamp.batch), float(state.eval_metrics[label]["weight"].compute())))
+
+
+def head_sum(values: dict[str, torch.Tensor]) -> float:
+    return values["model.head.weight"].sum().item()
+
+
+def test_ema_evaluates_the_average_under_its_label_and_raw_weights_elsewhere(tmp_path):
+    """Evaluation and a checkpoint after every batch: the order in which Composer's own EMA leaves weights swapped."""
+    plain, _, _ = fit([], "6ba")
+    measured = Measured()
+    (ema,) = build("EMA", half_life="2ba", update_interval="1ba")
+    trainer, _, record = fit(
+        [ema],
+        "6ba",
+        eval_dataloader=evaluators(),
+        eval_interval="1ba",
+        callbacks=[measured],
+        **checkpointed(tmp_path),
+    )
+    assert_equal(weights(plain), weights(trainer))  # training never saw the average, nor is it left in the model
+
+    smoothing = 2**-0.5
+    average = {name: value.double() for name, value in record.weights[0].items()}
+    averages = [average]
+    for raw in record.weights[1:]:
+        average = {name: smoothing * average[name] + (1 - smoothing) * raw[name] for name in raw}
+        averages.append(average)
+    for name, value in ema.ema_model.named_parameters_dict.items():
+        torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
+    expected = {"eval": record.weights, EMA_LABEL: averages}
+    assert {(label, batch) for label, batch, _ in measured.seen} == {(lb, b) for lb in expected for b in range(1, 7)}
+    for label, batch, value in measured.seen:
+        assert value == pytest.approx(head_sum(expected[label][batch - 1]), rel=1e-4, abs=1e-6), (label, batch)
+
+    checkpoint = torch.load(tmp_path / "ba4.pt", weights_only=False)
+    raw = checkpoint["state"]["model"]
+    assert all(torch.equal(raw[name], value) for name, value in record.weights[3].items())
+    averaged = averaged_weights(checkpoint)
+    assert averaged.keys() == raw.keys()
+    for name, value in averages[3].items():
+        torch.testing.assert_close(averaged[name].double(), value, rtol=1e-5, atol=1e-7)
+    Task().load_state_dict(averaged)
+
+
+def test_ema_copies_integer_buffers():
+    """Composer's EMA averages them in floating point and cuts: at 0.9 it gets 280 of these 1000 constants wrong."""
+    trainer, task, _ = fit(build("EMA", smoothing=0.9, update_interval="1ba"), "6ba")
+    buffers = trainer.state.algorithms[0].ema_model.named_buffers_dict
+    assert torch.equal(buffers["positions"], torch.arange(1000))
+    assert buffers["steps"] == 6 == task.steps
+
+
+def test_ema_updates_at_its_interval_after_its_start():
+    trainer, _, record = fit(build("EMA", smoothing=0.5, update_interval="2ba", ema_start="3ba"), "6ba")
+    third, fourth, sixth = (record.weights[i]["model.head.weight"] for i in (2, 3, 5))
+    average = trainer.state.algorithms[0].ema_model.named_parameters_dict["model.head.weight"]
+    torch.testing.assert_close(average, 0.5 * (0.5 * third + 0.5 * fourth) + 0.5 * sixth)
+
+
+def test_ema_before_its_start_evaluates_raw_weights():
+    measured = Measured()
+    (ema,) = build("EMA", half_life="2ba", update_interval="1ba", ema_start="5ba")
+    task = Task()
+    trainer = Trainer(
+        model=task,
+        eval_dataloader=evaluators(),
+        algorithms=[ema],
+        callbacks=[measured],
+        device="cpu",
+        progress_bar=False,
+    )
+    trainer.eval()
+    trainer.close()
+    assert [value for _, _, value in measured.seen] == [task.model.head.weight.sum().item()] * 2
+
+
+def test_ema_of_a_loaded_checkpoint_is_evaluated_without_training(tmp_path):
+    trained, _, _ = fit(build("EMA", half_life="2ba", update_interval="1ba"), "4ba", **checkpointed(tmp_path))
+    measured = Measured()
+    trainer = Trainer(
+        model=Task(),
+        eval_dataloader=evaluators(),
+        algorithms=build("EMA", half_life="2ba", update_interval="1ba"),
+        callbacks=[measured],
+        load_path=str(tmp_path / "ba4.pt"),
+        device="cpu",
+        progress_bar=False,
+    )
+    trainer.eval()
+    trainer.close()
+    raw, averaged = (value for _, _, value in measured.seen)
+    average = trained.state.algorithms[0].ema_model.named_parameters_dict
+    assert raw == pytest.approx(head_sum(weights(trained)), rel=1e-5)
+    assert averaged == pytest.approx(head_sum(average), rel=1e-5)
+    assert raw != pytest.approx(averaged, rel=1e-3)
+    assert_equal(weights(trained), weights(trainer))
+
+
+def test_averaged_weights_need_a_started_average(tmp_path):
+    fit(build("EMA", half_life="2ba", update_interval="1ba", ema_start="5ba"), "1ba", **checkpointed(tmp_path))
+    checkpoint = torch.load(tmp_path / "ba1.pt", weights_only=False)
+    with pytest.raises(ValueError, match="saved before ema_start"):
+        averaged_weights(checkpoint)
+    without = copy.copy(checkpoint)
+    without["state"] = {**checkpoint["state"], "algorithms": [("SAM", {})]}
+    with pytest.raises(ValueError, match=r"holds \['SAM'\]"):
+        averaged_weights(without)
