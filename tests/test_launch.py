@@ -1,6 +1,7 @@
 """Two ranks under Composer's launcher and under torchrun, on real photographs."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,31 @@ def test_torchrun_starts_it_and_two_ranks_end_with_the_losses_of_one(photo_mds: 
     assert run_train([DEIT, *tiny_photo_overrides(photo_mds, tmp_path, "one"), *overrides]) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_two_nodes_stream_from_a_remote_and_resume(photo_mds: Path, tmp_path: Path) -> None:
+    """Two launchers as on two machines, one disk for the run; the second start goes on where the first ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    overrides = [
+        *tiny_photo_overrides(photo_mds, tmp_path, "nodes"),
+        f"data.remote={photo_mds}",
+        f"data.local={tmp_path / 'cache'}",
+    ]
+    for duration in ("1ep", "2ep"):
+        nodes = []
+        for rank in ("0", "1"):
+            place = ["--world_size", "2", "--node_rank", rank, "--base_rank", rank]
+            place += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+            command = [str(BIN / "composer"), "-n", "1", *place, "train.py", DEIT, *overrides]
+            with (tmp_path / f"node{rank}.log").open("w") as log:
+                nodes.append(subprocess.Popen([*command, f"max_duration={duration}"], cwd=ROOT, stdout=log, stderr=log))
+        try:
+            assert [node.wait(timeout=120) for node in nodes] == [0, 0], (tmp_path / "node0.log").read_text()[-3000:]
+        finally:
+            for node in nodes:
+                node.kill()
+    summary = json.loads((tmp_path / "nodes" / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["steps"] == 24 and summary["finished"]
+    assert len(losses(tmp_path / "nodes")) == 24

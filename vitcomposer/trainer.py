@@ -208,8 +208,19 @@ def build_trainer(
         save_num_checkpoints_to_keep=cfg.run.keep_checkpoints,
         # A kill between a checkpoint and its `latest` link leaves a file that the resumed run writes again.
         save_overwrite=True,
-        autoresume=True,
+        load_path=_latest_checkpoint(folder),
     )
+
+
+def _latest_checkpoint(folder: Path) -> str | None:
+    """Where rank 0 sees the run's last checkpoint, if there is one.
+
+    Composer's own autoresume dies on several nodes that share a disk: each of them removes the same signal file.
+    """
+    latest = folder / "checkpoints" / LATEST.format(rank=0)
+    found = [str(latest) if latest.exists() else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:

@@ -1,5 +1,6 @@
 """Training and evaluation samples from MDS shards, on disk or on an object store."""
 
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -22,6 +23,7 @@ from streaming.base.constant import CACHE_FILELOCK, TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.distributed import get_local_rank
 from streaming.base.format.mds.reader import MDSReader
+from streaming.base.shared import prefix
 from streaming.base.spanner import Spanner
 from streaming.base.world import World
 
@@ -92,9 +94,13 @@ def one_start_at_a_time() -> Iterator[None]:
 
     Streaming looks for a free name in shared memory and takes it in a second step, so two runs that start together can
     choose the same. Its ranks look on their own: they wait until their leader holds the lock. After a minute it goes
-    on without, since two runs that share several nodes could wait for each other.
+    on without, since two runs that share several nodes could wait for each other. Each node of a run looks from a
+    number of its own, so that two nodes can also be two launchers on one machine.
     """
-    lock = FileLock(Path(tempfile.gettempdir(), f"vitcomposer-{os.getuid()}.lock"), timeout=60)
+    node = World.detect().node
+    lock = FileLock(Path(tempfile.gettempdir(), f"vitcomposer-{os.getuid()}-{node}.lock"), timeout=60)
+    numbers = prefix._each_prefix_int
+    prefix._each_prefix_int = lambda: itertools.count(10_000 * node)
     if get_local_rank() == 0:
         with suppress(Timeout):
             lock.acquire()
@@ -103,6 +109,7 @@ def one_start_at_a_time() -> Iterator[None]:
             torch.distributed.barrier()
         yield
     finally:
+        prefix._each_prefix_int = numbers
         lock.release()
 
 
