@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.data.conversion import read_shards, stream, tree
 from vitcomposer.data.mds import convert
 from vitcomposer.data.sources import FolderSource
@@ -123,3 +124,23 @@ def test_bucket_is_inspected_like_a_folder(folder: Path, bucket: str) -> None:
         ("val", 7, []),
     ]
     assert reports[0].first_sample.startswith("image: ")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_run_streams_from_a_bucket(folder: Path, tmp_path: Path, bucket: str, workers: str) -> None:
+    url = f"{bucket}/streamed{workers}"
+    convert(FolderSource(folder), url, workers=1, shard_size="8kb")
+    overrides = [
+        *tiny_photo_overrides(tmp_path / "cache", tmp_path, "s3"),
+        f"data.remote={url}",
+        f"data.num_workers={workers}",
+        "model.num_classes=3",
+        "augment.repeated_augmentation=1",
+        "global_train_batch_size=4",
+        "max_duration=1ep",
+    ]
+    assert run_train([str(ROOT / "yamls/deit_ti.yaml"), *overrides]) == 0
+    assert json.loads((tmp_path / "s3" / "summary.json").read_text())["images_seen"] == 28
+    cached = {path.name for path in (tmp_path / "cache/train").glob("*.mds")}
+    index = json.loads((tmp_path / "cache/train/index.json").read_text())
+    assert cached == {shard["raw_data"]["basename"] for shard in index["shards"]}
