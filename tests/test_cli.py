@@ -44,6 +44,36 @@ def test_convert_prints_a_summary_and_a_second_call_does_nothing(
     assert "already done" in capsys.readouterr().out
 
 
+def test_convert_prints_what_was_stored_and_inspect_finds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.conftest import read_photo
+
+    for name, count in (("train", 5), ("val", 2)):
+        (tmp_path / "images" / name / "a").mkdir(parents=True)
+        for number in range(count):
+            read_photo("china").resize((500, 375)).save(tmp_path / "images" / name / f"a/{number}.jpg", quality=95)
+    read_photo("china").save(tmp_path / "images/train/a/x.png")
+    out, command = str(tmp_path / "out"), ["convert", "folder", str(tmp_path / "images")]
+    assert main([*command, out, "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "stored     seekable: 5 of 6, kept: PNG: 1 of 6 (+" in printed
+    assert "stored     kept: 2 of 2 (+0.0 % bytes in all)" in printed
+    assert main(["inspect", out]) == 0
+    printed = capsys.readouterr().out
+    assert "1 other, 5 seekable, of 6 samples read" in printed and "2 other, of 2 samples read" in printed
+    options = ["--no-seekable", "--short-side", "100", "--quality", "80", "--raw-fraction", "0.5", "--raw-below", "32"]
+    assert main([*command, f"{out}2", "--workers", "1", *options, "--reencode", "75"]) == 0
+    assert "resized: " in capsys.readouterr().out
+    assert main(["inspect", f"{out}2", "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "image: bytes, image_small: bytes, label: int" in printed and " raw, of 6 samples read" in printed
+    assert main([*command, f"{out}3", "--workers", "1", "--seekable", "--raw-fraction", "1"]) == 0
+    assert "raw: 6 of 6 (+" in capsys.readouterr().out
+    assert main(["inspect", f"{out}3"]) == 0
+    assert "image: raw 500x375 RGB, 562,516 bytes" in capsys.readouterr().out
+
+
 def test_convert_folder_names_ignored_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images/a").mkdir(parents=True)
     (tmp_path / "images/a/notes.txt").write_text("x")
@@ -84,6 +114,8 @@ def test_convert_list_takes_the_classes_of_the_other_split(tmp_path: Path, capsy
         (["folder", ".", "--val-fraction", "1.5"], "--val-fraction must be in [0, 1), got 1.5"),
         (["digits", "--shard-size", "big"], "--shard-size must be a size below 4gb such as 64mb, got 'big'"),
         (["list", "nowhere.csv", "--split", "train"], "nowhere.csv cannot be read"),
+        (["digits", "--short-side", "0"], "--short-side must be 1 pixel or more, got 0"),
+        (["digits", "--raw-fraction", "2"], "--raw-fraction must be in [0, 1], got 2.0"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(

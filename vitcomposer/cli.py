@@ -47,6 +47,8 @@ def _add_convert(commands: Any) -> None:
         "--seed", type=int, default=0, help="of the order and of held-out images (default: %(default)s)"
     )
 
+    _add_storing(common.add_argument_group("how images are stored"))
+
     folder = kinds.add_parser("folder", parents=[common], help="one folder per class, below train and val or alone")
     folder.add_argument("path")
     folder.add_argument("out", help="folder or s3://bucket/prefix")
@@ -75,10 +77,36 @@ def _add_convert(commands: Any) -> None:
     digits.set_defaults(run=_run_convert, source=_digits)
 
 
+def _add_storing(group: Any) -> None:
+    group.add_argument(
+        "--seekable",
+        action=argparse.BooleanOptionalAction,
+        help="rewrite JPEGs losslessly so that parts can be decoded alone (default: on for the split train, else off)",
+    )
+    help_text = "resize images whose shorter side is larger and store them as JPEG"
+    group.add_argument("--short-side", type=int, metavar="PIXELS", help=help_text)
+    group.add_argument("--quality", type=int, default=95, help="of resized images, 4:2:0 (default: %(default)s)")
+    help_text = "share of the images stored as raw pixels: about five times the bytes, no decoding"
+    group.add_argument("--raw-fraction", type=float, default=0.0, metavar="SHARE", help=help_text)
+    help_text = "add a column of raw pixels with this shorter side, for training stages at a low resolution"
+    group.add_argument("--raw-below", type=int, metavar="PIXELS", help=help_text)
+    help_text = "store PNG, CMYK and the like anew as JPEG of this quality (default: as they are)"
+    group.add_argument("--reencode", type=int, metavar="QUALITY", help=help_text)
+
+
 def _run_convert(args: argparse.Namespace) -> int:
     """Write images as MDS shards that StreamingDataset reads. Call again after a crash: finished shards are kept."""
     from vitcomposer.data.mds import convert
+    from vitcomposer.data.stored import StoreOptions
 
+    stored = StoreOptions(
+        seekable=args.seekable,
+        short_side=args.short_side,
+        quality=args.quality,
+        raw_fraction=args.raw_fraction,
+        raw_below=args.raw_below,
+        reencode=args.reencode,
+    )
     source = args.source(args)
     if source.ignored:
         names = ", ".join(source.ignored[:_SHOWN]) + (", ..." if len(source.ignored) > _SHOWN else "")
@@ -91,6 +119,7 @@ def _run_convert(args: argparse.Namespace) -> int:
             shard_size=args.shard_size,
             skip_bad=args.skip_bad,
             seed=args.seed,
+            stored=stored,
             on_progress=progress.update,
         )
     for split, facts in summary.items():
@@ -171,6 +200,7 @@ def _print_facts(split: str, facts: dict[str, Any]) -> None:
     formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
     lines = {
         "images": f"{facts['images']:,} ({formats}), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']:,} shards",
+        "stored": _outcomes(facts),
         "per class": _spread(facts["images_per_class"]) + f" over {len(facts['class_counts']):,} classes",
         "width": _spread(facts["width"]),
         "height": _spread(facts["height"]),
@@ -180,6 +210,12 @@ def _print_facts(split: str, facts: dict[str, Any]) -> None:
     print(split)
     for name, text in lines.items():
         print(f"  {name:<10} {text}")
+
+
+def _outcomes(facts: dict[str, Any]) -> str:
+    total, growth = facts["images"], 100 * (facts["bytes"] / facts["original_bytes"] - 1)
+    counts = [f"{name}: {count:,} of {total:,}" for name, count in facts["stored"].items()]
+    return f"{', '.join(counts)} ({growth:+.1f} % bytes in all)"
 
 
 def _spread(facts: dict[str, int]) -> str:
@@ -225,4 +261,7 @@ def _print_report(report: "SplitReport") -> None:
         counts = sorted(report.class_counts.values())
         table.add_row("per class", f"min {counts[0]:,}, median {counts[len(counts) // 2]:,}, max {counts[-1]:,}")
     table.add_row("first sample", report.first_sample)
+    if report.forms:
+        forms = ", ".join(f"{count:,} {form}" for form, count in sorted(report.forms.items()))
+        table.add_row("stored", f"{forms}, of {report.forms.total():,} samples read")
     Console(highlight=False).print(table)

@@ -7,22 +7,31 @@ import subprocess
 import sys
 import time
 import zlib
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.conftest import read_photo
 from tests.data.conversion import items, jpeg, read_shards, run_cli, stream, tree, write_images
+from vitcomposer.data.jpeg_markers import read_index
 from vitcomposer.data.mds import convert
-from vitcomposer.data.mds_shard import check_image, parse_bytes
+from vitcomposer.data.mds_shard import parse_bytes
 from vitcomposer.data.sources import FolderSource
+from vitcomposer.data.stored import StoreOptions, check_image
 
 pytestmark = pytest.mark.timeout(120)
+
+OFF = StoreOptions(seekable=False)
+ALL = StoreOptions(seekable=True, short_side=100, raw_fraction=0.3, raw_below=16, reencode=90)
 
 
 def test_folder_reads_back_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = FolderSource(folder)
-    summary = convert(source, out, workers=1, shard_size="8kb")
+    summary = convert(source, out, workers=1, shard_size="8kb", stored=OFF)
     names = ["cat", "dog", "emu"]
     for split, count in (("train", 28), ("val", 7)):
         stored = stream(out, split)
@@ -33,7 +42,8 @@ def test_folder_reads_back_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     assert summary["train"]["formats"] == {"JPEG": 26, "PNG": 1, "WEBP": 1}
     assert summary["train"]["class_counts"] == {"cat": 13, "dog": 10, "emu": 5}
     assert summary["train"]["width"] == {"min": 40, "median": 40, "max": 40}
-    assert summary["train"]["shards"] > 3
+    assert summary["train"]["shards"] > 3 and summary["train"]["stored"] == {"kept": 28}
+    assert summary["train"]["bytes"] == summary["train"]["original_bytes"]
     assert json.loads((out / "summary.json").read_text())["splits"] == summary
     assert source.ignored == ["train/dog/notes.txt"]
 
@@ -42,7 +52,7 @@ def test_split_equals_what_mds_writer_writes(folder: Path, tmp_path: Path) -> No
     from streaming import MDSWriter
 
     out, theirs = tmp_path / "out", tmp_path / "theirs"
-    convert(FolderSource(folder), out, workers=1, shard_size="8kb")
+    convert(FolderSource(folder), out, workers=1, shard_size="8kb", stored=OFF)
     columns = {"image": "bytes", "label": "int"}
     with MDSWriter(columns=columns, out=str(theirs), hashes=["xxh64"], size_limit="8kb") as writer:
         for name, _, label in items(out, "train"):
@@ -65,10 +75,19 @@ def test_workers_do_not_change_the_result(folder: Path, tmp_path: Path) -> None:
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-def test_killed_conversion_continues_to_the_same_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "stored"),
+    [
+        ([], None),
+        (["--raw-fraction", "0.5", "--raw-below", "16", "--reencode", "90"], StoreOptions(None, None, 95, 0.5, 16, 90)),
+    ],
+)
+def test_killed_conversion_continues_to_the_same_result(
+    tmp_path: Path, flags: list[str], stored: StoreOptions | None
+) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
-    write_images(images, {"a": 300, "b": 300}, size=200)
-    args = ["folder", str(images), str(out), "--shard-size", "40kb", "--workers", "2"]
+    write_images(images, {"a": 200, "b": 200}, size=150)
+    args = ["folder", str(images), str(out), "--shard-size", "20kb", "--workers", "2", *flags]
     process = subprocess.Popen([sys.executable, "-m", "vitcomposer", "convert", *args], stdout=subprocess.DEVNULL)
     done = out / ".convert" / "train" / "done"
     deadline = time.monotonic() + 60
@@ -86,10 +105,10 @@ def test_killed_conversion_continues_to_the_same_result(tmp_path: Path) -> None:
     assert not (out / "train" / "index.json").exists()
     seen: list[tuple[int, int]] = []
     source = FolderSource(images)
-    convert(source, out, workers=2, shard_size="40kb", on_progress=lambda *counts: seen.append(counts))
-    assert 0 < seen[0][0] < seen[0][1] == 600 == seen[-1][0]
+    convert(source, out, workers=2, shard_size="20kb", stored=stored, on_progress=lambda *counts: seen.append(counts))
+    assert 0 < seen[0][0] < seen[0][1] == 400 == seen[-1][0]
     assert all((done / name).stat().st_mtime_ns == stamp for name, stamp in written.items())
-    convert(source, tmp_path / "unbroken", workers=1, shard_size="40kb")
+    convert(source, tmp_path / "unbroken", workers=1, shard_size="20kb", stored=stored)
     assert tree(out) == tree(tmp_path / "unbroken")
 
 
@@ -98,6 +117,73 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_train_is_seekable_by_default_and_decodes_alike(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = convert(FolderSource(folder), out, workers=1, shard_size="8kb")
+    assert summary["train"]["stored"] == {"seekable": 26, "kept: PNG": 1, "kept: WEBP": 1}
+    assert summary["val"]["stored"] == {"kept": 7}
+    samples = read_shards(out, "train")
+    assert summary["train"]["bytes"] == sum(len(data) for data, _ in samples) > summary["train"]["original_bytes"]
+    for (data, _), (name, size, _) in zip(samples, items(out, "train"), strict=True):
+        original = (folder / name).read_bytes()
+        assert (read_index(data) is not None) == name.endswith(".JPEG") and size == len(original)
+        assert np.array_equal(Image.open(BytesIO(data)).convert("RGB"), Image.open(BytesIO(original)).convert("RGB"))
+
+
+def test_all_options_give_one_result_for_any_number_of_workers(folder: Path, tmp_path: Path) -> None:
+    summaries = [
+        convert(FolderSource(folder), tmp_path / name, workers=workers, shard_size="8kb", stored=ALL)
+        for name, workers in (("one", 1), ("two", 2))
+    ]
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") and summaries[0] == summaries[1]
+    assert summaries[0]["train"]["stored"].keys() >= {"seekable", "raw", "re-encoded: PNG"}
+
+
+def test_parts_that_grow_become_several_shards_below_the_limit(folder: Path, tmp_path: Path) -> None:
+    out, limit = tmp_path / "out", 8 << 10
+    convert(FolderSource(folder), out, workers=1, shard_size=limit, stored=StoreOptions(raw_fraction=1.0))
+    shards = json.loads((out / "train/index.json").read_text())["shards"]
+    names = [shard["raw_data"]["basename"] for shard in shards]
+    assert names[:3] == ["shard.00000.mds", "shard.00000_001.mds", "shard.00000_002.mds"] and names == sorted(names)
+    assert {path.name for path in (out / "train").glob("*.mds")} == set(names)
+    sizes = [(out / "train" / name).stat().st_size for name in names]
+    assert sizes == [shard["raw_data"]["bytes"] for shard in shards]
+    assert max(sizes) <= limit and shards[0]["samples"] == 2
+    expected = [(name, label) for name, _, label in items(out, "train")]
+    for (data, label), (name, wanted) in zip(stream(out, "train"), expected, strict=True):
+        pixels = np.asarray(Image.open(folder / name).convert("RGB"))
+        assert label == wanted and data[16:] == pixels.tobytes() and data[:4] == b"\0RAW"
+
+
+def test_seekable_parts_stay_one_shard_each(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    photo = read_photo("china")
+    for number in range(40):
+        photo.crop((number, 0, number + 200, 150)).save(images / f"a/{number}.jpg", quality=92)
+    convert(FolderSource(images, val_fraction=0), tmp_path / "out", workers=1, shard_size="50kb")
+    names = [path.name for path in (tmp_path / "out/train").glob("*.mds")]
+    assert len(names) > 5 and not any("_" in name for name in names)
+
+
+def test_small_column_is_read_by_streaming_and_inspected(folder: Path, tmp_path: Path) -> None:
+    from streaming.base.format import reader_from_json
+
+    from vitcomposer.data.inspect import inspect_data
+
+    out = tmp_path / "out"
+    convert(FolderSource(folder), out, workers=1, stored=StoreOptions(raw_below=16))
+    shard = json.loads((out / "train/index.json").read_text())["shards"][0]
+    reader = reader_from_json(str(out), "train", shard)
+    for number in range(len(reader)):
+        sample = reader.get_item(number)
+        assert struct.unpack("<4s3I", sample["image_small"][:16]) == (b"\0RAW", 16, 21, 0)
+        assert len(sample["image_small"]) == 16 + 16 * 21 * 3
+    report = inspect_data(out, "train")[0]
+    assert report.columns == {"image": "bytes", "image_small": "bytes", "label": "int"}
+    assert report.forms == {"seekable": 26, "other": 2} and report.problems == []
 
 
 def test_finished_data_set_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -188,6 +274,54 @@ def test_other_source_or_options_are_refused_with_the_difference(folder: Path, t
     assert "1 images are new (such as train/emu/new.jpg)" in str(caught.value)
     assert "1 images are gone (such as train/emu/000.JPEG)" in str(caught.value)
     assert "another size or label (such as train/emu/001.JPEG)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (StoreOptions(seekable=False), "--seekable was on and is off"),
+        (StoreOptions(short_side=20), "--short-side was not given and is 20"),
+        (StoreOptions(raw_fraction=0.5), "--raw-fraction was 0.0 and is 0.5"),
+        (StoreOptions(raw_below=16), "--raw-below was not given and is 16"),
+        (StoreOptions(reencode=90), "--reencode was not given and is 90"),
+    ],
+)
+def test_changed_way_of_storing_is_refused_by_name(
+    folder: Path, tmp_path: Path, changed: StoreOptions, message: str
+) -> None:
+    convert(FolderSource(folder), tmp_path / "out", workers=1)
+    with pytest.raises(ValueError, match=message):
+        convert(FolderSource(folder), tmp_path / "out", workers=1, stored=changed)
+    convert(FolderSource(folder), tmp_path / "out", workers=1, stored=StoreOptions(quality=50))  # of no resized image
+
+
+def begun_by_an_older_version(out: Path) -> None:
+    """Plans and markers as they were before there were options."""
+    for split in ("train", "val"):
+        folder = out / ".convert" / split
+        plan = json.loads((folder / "plan.json").read_text())
+        assert plan.pop("stored")["--seekable"] is False
+        (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        for path in (folder / "done").iterdir():
+            marker = json.loads(path.read_text())
+            (marker["shard"],) = marker.pop("shards")
+            del marker["outcomes"], marker["original_bytes"]
+            path.write_text(json.dumps(marker, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_data_set_of_an_older_version_counts_as_kept(folder: Path, tmp_path: Path, finished: bool) -> None:
+    out = tmp_path / "out"
+    first = convert(FolderSource(folder), out, workers=1, shard_size="8kb", stored=OFF)
+    before = {name: digest for name, digest in tree(out).items() if name.endswith(("mds", "index.json"))}
+    begun_by_an_older_version(out)
+    if not finished:
+        for name in ("train/shard.00001.mds", ".convert/train/done/00001.json", "train/index.json", "summary.json"):
+            (out / name).unlink()
+    with pytest.raises(ValueError, match="--seekable was off and is on"):
+        convert(FolderSource(folder), out, workers=1, shard_size="8kb", stored=StoreOptions(seekable=True))
+    assert convert(FolderSource(folder), out, workers=1, shard_size="8kb") == first
+    assert before.items() <= tree(out).items()
 
 
 def test_data_set_of_another_tool_is_not_overwritten(folder: Path, tmp_path: Path) -> None:

@@ -8,17 +8,23 @@ import hashlib
 import json
 import re
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from PIL import Image
 
-from vitcomposer.data.storage import Store, open_store
+from vitcomposer.data.jpeg_markers import read_index
+from vitcomposer.data.storage import LocalStore, Store, open_store
+from vitcomposer.data.stored import read_raw_size
 
 _IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "jpeg_array")
+_CHEAP = 256 << 20  # bytes of a shard that is read without being asked for
 
 
 @dataclass
@@ -34,6 +40,7 @@ class SplitReport:
     class_names: list[str] | None
     class_counts: dict[str, int] | None
     first_sample: str
+    forms: Counter[str] = field(default_factory=Counter)  # seekable, raw, other: of the samples that were read
     problems: list[str] = field(default_factory=list)
 
 
@@ -43,7 +50,8 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
     Args:
         location: Folder of the splits, or of one split.
         split: Name of the only split to look at.
-        verify: Read every shard and compare its hashes, rather than its size alone.
+        verify: Read every shard, compare its hashes rather than its size alone, and count the forms of all samples;
+            otherwise those of the first shard, if it is on this machine.
 
     Raises:
         ValueError: No data set, or an index that is not safe to use.
@@ -58,7 +66,7 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
         if index is not None:
             shards = _read_index(index, f"{store.url}/{prefix}index.json")
             report = _inspect_split(store, prefix, shards, summary.get(name, {}).get("class_counts"))
-            report.problems += _check_shards(store, prefix, shards, verify)
+            report.problems += _check_shards(store, prefix, shards, report.forms, verify)
             reports.append(report)
     if not reports:
         where = f"{store.url}/{split}" if split is not None else f"{store.url} or a folder in it"
@@ -120,7 +128,9 @@ def _stored(shard: dict[str, Any]) -> dict[str, Any]:
     return shard["zip_data"] or shard["raw_data"]
 
 
-def _check_shards(store: Store, prefix: str, shards: list[dict[str, Any]], verify: bool) -> list[str]:
+def _check_shards(
+    store: Store, prefix: str, shards: list[dict[str, Any]], forms: Counter[str], verify: bool
+) -> list[str]:
     sizes = store.sizes(prefix)
     problems = []
     for shard in shards:
@@ -131,8 +141,27 @@ def _check_shards(store: Store, prefix: str, shards: list[dict[str, Any]], verif
         elif sizes[name] != file["bytes"]:
             problems.append(f"{name} must have {file['bytes']} bytes, it has {sizes[name]}")
         elif verify:
-            problems += _check_hashes(store.read(name) or b"", name, file["hashes"])
+            data = store.read(name) or b""
+            problems += _check_hashes(data, name, file["hashes"])
+            forms.update(_forms(data, shard))
+        elif shard is shards[0] and isinstance(store, LocalStore) and file["bytes"] <= _CHEAP:
+            forms.update(_forms(store.read(name) or b"", shard))
     return problems
+
+
+def _forms(data: bytes, shard: dict[str, Any]) -> Iterator[str]:
+    """In what form each sample of an uncompressed shard holds its image."""
+    if shard["zip_data"]:
+        return
+    try:
+        offsets = struct.unpack_from(f"<{shard['samples'] + 1}I", data, 4)
+        for start, stop in pairwise(offsets):
+            values = [value for kind, value in _columns(data[start:stop], shard).values() if kind in _IMAGE_ENCODINGS]
+            if values:
+                seekable = read_index(values[0]) is not None
+                yield "seekable" if seekable else "raw" if read_raw_size(values[0]) else "other"
+    except struct.error:  # the shard is damaged, which its hash tells
+        return
 
 
 def _check_hashes(data: bytes, name: str, hashes: dict[str, str]) -> list[str]:
@@ -160,6 +189,9 @@ def _first_sample(store: Store, prefix: str, shard: dict[str, Any]) -> str:
         return "not readable"
     for column, (encoding, value) in _columns(sample, shard).items():
         if encoding in _IMAGE_ENCODINGS:
+            raw = read_raw_size(value)
+            if raw:
+                return f"{column}: raw {raw[1]}x{raw[0]} RGB, {len(value):,} bytes"
             try:
                 with Image.open(BytesIO(value)) as image:
                     return f"{column}: {image.format} {image.width}x{image.height} {image.mode}, {len(value):,} bytes"

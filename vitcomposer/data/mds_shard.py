@@ -1,4 +1,4 @@
-"""One MDS shard (version 2) of images and labels as bytes, and the check that an image can be decoded.
+"""One MDS shard (version 2) of images and labels as bytes.
 
 Streaming's MDSWriter makes the same bytes; it is not used because ``import streaming`` takes 8 s of CPU and 0.7 GB in
 every worker of a conversion, and this module 0.3 s and 40 MB.
@@ -6,15 +6,13 @@ every worker of a conversion, and this module 0.3 s and 40 MB.
 
 import json
 import re
-import warnings
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import xxhash
-from PIL import Image, UnidentifiedImageError
 
-SAMPLE_OVERHEAD = 16  # bytes a shard spends on a sample beside its image: offset, length, label
+Sample = tuple[tuple[bytes, ...], int]  # the columns of bytes, and the label
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -32,58 +30,46 @@ def parse_bytes(size: int | str) -> int:
     return value
 
 
-def empty_shard_bytes(size_limit: int) -> int:
+def sample_overhead(columns: tuple[str, ...]) -> int:
+    """Bytes a shard spends on a sample beside its columns of bytes: offset, lengths, label."""
+    return 4 + 4 * len(columns) + 8
+
+
+def empty_shard_bytes(size_limit: int, columns: tuple[str, ...]) -> int:
     """What MDSWriter counts for a shard without samples."""
-    return 8 + len(_header(size_limit))
+    return 8 + len(_header(size_limit, columns))
 
 
-def encode_shard(samples: list[tuple[bytes, int]], size_limit: int, basename: str) -> tuple[bytes, dict[str, Any]]:
+def encode_shard(
+    samples: list[Sample], columns: tuple[str, ...], size_limit: int, basename: str
+) -> tuple[bytes, dict[str, Any]]:
     """A shard of images and labels, and its entry in ``index.json``.
 
     Layout: number of samples, offsets of all samples and of the end (uint32 each), the configuration as JSON, then per
-    sample the length of the image (uint32), the image, and the label (int64); all little-endian.
+    sample the lengths of the columns of bytes (uint32), these columns, and the label (int64); all little-endian.
+
+    Args:
+        samples: What it holds.
+        columns: Names of the columns of bytes, sorted and before "label".
+        size_limit: Of all shards, in bytes; it is only noted down.
+        basename: Name of its file.
     """
-    header = _header(size_limit)
-    lengths = [12 + len(image) for image, _ in samples]
+    header = _header(size_limit, columns)
+    lengths = [4 * len(columns) + sum(map(len, values)) + 8 for values, _ in samples]
     offsets = np.cumsum([4 + 4 * (len(samples) + 1) + len(header), *lengths])
     pieces = [np.array([len(samples), *offsets], dtype="<u4").tobytes(), header]
-    for image, label in samples:
-        pieces += [np.array(len(image), dtype="<u4").tobytes(), image, np.array(label, dtype="<i8").tobytes()]
+    for values, label in samples:
+        pieces += [np.array([*map(len, values)], dtype="<u4").tobytes(), *values, np.array(label, "<i8").tobytes()]
     data = b"".join(pieces)
     raw = {"basename": basename, "bytes": len(data), "hashes": {"xxh64": xxhash.xxh64(data).hexdigest()}}
-    return data, {**_config(size_limit), "samples": len(samples), "raw_data": raw, "zip_data": None}
+    return data, {**_config(size_limit, columns), "samples": len(samples), "raw_data": raw, "zip_data": None}
 
 
-def check_image(data: bytes) -> tuple[str, int, int]:
-    """Decode an image to its last pixel and return format, width and height.
-
-    Pillow stops at a file that ends early (its LOAD_TRUNCATED_IMAGES is off) and at more than about 179 million pixels,
-    its guard against decompression bombs. Of an animation only the first frame is decoded.
-
-    Raises:
-        ValueError: The reason why it cannot be decoded.
-    """
-    if not data:
-        raise ValueError("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF blocks and palettes do not keep an image from being used
-            with Image.open(BytesIO(data)) as image:
-                image.load()
-                return str(image.format), image.width, image.height
-    except UnidentifiedImageError as error:
-        raise ValueError("no image format that Pillow knows") from error
-    except MemoryError:
-        raise  # the machine's fault, not the image's
-    except Exception as error:  # decoders raise almost anything on damaged input: SyntaxError, struct.error, ...
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
-def _config(size_limit: int) -> dict[str, Any]:
+def _config(size_limit: int, columns: tuple[str, ...]) -> dict[str, Any]:
     return {
-        "column_encodings": ["bytes", "int"],
-        "column_names": ["image", "label"],
-        "column_sizes": [None, 8],
+        "column_encodings": ["bytes"] * len(columns) + ["int"],
+        "column_names": [*columns, "label"],
+        "column_sizes": [None] * len(columns) + [8],
         "compression": None,
         "format": "mds",
         "hashes": ["xxh64"],
@@ -92,5 +78,5 @@ def _config(size_limit: int) -> dict[str, Any]:
     }
 
 
-def _header(size_limit: int) -> bytes:
-    return json.dumps(_config(size_limit), sort_keys=True).encode()
+def _header(size_limit: int, columns: tuple[str, ...]) -> bytes:
+    return json.dumps(_config(size_limit, columns), sort_keys=True).encode()

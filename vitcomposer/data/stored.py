@@ -1,0 +1,240 @@
+"""What a conversion stores for one image: its bytes as they are, made seekable, made smaller, or as raw pixels.
+
+Whatever is decoded here is RGB as torchvision's ``pil_loader`` has it: EXIF orientation is ignored. JPEG is written
+with 4:2:0 chroma at every quality: nearly all photographs come that way, and it is what decodes fastest.
+"""
+
+import hashlib
+import os
+import struct
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple, TypeVar
+
+from PIL import Image, UnidentifiedImageError
+
+_T = TypeVar("_T")
+
+RAW_MAGIC = b"\x00RAW"
+_RAW_HEAD = struct.Struct("<4s3I")  # magic, height, width, zero; then height * width * 3 bytes, row by row, RGB
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How images are stored; the defaults keep every byte, but for the split train.
+
+    Args:
+        seekable: Rewrite JPEGs losslessly so that they can be decoded in parts; None does so in the split train.
+        short_side: Images whose shorter side is larger are resized to it and stored as JPEG.
+        quality: Of these JPEGs.
+        raw_fraction: Share of the images that are stored as raw pixels, in [0, 1].
+        raw_below: Adds the column ``image_small``: raw pixels of the image with this shorter side, never enlarged.
+        reencode: JPEG quality at which other formats, CMYK and the like are stored anew; None keeps them as they are.
+        seed: Of the draw of raw images.
+
+    Raises:
+        ValueError: A number out of its range.
+    """
+
+    seekable: bool | None = None
+    short_side: int | None = None
+    quality: int = 95
+    raw_fraction: float = 0.0
+    raw_below: int | None = None
+    reencode: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "raw_below"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"{_flag(name)} must be 1 pixel or more, got {value}. Leave it out to keep all pixels."
+                )
+        for name in ("quality", "reencode"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 100:
+                raise ValueError(f"{_flag(name)} must be a JPEG quality from 1 to 100, got {value}. 95 is usual.")
+        if not 0 <= self.raw_fraction <= 1:
+            raise ValueError(
+                f"--raw-fraction must be in [0, 1], got {self.raw_fraction}. 0.5 stores every other one raw."
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of bytes."""
+        return ("image", "image_small") if self.raw_below else ("image",)
+
+    def recorded(self) -> dict[str, bool | int | float | None]:
+        """What decides the bytes of a data set, by the names of the command line."""
+        names = ("seekable", "short_side", "raw_fraction", "raw_below", "reencode")
+        record = {_flag(name): getattr(self, name) for name in names}
+        return {**record, "--quality": self.quality if self.short_side else None}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Stored(NamedTuple):
+    """One image as it is stored; ``outcome`` says in a few words what was done, to be counted."""
+
+    columns: tuple[bytes, ...]  # as StoreOptions.columns names them
+    outcome: str
+    format: str  # these three of the image as it came
+    width: int
+    height: int
+
+
+def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
+    """Decide what is stored for an image, after it was decoded to its last pixel.
+
+    Args:
+        data: The encoded image.
+        options: As given for the split; ``seekable`` None counts as off.
+        name: Of the image; with the seed it decides whether the image is stored raw.
+
+    Raises:
+        ValueError: The reason why it cannot be decoded.
+    """
+    picture = _Picture(data)
+    if _share(options.seed, name) < options.raw_fraction:
+        image, outcome = raw_sample(shrink(picture.decode(), options.short_side)), "raw"
+    elif options.short_side and min(picture.size) > options.short_side:
+        resized = _encode(shrink(picture.decode(), options.short_side), options.quality)
+        image, outcome = _made_seekable(resized) if options.seekable else resized, "resized"
+    elif options.seekable or options.reencode:
+        image, outcome = _rewrite(data, picture, options)
+    else:
+        picture.check()
+        image, outcome = data, "kept"
+    small = (raw_sample(shrink(picture.decode(), options.raw_below)),) if options.raw_below else ()
+    return Stored((image, *small), outcome, picture.format, *picture.size)
+
+
+def check_image(data: bytes) -> tuple[str, int, int]:
+    """Decode an image to its last pixel and return format, width and height.
+
+    Raises:
+        ValueError: The reason why it cannot be decoded.
+    """
+    picture = _Picture(data)
+    picture.check()
+    return picture.format, *picture.size
+
+
+def raw_sample(image: Image.Image) -> bytes:
+    """Pixels as they are stored: a head of 16 bytes, then RGB."""
+    head = _RAW_HEAD.pack(RAW_MAGIC, image.height, image.width, 0)
+    return head + image.convert("RGB").tobytes()
+
+
+def read_raw_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a raw sample; None if it is none, or not whole."""
+    if data[:4] != RAW_MAGIC or len(data) < _RAW_HEAD.size:
+        return None
+    _, height, width, zero = _RAW_HEAD.unpack_from(data)
+    return (height, width) if not zero and len(data) == _RAW_HEAD.size + 3 * height * width else None
+
+
+def shrink(image: Image.Image, short_side: int | None) -> Image.Image:
+    """The image with this shorter side, bicubic with antialiasing; as it is where it is not larger.
+
+    The longer side is rounded down, as torchvision's Resize does.
+    """
+    if short_side is None or min(image.size) <= short_side:
+        return image
+    width, height = (max(side * short_side // min(image.size), 1) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+class _Picture:
+    """An encoded image that is decoded when it must be, once.
+
+    Pillow stops at a file that ends early (its LOAD_TRUNCATED_IMAGES is off) and at more than about 179 million pixels,
+    its guard against decompression bombs. Of an animation only the first frame is decoded.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        if not data:
+            raise ValueError("the file is empty")
+        self._pixels: Image.Image | None = None
+        self._image = _explained(lambda: Image.open(BytesIO(data)))
+        self.format, self.size = str(self._image.format), self._image.size
+
+    def check(self) -> None:
+        """Decode to the last pixel."""
+        _explained(self._image.load)
+
+    def decode(self) -> Image.Image:
+        """RGB, or gray as it came: resized and encoded as such it gives the same pixels, in fewer bytes."""
+        self.check()
+        if self._pixels is None:
+            self._pixels = self._image if self._image.mode == "L" else _explained(lambda: self._image.convert("RGB"))
+        return self._pixels
+
+
+def _explained(decode: Callable[[], _T]) -> _T:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF blocks and palettes do not keep an image from being used
+            return decode()
+    except UnidentifiedImageError as error:
+        raise ValueError("no image format that Pillow knows") from error
+    except MemoryError:
+        raise  # the machine's fault, not the image's
+    except Exception as error:  # decoders raise almost anything on damaged input: SyntaxError, struct.error, ...
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _rewrite(data: bytes, picture: _Picture, options: StoreOptions) -> tuple[bytes, str]:
+    """A seekable or re-encoded image where the options ask for it and the image allows it."""
+    from vitcomposer.data.jpeg_markers import parse_markers
+    from vitcomposer.data.seekable import make_seekable, unsupported, verify
+
+    reason = picture.format
+    if data[:2] == b"\xff\xd8":
+        try:
+            markers = parse_markers(data)
+            reason = unsupported(markers)
+            if not reason and options.seekable:
+                made = make_seekable(data)
+                outcome = "seekable from progressive" if markers.progressive else "seekable"
+                outcome += ", EXIF rotation kept" if markers.orientation != 1 else ""
+                if made.how in ("copied", "recoded") and verify(data, made.data):
+                    return made.data, outcome  # verify has decoded it all
+                picture.check()
+                if made.how == "already":
+                    return data, outcome
+                return data, f"kept: {made.reason or 'pixels would differ'}"
+        except ValueError:  # Pillow, and with it training, may read it all the same
+            picture.check()
+            return data, "kept: damaged"
+    picture.check()
+    if not reason:
+        return data, "kept"
+    if not options.reencode:
+        return data, f"kept: {reason}"
+    encoded = _encode(picture.decode(), options.reencode)
+    return _made_seekable(encoded) if options.seekable else encoded, f"re-encoded: {reason}"
+
+
+def _made_seekable(jpeg: bytes) -> bytes:
+    from vitcomposer.data.seekable import make_seekable, verify
+
+    made = make_seekable(jpeg).data
+    return made if verify(jpeg, made) else jpeg
+
+
+def _encode(image: Image.Image, quality: int) -> bytes:
+    buffer = BytesIO()
+    _explained(lambda: image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0"))
+    return buffer.getvalue()
+
+
+def _share(seed: int, name: str) -> float:
+    """A number in [0, 1) drawn from seed and name, and from nothing else."""
+    digest = hashlib.blake2b(os.fsencode(f"{seed}/raw/{name}"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
