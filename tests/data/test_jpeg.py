@@ -1,6 +1,7 @@
 """Decoding and resizing against torchvision's loader and Pillow's resize."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,79 @@ def test_bytes_of_no_image_raise(encoded: bytes) -> None:
 def test_box_outside_the_image_raises(box: tuple[int, int, int, int], photo: Image.Image) -> None:
     with pytest.raises(ValueError, match="inside the 187x251 image"):
         jpeg.decode_crop(FILES["jpeg 4:2:0"](photo), box, 16)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_region_equals_the_slice_of_the_whole(kind: str, photo: Image.Image) -> None:
+    encoded = FILES[kind](photo)
+    full = jpeg.decode_rgb(encoded)
+    for top, left, height, width in [
+        (0, 0, 187, 251),
+        (0, 0, 1, 1),
+        (13, 31, 50, 97),
+        (60, 200, 127, 51),
+        (186, 250, 1, 1),
+    ]:
+        region = jpeg.decode_region(encoded, (top, left, height, width))
+        np.testing.assert_array_equal(region, full[top : top + height, left : left + width])
+        np.testing.assert_array_equal(jpeg.decode_region(memoryview(encoded), (top, left, height, width)), region)
+
+
+@pytest.mark.parametrize("kind", ["jpeg 4:2:0", "jpeg progressive"])
+def test_truncated_file_raises_even_if_the_box_was_complete(kind: str, photo: Image.Image) -> None:
+    encoded = FILES[kind](photo)
+    with pytest.raises(ValueError, match="truncated"):
+        jpeg.decode_region(encoded[: len(encoded) // 2], (0, 0, 20, 20))
+
+
+def raw(pixels: np.ndarray) -> bytes:
+    return struct.pack("<4sIII", b"\x00RAW", *pixels.shape[:2], 0) + pixels.tobytes()
+
+
+def test_raw_sample_gives_its_own_pixels_without_a_copy(photo: Image.Image) -> None:
+    pixels = np.asarray(photo)
+    sample = bytearray(b"before" + raw(pixels))
+    encoded = memoryview(sample)[6:]
+    assert jpeg.read_size(encoded) == (187, 251)
+    np.testing.assert_array_equal(jpeg.decode_rgb(encoded), pixels)
+    region = jpeg.decode_region(encoded, (10, 20, 30, 40))
+    np.testing.assert_array_equal(region, pixels[10:40, 20:60])
+    assert np.shares_memory(region, np.frombuffer(sample, np.uint8))
+    crop = jpeg.decode_crop(bytes(encoded), (10, 20, 30, 40), 16)
+    np.testing.assert_array_equal(crop, jpeg.decode_crop(FILES["png"](photo), (10, 20, 30, 40), 16))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        b"\x00RAW",
+        struct.pack("<4sIII", b"\x00RAW", 4, 4, 0) + bytes(47),
+        struct.pack("<4sIII", b"\x00RAW", 4, 4, 0) + bytes(49),
+        struct.pack("<4sIII", b"\x00RAW", 4, 4, 1) + bytes(48),
+        struct.pack("<4sIII", b"\x00RAW", 0, 4, 0),
+    ],
+)
+def test_raw_sample_whose_head_disagrees_with_its_length_raises(sample: bytes) -> None:
+    for read in (jpeg.read_size, jpeg.decode_rgb, lambda s: jpeg.decode_region(s, (0, 0, 1, 1))):
+        with pytest.raises(ValueError, match="raw sample"):
+            read(sample)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(255**2 / (a.float() - b.float()).square().mean()))
+
+
+@pytest.mark.parametrize(("size", "least"), [(60, 34), (40, 32)])
+def test_reduced_decode_is_close_and_only_on_request(size: int, least: float, photo: Image.Image) -> None:
+    encoded, box = FILES["jpeg 4:2:0"](photo), (3, 9, 181, 237)
+    exact, reduced = (torch.empty((size, size, 3), dtype=torch.uint8).permute(2, 0, 1) for _ in range(2))
+    jpeg.decode_crop_into(encoded, box, exact, "bicubic")
+    jpeg.decode_crop_into(encoded, box, reduced, "bicubic", "dct")
+    assert not torch.equal(exact, reduced)
+    assert psnr(exact, reduced) > least
+    whole = torch.empty_like(exact)
+    jpeg.decode_crop_into(encoded, (0, 0, 2 * size - 1, 2 * size - 1), exact, "bicubic")
+    jpeg.decode_crop_into(encoded, (0, 0, 2 * size - 1, 2 * size - 1), whole, "bicubic", "dct")
+    assert torch.equal(exact, whole)
+    with pytest.raises(ValueError, match="inside the 187x251 image"):
+        jpeg.decode_crop_into(encoded, (10, 0, 181, 251), exact, "bicubic", "dct")

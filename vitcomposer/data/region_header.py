@@ -1,0 +1,214 @@
+"""Compiled reading of a seekable JPEG's header: markers, Huffman tables, and the index of its segments.
+
+Nothing here trusts a byte of the file: what is not plain baseline JPEG is refused, and decoded elsewhere.
+"""
+
+import numpy as np
+from numba import njit
+
+I64, U64, U32 = np.int64, np.uint64, np.uint32
+
+# Places in info, the header as numbers; after GROW the sizes wanted are at WANTED.
+HEIGHT, WIDTH, COMPONENTS, ACROSS, DOWN, INTERVAL, SCAN, DEFINED = range(8)
+QUANT, TABLES, STEP, PER_ROW, ROWS, WANTED = 8, 11, 17, 18, 19, 20
+INFO_SIZE = 24
+
+MAGIC = int.from_bytes(b"vitseek1", "little")
+LENGTHS = 26  # offset in the file of the index's lengths
+
+LOOKUP_BITS = 10
+LOOKUP = 1 << LOOKUP_BITS
+RAW = 16 + 256  # a Huffman table as DHT holds it: 16 counts, then the symbols
+LONGEST = 17  # lengths of codes run from 1 to 16
+
+INVALID, END, FIRST = 64, 128, 192  # steps that no run of zeros makes; FIRST is a DC code's
+ZIGZAG = np.array(
+    [
+        *(0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14),
+        *(21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53),
+        *(60, 61, 54, 47, 55, 62, 63),
+    ],
+    np.int64,
+)
+
+
+@njit(cache=True, nogil=True)
+def _short(data, i):
+    return I64(data[U64(i)]) << 8 | I64(data[U64(i + 1)])
+
+
+@njit(cache=True, nogil=True)
+def little(data, i, count):
+    value = 0
+    for n in range(count):
+        value |= I64(data[U64(i + n)]) << (8 * n)
+    return value
+
+
+@njit(cache=True, nogil=True)
+def _build_table(raw, table, lookup, limits):
+    """Canonical codes (T.81, annex C) as entries of bits in all | bits of code << 8 | bits of value << 16 | step << 24.
+
+    Codes longer than LOOKUP_BITS leave 0 in the lookup and are found by their limits: the highest code of each
+    length, and what to add to a code for the place of its symbol.
+    """
+    at, code, symbol = table * RAW, 0, 0
+    lookup[table * LOOKUP : (table + 1) * LOOKUP] = 0
+    for bits in range(1, LONGEST):
+        count = I64(raw[at + bits - 1])
+        limits[table, 0, bits] = code + count - 1 if count else -1
+        limits[table, 1, bits] = symbol - code
+        if code + count > 1 << bits:
+            return False
+        for _ in range(count):
+            value = I64(raw[at + 16 + symbol])
+            if table < 4 and value > 15:
+                return False
+            if bits <= LOOKUP_BITS:
+                spread = 1 << (LOOKUP_BITS - bits)
+                start = table * LOOKUP + code * spread
+                lookup[start : start + spread] = entry_of(value, bits, table)
+            code += 1
+            symbol += 1
+        code <<= 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def entry_of(symbol, bits, table):
+    run, size = symbol >> 4, symbol & 15
+    step = run + 1
+    if table < 4:
+        step = FIRST
+    elif size == 0 and run != 15:
+        step = END
+    return U32(bits + size | bits << 8 | size << 16 | step << 24)
+
+
+@njit(cache=True, nogil=True)
+def _read_tables(data, p, end, info, raw, lookup, limits):
+    """DHT. A table equal to the one kept from an earlier image is not built again."""
+    while p < end:
+        if p + 17 > end:
+            return False
+        kind, number = I64(data[p]) >> 4, I64(data[p]) & 15
+        table = 4 * kind + number
+        size = 16
+        for i in range(16):
+            size += I64(data[p + 1 + i])
+        if kind > 1 or number > 3 or size > RAW or p + 1 + size > end:
+            return False
+        same = True
+        for i in range(size):
+            same &= raw[table * RAW + i] == data[p + 1 + i]
+        if not same:
+            raw[table * RAW : table * RAW + size] = data[p + 1 : p + 1 + size]
+            if not _build_table(raw, table, lookup, limits):
+                raw[table * RAW : table * RAW + 16] = 255  # equal to no table that is read: never taken for built
+                return False
+        info[DEFINED] |= 1 << table
+        p += 1 + size
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _read_quant(data, p, end, info, quant):
+    while p < end:
+        wide, number = I64(data[p]) >> 4, I64(data[p]) & 15
+        size = 64 * (1 + wide)
+        if wide > 1 or number > 3 or p + 1 + size > end:
+            return False
+        for i in range(64):
+            value = _short(data, p + 1 + 2 * i) if wide else I64(data[p + 1 + i])
+            quant[number * 64 + ZIGZAG[i]] = value
+        info[DEFINED] |= 256 << number
+        p += 1 + size
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _read_frame(data, p, end, info):
+    """SOF of 8 bits: grey, or YCbCr whose chroma is not sampled more finely than its luma."""
+    if end - p < 9 or data[p] != 8 or info[COMPONENTS]:
+        return False
+    count = I64(data[p + 5])
+    if (count != 1 and count != 3) or end - p != 6 + 3 * count:
+        return False
+    info[HEIGHT], info[WIDTH], info[COMPONENTS] = _short(data, p + 1), _short(data, p + 3), count
+    across, down = I64(data[p + 7]) >> 4, I64(data[p + 7]) & 15
+    if count == 1:
+        across = down = 1  # a scan of one component is not interleaved, whatever its sampling
+    info[ACROSS], info[DOWN] = across, down
+    for c in range(count):
+        if (c and data[p + 7 + 3 * c] != 0x11) or data[p + 8 + 3 * c] > 3:
+            return False
+        info[QUANT + c] = data[p + 8 + 3 * c]
+    is_rgb = count == 3 and data[p + 6] == 82 and data[p + 9] == 71 and data[p + 12] == 66
+    return not is_rgb and 1 <= across <= 2 and 1 <= down <= 2 and info[HEIGHT] > 0 and info[WIDTH] > 0
+
+
+@njit(cache=True, nogil=True)
+def _read_scan(data, p, end, info):
+    count = info[COMPONENTS]
+    if count == 0 or end - p != 4 + 2 * count or data[p] != count:
+        return False
+    for c in range(count):
+        dc, ac = I64(data[p + 2 + 2 * c]) >> 4, I64(data[p + 2 + 2 * c]) & 15
+        if dc > 3 or ac > 3 or not info[DEFINED] >> dc & info[DEFINED] >> (4 + ac) & 1:
+            return False
+        if not info[DEFINED] >> (8 + info[QUANT + c]) & 1:
+            return False
+        info[TABLES + c], info[TABLES + 3 + c] = dc, 4 + ac
+    p += 1 + 2 * count
+    info[SCAN] = end
+    return data[p] == 0 and data[p + 1] == 63 and data[p + 2] == 0
+
+
+@njit(cache=True, nogil=True)
+def read_header(data, info, quant, raw, lookup, limits):  # noqa: PLR0913, PLR0917
+    """All markers up to the scan; False for what is not a plain baseline JPEG with the tables it needs."""
+    info[:] = 0
+    p = 2
+    while p + 4 <= len(data):
+        if data[p] != 0xFF:
+            return False
+        marker, end = data[p + 1], p + 2 + _short(data, p + 2)
+        p += 4
+        if end < p or end > len(data):
+            return False
+        good = True
+        if marker == 0xC4:
+            good = _read_tables(data, p, end, info, raw, lookup, limits)
+        elif marker == 0xDB:
+            good = _read_quant(data, p, end, info, quant)
+        elif marker in (0xC0, 0xC1):
+            good = _read_frame(data, p, end, info)
+        elif marker == 0xDD:
+            good = end - p == 2
+            info[INTERVAL] = _short(data, p) if good else 0
+        elif marker == 0xEE:  # Adobe's, whose transform 0 says that the components are RGB
+            good = end - p < 12 or data[p] != 65 or data[p + 11] == 1
+        elif marker == 0xDA:
+            return _read_scan(data, p, end, info)
+        else:
+            good = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        if not good:
+            return False
+        p = end
+    return False
+
+
+@njit(cache=True, nogil=True)
+def read_index(data, info):
+    """The index after SOI: does it agree with the header? Its lengths begin at LENGTHS."""
+    size = _short(data, 4) - 2
+    info[STEP], info[PER_ROW], info[ROWS] = little(data, 14, 2), little(data, 16, 2), little(data, 18, 2)
+    across, down = 8 * info[ACROSS], 8 * info[DOWN]
+    return (
+        size == 20 + 2 * info[PER_ROW] * info[ROWS]
+        and info[STEP] > 0
+        and info[STEP] == info[INTERVAL]
+        and info[STEP] * info[PER_ROW] == (info[WIDTH] + across - 1) // across
+        and info[ROWS] == (info[HEIGHT] + down - 1) // down
+        and little(data, 22, 4) == info[SCAN]
+    )
