@@ -26,6 +26,7 @@ LAYERS = {
     "vitcomposer.callbacks": 3,
     "vitcomposer.trainer": 4,
     "vitcomposer.report": 4,
+    "vitcomposer.bench": 4,
     "vitcomposer.cli": 5,
     "vitcomposer.__main__": 6,
     "recipes": 7,

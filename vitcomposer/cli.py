@@ -1,4 +1,4 @@
-"""``vitcomposer convert | inspect``: the command line around training.
+"""``vitcomposer convert | inspect | bench``: the command line around training.
 
 A command is one function: it adds its parser and names the function that runs it. Heavy imports stay inside the run.
 Exit codes: 0 done, 1 a check failed, 2 something to mend (one line on stderr), 130 interrupted.
@@ -8,6 +8,8 @@ import argparse
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+
+from vitcomposer import bench
 
 if TYPE_CHECKING:
     from vitcomposer.data.inspect import SplitReport
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vitcomposer", description="Data, runs and models of vitcomposer.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (_add_convert, _add_inspect):
+    for add_command in (_add_convert, _add_inspect, bench.add_command):
         add_command(commands)
     args = parser.parse_args(argv)
     try:

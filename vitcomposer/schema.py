@@ -89,6 +89,8 @@ class Data:
     validate_hash: str | None = "xxh64"  # checked where the index carries that hash
     num_canonical_nodes: int | None = None
     shuffle_block_size: int | None = None
+    # Where flips, colour, blur and geometry run, with the same pixels. auto: on a GPU, but RandAugment in the workers.
+    augment_on: Literal["auto", "worker", "device"] = "auto"
     synthetic_samples: int = 1_281_167  # per epoch, of source: synthetic
 
     def __post_init__(self) -> None:
@@ -126,6 +128,9 @@ class Augment:
     color_jitter: float  # brightness, contrast and saturation; 0 is off
     random_erasing: float  # probability; pixel noise, 2 to 33 % of the area
     repeated_augmentation: int  # views of one image in a global batch; 1 is off
+    shared_decodes: bool = False  # its views on one rank from one decode; DeiT's are on different ranks
+    low_resolution: bool = False  # crop from the column image_small (`vitcomposer convert --raw-below`)
+    decode_scale: Literal["exact", "dct"] = "exact"  # dct: boxes of twice the image size at reduced scale, approximate
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -143,6 +148,13 @@ class Augment:
             "1 or more",
             self.repeated_augmentation,
             "DeiT uses 3; 1 switches it off.",
+        )
+        require(
+            self.repeated_augmentation > 1 or not self.shared_decodes,
+            "augment.shared_decodes",
+            "false where augment.repeated_augmentation is 1",
+            self.shared_decodes,
+            "Set augment.repeated_augmentation=3, or leave it out.",
         )
         require(
             not (self.rand_augment and self.three_augment),

@@ -1,31 +1,22 @@
-"""Image policies against timm and torchvision; the device side against timm's loader; the noise by its statistics."""
+"""The device side of a batch against timm's loader and against the worker's; the noise by its statistics."""
 
 import dataclasses
+import io
 import pickle
-import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 from scipy.stats import kstest
 from sklearn.datasets import load_sample_image
 from timm.data.mixup import Mixup
-from timm.data.transforms_factory import create_transform
-from torchvision.transforms import ColorJitter
-from torchvision.transforms import functional as tv
 
 from vitcomposer.data import augment as device
-from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, draw_mixing
-from vitcomposer.data.policies import (
-    RandAugment,
-    build_policies,
-    color_jitter,
-    global_generators_restored,
-    three_augment,
-)
-from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Augment, ConfigError, Mixing
+from vitcomposer.data.collate import TrainCollate
+from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, draw_mixing, split_batch
+from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Augment, Mixing
 
 DEIT = Augment(
     crop_scale=(0.08, 1.0),
@@ -39,106 +30,6 @@ DEIT = Augment(
 )
 MIXING = Mixing(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1)
 NO_MIXING = dataclasses.replace(MIXING, mixup_alpha=0.0, cutmix_alpha=0.0)
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return Image.fromarray(load_sample_image("flower.jpg")).resize((64, 64))
-
-
-@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8-mstd101", "rand-m15-mmax20-tweights"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_rand_augment_equals_timm_pixel_by_pixel(name: str, interpolation: str, photo: Image.Image) -> None:
-    ours = RandAugment(name, image_size=64, mean=IMAGENET_MEAN, interpolation=interpolation)
-    _, theirs, _ = create_transform(
-        64, is_training=True, auto_augment=name, interpolation=interpolation, separate=True, color_jitter=0.4
-    )
-    changed = 0
-    with global_generators_restored():
-        for seed in range(60):
-            result = np.asarray(ours(photo, random.Random(seed)))
-            same_draws = random.Random(seed)
-            random.seed(same_draws.getrandbits(64))
-            np.random.seed(same_draws.getrandbits(32))
-            np.testing.assert_array_equal(result, np.asarray(theirs(photo)))
-            changed += int((result != np.asarray(photo)).any())
-    assert changed > 30
-
-
-def test_policies_leave_the_global_generators_alone(photo: Image.Image) -> None:
-    policy = RandAugment("rand-m9-mstd0.5-inc1", image_size=64, mean=IMAGENET_MEAN, interpolation="bicubic")
-    before = random.getstate(), np.random.get_state()[1].copy()
-    with global_generators_restored():
-        policy(photo, random.Random(0))
-        assert random.getstate() != before[0]
-    assert random.getstate() == before[0]
-    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["rand", "randaugment", "augmix-m3", "rand-m9-mstd", "rand-m9-tfoo", "rand-mm9", "rand-m9_inc1", "rand-p1.5", ""],
-)
-def test_rand_augment_that_timm_would_not_read_raises(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"augment\.rand_augment must be .* got .*Write it like rand-m9-mstd0\.5-inc1"
-    ):
-        RandAugment(name, image_size=64, mean=IMAGENET_MEAN, interpolation="bicubic")
-
-
-def test_three_augment_applies_each_operation_with_a_third(photo: Image.Image) -> None:
-    grey = np.dstack([np.asarray(photo.convert("L"))] * 3)
-    solarized = np.asarray(ImageOps.solarize(photo))
-    counts = {"grey": 0, "solarize": 0, "blur": 0}
-    for seed in range(900):
-        result = np.asarray(three_augment(photo, random.Random(seed)))
-        if (result == grey).all():
-            counts["grey"] += 1
-        elif (result == solarized).all():
-            counts["solarize"] += 1
-        else:
-            counts["blur"] += 1
-    assert all(abs(count - 300) < 45 for count in counts.values()), counts
-
-
-def test_three_augment_blur_radius_is_uniform(photo: Image.Image) -> None:
-    radii = []
-    for seed in range(400):
-        rng = random.Random(seed)
-        result = three_augment(photo, rng)
-        same = random.Random(seed)
-        if same.randrange(3) == 2:
-            radii.append(same.uniform(0.1, 2.0))
-            expected = photo.filter(ImageFilter.GaussianBlur(radii[-1]))
-            np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
-    assert min(radii) < 0.3 and max(radii) > 1.8
-
-
-@pytest.mark.parametrize("strength", [0.3, 1.2])
-def test_color_jitter_equals_torchvision(strength: float, photo: Image.Image) -> None:
-    """The same order and factors through torchvision's functions, in its ColorJitter's range, give the same pixels."""
-    functions = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation]
-    reference = ColorJitter(strength, strength, strength)
-    assert reference.brightness == reference.contrast == reference.saturation
-    orders = set()
-    for seed in range(60):
-        result = np.asarray(color_jitter(photo, random.Random(seed), strength))
-        rng, order = random.Random(seed), list(range(3))
-        rng.shuffle(order)
-        expected = photo
-        for i in order:
-            expected = functions[i](expected, rng.uniform(*reference.brightness))
-        np.testing.assert_array_equal(result, np.asarray(expected))
-        orders.add(tuple(order))
-    assert len(orders) == 6
-
-
-def test_policies_come_in_the_order_of_the_schema() -> None:
-    policies = build_policies(dataclasses.replace(DEIT, color_jitter=0.3), 64)
-    assert isinstance(policies[0], RandAugment) and len(policies) == 2
-    deit3 = dataclasses.replace(DEIT, rand_augment=None, three_augment=True, color_jitter=0.3)
-    assert build_policies(deit3, 64)[0] is three_augment and len(build_policies(deit3, 64)) == 2
-    assert build_policies(dataclasses.replace(DEIT, rand_augment=None), 64) == []
 
 
 def test_noise_is_standard_normal() -> None:
@@ -253,3 +144,28 @@ def test_train_transform_compiles_without_a_graph_break() -> None:
     batch = train_batch(4)
     traced = torch.compile(transform, backend="eager", fullgraph=True)(batch)
     assert torch.equal(traced["image"], transform(batch)["image"])
+
+
+@pytest.mark.parametrize("microbatch", [16, 6])
+def test_device_runs_the_programs_that_the_worker_would_have_run(microbatch: int) -> None:
+    augment = dataclasses.replace(DEIT, color_jitter=0.4)
+    samples = [{"image": photo_jpeg(i), "label": i % 5, "sample_id": i, "copy": 0, "epoch": 0} for i in range(16)]
+    transform = device.TrainTransform(augment, MIXING, num_classes=5)
+    batches = {}
+    for on_device in (False, True):
+        collate = TrainCollate(augment, MIXING, image_size=48, num_classes=5, seed=1, augment_on_device=on_device)
+        batch = collate(samples)
+        assert (device.OP_CODES in batch) is on_device
+        parts = [transform(part) for part in split_batch(batch, microbatch)]
+        batches[on_device] = {int(i): image for p in parts for i, image in zip(p["sample_id"], p["image"], strict=True)}
+    assert batches[True].keys() == batches[False].keys() == set(range(16))
+    differences = torch.stack([(batches[True][i] - batches[False][i]).abs() for i in range(16)])
+    one_level = 1 / 255 / min(augment.std)
+    assert differences.max() <= 1.01 * one_level
+    assert (differences > 0.01 * one_level).float().mean() < 2e-3
+
+
+def photo_jpeg(i: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_image("flower.jpg")[20 * i : 20 * i + 120, 25 * i : 25 * i + 150]).save(buffer, "JPEG")
+    return buffer.getvalue()

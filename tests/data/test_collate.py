@@ -4,6 +4,7 @@ import dataclasses
 import io
 import pickle
 import random
+import struct
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
 
+from vitcomposer.data import views
 from vitcomposer.data.augment import ERASE_BOX, ERASE_SEED, TrainTransform
 from vitcomposer.data.collate import EvalCollate, TrainCollate, random_key
 from vitcomposer.data.crops import random_resized_box
@@ -246,3 +248,28 @@ def test_random_key_spreads_consecutive_ids_uniformly() -> None:
         assert kstest(first, "uniform").pvalue > 0.01
         assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.06
     assert random_key(1, 2) != random_key(2, 1)
+
+
+def test_neighbouring_copies_give_the_views_that_separate_decodes_give(
+    samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [{**sample, "copy": copy} for sample in samples[:4] for copy in range(3)]
+    apart = [copies[i] for i in (0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11)]
+    decoded = []
+    decode = views.decode_region
+    monkeypatch.setattr(views, "decode_region", lambda *args: (decoded.append(args), decode(*args))[1])
+    together = train_collate(mixing=NO_MIXING)(copies)
+    assert len(decoded) == 4, "three copies in a row are one decode"
+    separate = train_collate(mixing=NO_MIXING)(apart)
+    assert len(decoded) == 4
+    order = [copies.index(sample) for sample in apart]
+    assert same({key: value[order] for key, value in together.items()}, separate)
+    assert not torch.equal(together["image"][0], together["image"][1]), "copies are different views"
+
+
+def test_raw_sample_gives_the_views_of_the_same_pixels_in_a_file(samples: list[dict[str, Any]]) -> None:
+    png = samples[4]
+    pixels = np.asarray(Image.open(io.BytesIO(png["image"])).convert("RGB"))
+    raw = {**png, "image": memoryview(struct.pack("<4s3I", b"\0RAW", *pixels.shape[:2], 0) + pixels.tobytes())}
+    assert same(train_collate(mixing=NO_MIXING)([png]), train_collate(mixing=NO_MIXING)([raw]))
+    assert same(eval_collate()([png]), eval_collate()([raw]))

@@ -81,11 +81,95 @@ def test_repeated_augmentation_uses_every_sample_over_epochs():
     assert seen == set(range(SIZES.sum()))
 
 
-def test_arranging_imagenet_takes_under_a_second():
+def by_rank(plan: np.ndarray) -> np.ndarray:
+    """Virtual ids of each rank in the order it trains on them, (ranks, samples), without padding."""
+    nodes, ranks, workers, per_worker, size = plan.shape
+    rows = plan.transpose(0, 1, 3, 2, 4).reshape(nodes * ranks, per_worker * workers * size)
+    return np.stack([row[row != PADDING] for row in rows])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("canonical, nodes", [(1, 1), (2, 2), (4, 2), (2, 1), (1, 2)])
+def test_shared_decodes_put_the_copies_next_to_each_other_on_one_rank(canonical, nodes, workers):
+    repeats, num_samples = 3, 480
+    layout = Layout(nodes=nodes, ranks_per_node=2, workers_per_rank=workers, batch_size=6, canonical_nodes=canonical)
+    plan = arrange(np.full(24, 20), layout, epoch=1, shuffle=Shuffle(seed=5), repeats=repeats, shared_decodes=True)
+    copies, ids = np.divmod(by_rank(plan), num_samples)
+    assert ids.size == num_samples
+    assert (copies == np.arange(ids.shape[1]) % repeats).all()
+    groups = ids[:, : ids.shape[1] // repeats * repeats].reshape(-1, repeats)
+    assert (groups == groups[:, :1]).all()
+    assert len(np.unique(groups[:, 0])) == len(groups)
+    assert len(groups) == num_samples // repeats
+
+
+@pytest.mark.parametrize("repeats, batch_size", [(3, 6), (3, 8), (2, 5), (4, 2), (3, 1)])
+def test_shared_decodes_need_no_more_decodes_than_the_edges_of_batches_cut(repeats, batch_size):
+    """A batch of b consecutive places of groups of r touches at most ceil((b - 1) / r) + 1 groups."""
+    layout = Layout(ranks_per_node=2, workers_per_rank=2, batch_size=batch_size)
+    plan = arrange(np.array([240]), layout, shuffle=Shuffle(seed=0), repeats=repeats, shared_decodes=True)
+    copies, ids = np.divmod(plan[plan != PADDING], 240)
+    assert Counter(copies.tolist()) == {copy: 240 // repeats for copy in range(repeats)}
+    assert set(Counter(ids.tolist()).values()) == {repeats}
+    most = -(-(batch_size - 1) // repeats) + 1
+    for batch in plan.reshape(-1, batch_size):
+        assert len(set((batch[batch != PADDING] % 240).tolist())) <= (
+            batch_size // repeats if batch_size % repeats == 0 else most
+        )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("nodes, ranks", [(1, 2), (1, 4), (2, 1)])
+def test_shared_decodes_give_every_step_the_same_samples_on_any_number_of_ranks(nodes, ranks, workers):
+    shuffle, repeats = Shuffle(seed=1), 3
+    shape = {"epoch": 2, "shuffle": shuffle, "repeats": repeats, "shared_decodes": True}
+    one = in_time(arrange(SIZES, Layout(batch_size=12, canonical_nodes=nodes), **shape))
+    layout = Layout(
+        nodes=nodes,
+        ranks_per_node=ranks,
+        workers_per_rank=workers,
+        batch_size=12 // (nodes * ranks),
+        canonical_nodes=nodes,
+    )
+    many = in_time(arrange(SIZES, layout, **shape))
+    for row, expected in enumerate(one[: SIZES.sum() // 12]):
+        assert sorted(many[row]) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    "canonical, nodes, initial, batch_size",
+    [(1, 1, None, 6), (1, 1, None, 8), (2, 2, None, 8), (4, 2, None, 6), (3, 2, 3, 6)],
+)
+def test_shared_decodes_resumed_go_on_as_they_began(canonical, nodes, initial, batch_size):
+    shape = {"epoch": 3, "shuffle": Shuffle(seed=2), "repeats": 3, "shared_decodes": True}
+    began = initial or nodes
+    run = {"ranks_per_node": 2, "canonical_nodes": canonical}
+    before = Layout(nodes=began, workers_per_rank=2, batch_size=batch_size * nodes // began, **run)
+    after = Layout(nodes=nodes, workers_per_rank=3, batch_size=batch_size, initial_nodes=initial, **run)
+    whole = in_time(arrange(np.full(9, 32), before, **shape))
+    for seen in (1, 4):
+        rest = in_time(arrange(np.full(9, 32), after, first=seen * whole.shape[1], **shape))
+        for row, expected in enumerate(whole[seen : 288 // whole.shape[1]]):
+            assert sorted(rest[row]) == sorted(expected)
+
+
+def test_shared_decodes_change_with_seed_and_epoch_only():
+    def ids(**changed):
+        shape = {"epoch": 1, "shuffle": Shuffle(seed=1), "repeats": 3, "shared_decodes": True, **changed}
+        return arrange(SIZES, Layout(batch_size=4), **shape)
+
+    assert np.array_equal(ids(), ids())
+    assert not np.array_equal(ids(), ids(epoch=2))
+    assert not np.array_equal(ids(), ids(shuffle=Shuffle(seed=2)))
+
+
+@pytest.mark.parametrize("shared_decodes", [False, True])
+def test_arranging_imagenet_takes_under_a_second(shared_decodes):
     num_samples = 1_281_167
     sizes = np.full(2000, num_samples // 2000)
     sizes[: num_samples % 2000] += 1
     layout = Layout(ranks_per_node=8, workers_per_rank=8, batch_size=128)
     begin = time.process_time()
-    arrange(sizes, layout, epoch=1, shuffle=Shuffle(seed=0, block_size=1 << 22), repeats=3)
+    shuffle = Shuffle(seed=0, block_size=1 << 22)
+    arrange(sizes, layout, epoch=1, shuffle=shuffle, repeats=3, shared_decodes=shared_decodes)
     assert time.process_time() - begin < 1

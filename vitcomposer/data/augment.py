@@ -1,8 +1,8 @@
-"""What happens to whole batches on the device: normalise, erase, mix, and the soft targets.
+"""What happens to whole batches on the device: colours and geometry, normalise, erase, mix, and the soft targets.
 
-The order is timm's: its loader normalises and erases, its training loop mixes. Nothing here is random and nothing
-looks at a value: the loader worker drew every box, share and seed, so the device never waits for the host and a batch
-gives the same tensors however it is split.
+The order is timm's: its loader augments, normalises and erases, its training loop mixes. Nothing here is random and
+nothing looks at a value: the loader worker drew every box, share and seed, so the device never waits for the host and a
+batch gives the same tensors however it is split.
 """
 
 import math
@@ -12,8 +12,13 @@ from torch import Tensor
 
 from vitcomposer.data.crops import box_mask
 from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, mix_images, soft_targets
+from vitcomposer.data.ops_device import apply_programs
+from vitcomposer.data.policies import fill_colour
 from vitcomposer.schema import Augment, Mixing
 
+# numpy, not tensors: Composer leaves them on the host, where the groups of equal operations are counted.
+OP_CODES = "op_codes"  # int8 (B, L)
+OP_VALUES = "op_values"  # float32 (B, L)
 ERASE_BOX = "erase_box"  # int32 (B, 4); an empty box erases nothing
 ERASE_SEED = "erase_seed"  # int64 (B,)
 
@@ -28,6 +33,7 @@ class TrainTransform:
     """
 
     def __init__(self, augment: Augment, mixing: Mixing, *, num_classes: int) -> None:
+        self._fill = fill_colour(augment.mean)
         self._normalize = Normalize(augment.mean, augment.std)
         self._erases = augment.random_erasing > 0
         self._num_classes = num_classes
@@ -35,7 +41,10 @@ class TrainTransform:
 
     def __call__(self, batch: Batch) -> Batch:
         batch = dict(batch)
-        images = self._normalize(batch["image"])
+        images = batch["image"]
+        if OP_CODES in batch:
+            images = apply_programs(images, batch.pop(OP_CODES), batch.pop(OP_VALUES), self._fill)
+        images = self._normalize(images)
         if self._erases:
             images = erase(images, batch.pop(ERASE_BOX), batch.pop(ERASE_SEED))
         lam = batch.pop(MIX_LAM, None)

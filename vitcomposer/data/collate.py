@@ -1,32 +1,37 @@
-"""Samples of the reader to a batch of tensors, in the loader worker: decode, crop, resize, flip, and every draw.
+"""Samples of the reader to a batch of tensors, in the loader worker: decode, crop, resize, and every draw.
 
-A sample's draws depend on (seed, epoch, sample_id, copy) alone and a batch's mixing on the same of its first sample,
+What was drawn for an image's colours and geometry is a short program (``data.ops``), run here or on the device. A
+sample's draws depend on (seed, epoch, sample_id, copy) alone and a batch's mixing on the same of its first sample,
 so a run is the same with any number of workers and after a resume.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcomposer.data.augment import ERASE_BOX, ERASE_SEED
+from vitcomposer.data.augment import ERASE_BOX, ERASE_SEED, OP_CODES, OP_VALUES
+from vitcomposer.data.batch_memory import empty_batch
 from vitcomposer.data.crops import (
-    NO_BOX,
     centre_box,
     random_erasing_box,
     random_resized_box,
     shape_with_shorter_side,
 )
-from vitcomposer.data.jpeg import Interpolation, decode_crop_into, decode_rgb, read_size, resize_into
+from vitcomposer.data.jpeg import Interpolation, decode_rgb, read_size, resize_into
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, draw_mixing
-from vitcomposer.data.policies import build_policies, global_generators_restored
+from vitcomposer.data.ops import apply_program
+from vitcomposer.data.policies import Policies, build_policies
+from vitcomposer.data.views import decode_views
 from vitcomposer.schema import Augment, Mixing
+
+Sample = dict[str, Any]
 
 _MASK64 = (1 << 64) - 1
 _SAMPLE, _MIXING = 0, 1  # separate streams: the first sample of a batch must not share its numbers with the mixing
@@ -35,61 +40,66 @@ _SAMPLE, _MIXING = 0, 1  # separate streams: the first sample of a batch must no
 class TrainCollate:
     """Training samples to ``image`` uint8 (B, 3, S, S), ``label``, ``sample_id`` and the draws for the device.
 
-    ``image`` lies in channels-last memory. The batch holds ``erase_box`` and ``erase_seed`` when
-    ``augment.random_erasing`` is above 0, ``mix_lam`` and ``mix_box`` when one of the alphas of ``mixing`` is.
+    ``image`` lies in channels-last memory. The batch holds ``op_codes`` and ``op_values`` with
+    ``augment_on_device``, ``erase_box`` and ``erase_seed`` when ``augment.random_erasing`` is above 0, ``mix_lam`` and
+    ``mix_box`` when one of the alphas of ``mixing`` is. Neighbours that are copies of one sample share its decode.
 
     Raises:
         ConfigError: ``augment.rand_augment`` is no RandAugment string of timm.
         ValueError: On a call, a label outside the classes, a damaged image, or an odd batch with mixing on.
     """
 
-    def __init__(self, augment: Augment, mixing: Mixing, *, image_size: int, num_classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        augment: Augment,
+        mixing: Mixing,
+        *,
+        image_size: int,
+        num_classes: int,
+        seed: int,
+        augment_on_device: bool = False,
+    ) -> None:
         self._augment = augment
         self._mixing = mixing
         self._mixes = mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0
         self._image_size = image_size
         self._num_classes = num_classes
         self._seed = seed
+        self._augment_on_device = augment_on_device
         self._policies = build_policies(augment, image_size)
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
+    def __call__(self, samples: list[Sample]) -> Batch:
         if self._mixes and len(samples) % 2:
             raise ValueError(
                 f"global_train_batch_size must give every device an even batch when mixing is on, got {len(samples)} "
                 "images. Mixup pairs images: use an even share per device, or set both alphas of mixing to 0."
             )
-        batch = _head(samples, self._image_size, self._num_classes)
-        boxes, seeds = [NO_BOX] * len(samples), [0] * len(samples)
-        with global_generators_restored():
-            for i, sample in enumerate(samples):
-                rng = random.Random(self._key(sample, _SAMPLE))
-                with _naming(sample):
-                    self._view(sample["image"], rng, batch["image"][i])
-                if self._augment.random_erasing > 0:
-                    boxes[i] = random_erasing_box(rng, self._image_size, self._augment.random_erasing)
-                    seeds[i] = rng.getrandbits(63)
+        batch = batch_head(samples, self._image_size, self._num_classes)
+        rngs = [random.Random(self._key(sample, _SAMPLE)) for sample in samples]
+        for first, end in _runs(samples):
+            with naming(samples[first]):
+                self._decode(samples[first]["image"], rngs[first:end], batch["image"][first:end])
+        codes, values = draw_programs(self._policies, rngs)
+        if self._augment_on_device:
+            batch[OP_CODES], batch[OP_VALUES] = codes, values
+        else:
+            run_programs(batch["image"], codes, values, self._policies.fill)
         if self._augment.random_erasing > 0:
+            boxes = [random_erasing_box(rng, self._image_size, self._augment.random_erasing) for rng in rngs]
             batch[ERASE_BOX] = torch.tensor(boxes, dtype=torch.int32)
-            batch[ERASE_SEED] = torch.tensor(seeds)
+            batch[ERASE_SEED] = torch.tensor([rng.getrandbits(63) for rng in rngs])
         if self._mixes:
             batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples)
         return batch
 
-    def _view(self, encoded: bytes, rng: random.Random, out: Tensor) -> None:
-        """One random view of the image into ``out``, uint8 (3, S, S) over channels-last memory."""
+    def _decode(self, encoded: bytes | memoryview, rngs: Sequence[random.Random], outs: Tensor) -> None:
+        """One random view of the image for each generator."""
         augment = self._augment
-        box = random_resized_box(rng, *read_size(encoded), augment.crop_scale, augment.crop_ratio)
-        decode_crop_into(encoded, box, out, augment.interpolation)
-        pixels = out.permute(1, 2, 0)  # (S, S, 3)
-        if rng.random() < augment.flip_prob:
-            pixels.copy_(pixels.flip(1))
-        if self._policies:
-            image = Image.fromarray(pixels.numpy())
-            for policy in self._policies:
-                image = policy(image, rng)
-            np.copyto(pixels.numpy(), np.asarray(image))
+        height, width = read_size(encoded)
+        boxes = [random_resized_box(rng, height, width, augment.crop_scale, augment.crop_ratio) for rng in rngs]
+        decode_views(encoded, boxes, outs.unbind(), augment.interpolation, augment.decode_scale)
 
-    def _draw_mixing(self, samples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    def _draw_mixing(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         # RandomState, because numpy promises its stream for ever; that of Generator may change between versions.
         rng = np.random.RandomState(self._key(samples[0], _MIXING) >> 32)
         mixing = self._mixing
@@ -105,7 +115,7 @@ class TrainCollate:
         )
         return torch.from_numpy(lam), torch.from_numpy(boxes)
 
-    def _key(self, sample: dict[str, Any], stream: int) -> int:
+    def _key(self, sample: Sample, stream: int) -> int:
         return random_key(self._seed, sample["epoch"], sample["sample_id"], sample["copy"], stream)
 
 
@@ -122,14 +132,14 @@ class EvalCollate:
         self._interpolation: Interpolation = interpolation
         self._num_classes = num_classes
 
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        batch = _head(samples, self._image_size, self._num_classes, ignored=IGNORE_LABEL)
+    def __call__(self, samples: list[Sample]) -> Batch:
+        batch = batch_head(samples, self._image_size, self._num_classes, ignored=IGNORE_LABEL)
         for i, sample in enumerate(samples):
-            with _naming(sample):
+            with naming(sample):
                 self._centre(sample["image"], batch["image"][i])
         return batch
 
-    def _centre(self, encoded: bytes, out: Tensor) -> None:
+    def _centre(self, encoded: bytes | memoryview, out: Tensor) -> None:
         pixels = decode_rgb(encoded)
         height, width = shape_with_shorter_side(pixels.shape[0], pixels.shape[1], self._shorter)
         resized = torch.empty((height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
@@ -149,7 +159,7 @@ def random_key(*parts: int) -> int:
     return state
 
 
-def _head(samples: list[dict[str, Any]], image_size: int, num_classes: int, ignored: int | None = None) -> Batch:
+def batch_head(samples: list[Sample], image_size: int, num_classes: int, ignored: int | None = None) -> Batch:
     """The batch with its labels checked and its images still to be filled."""
     for sample in samples:
         label = sample["label"]
@@ -158,15 +168,29 @@ def _head(samples: list[dict[str, Any]], image_size: int, num_classes: int, igno
                 f"sample_id {sample['sample_id']}: the label must be in [0, {num_classes}) for model.num_classes="
                 f"{num_classes}, got {label}. Set model.num_classes to the number of classes in the data set."
             )
-    return {
-        "image": torch.empty((len(samples), image_size, image_size, 3), dtype=torch.uint8).permute(0, 3, 1, 2),
-        "label": torch.tensor([int(sample["label"]) for sample in samples]),
-        "sample_id": torch.tensor([int(sample["sample_id"]) for sample in samples]),
-    }
+    return {"image": empty_batch(len(samples), image_size), **batch_labels(samples)}
+
+
+def batch_labels(samples: list[Sample]) -> Batch:
+    """``label`` and ``sample_id`` as int64 (B,)."""
+    return {key: torch.tensor([int(sample[key]) for sample in samples]) for key in ("label", "sample_id")}
+
+
+def draw_programs(policies: Policies, rngs: Sequence[random.Random]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A program from each generator, as codes and values (len(rngs), L)."""
+    codes, values = zip(*(policies.draw(rng) for rng in rngs), strict=True)
+    return np.stack(codes), np.stack(values)
+
+
+def run_programs(images: Tensor, codes: NDArray[np.int8], values: NDArray[np.float32], fill: NDArray[np.uint8]) -> None:
+    """Run each image's program on it, in place; ``images`` is uint8 (B, 3, S, S) over channels-last memory."""
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    for image, image_codes, image_values in zip(pixels, codes, values, strict=True):
+        apply_program(image, image_codes, image_values, fill)
 
 
 @contextmanager
-def _naming(sample: dict[str, Any]) -> Iterator[None]:
+def naming(sample: Sample) -> Iterator[None]:
     """Say which sample a decoder's error is about."""
     try:
         yield
@@ -175,3 +199,12 @@ def _naming(sample: dict[str, Any]) -> Iterator[None]:
             f"sample_id {sample['sample_id']}: the image ({len(sample['image'])} bytes) cannot be read: {error}. "
             "Write the data set again without it or with a sound copy."
         ) from error
+
+
+def _runs(samples: list[Sample]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each run of neighbours that are copies of one sample."""
+    first = 0
+    for i in range(1, len(samples) + 1):
+        if i == len(samples) or samples[i]["sample_id"] != samples[first]["sample_id"]:
+            yield first, i
+            first = i

@@ -13,6 +13,7 @@ from streaming.base.distributed import barrier, get_local_rank, maybe_init_dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vitcomposer.data import jpeg, ops
 from vitcomposer.data.augment import EvalTransform, TrainTransform
 from vitcomposer.data.collate import EvalCollate, TrainCollate
 from vitcomposer.data.mixing import split_batch
@@ -44,7 +45,10 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
     except ShardError as error:  # found before anything is read
         raise ConfigError(str(error)) from error
     train = split == "train"
+    # Compiled kernels come from their cache on disk: the workers get them with the fork.
+    jpeg.warm_up()
     if train:
+        ops.warm_up()
         _check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
         collate = TrainCollate(
             cfg.augment,
@@ -52,6 +56,7 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
             image_size=cfg.model.image_size,
             num_classes=cfg.model.num_classes,
             seed=seed,
+            augment_on_device=_augment_on_device(cfg),
         )
         transform = TrainTransform(cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes)
     else:
@@ -86,6 +91,14 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
     )
 
 
+def _augment_on_device(cfg: Supervised) -> bool:
+    if cfg.data.augment_on != "auto":
+        return cfg.data.augment_on == "device"
+    # A CPU has nothing to gain: the main process would do what the workers can do beside it. Nor has RandAugment,
+    # whose thirty groups of images are some 2,000 small operations a batch that the main process would have to launch.
+    return torch.cuda.is_available() and cfg.augment.rand_augment is None
+
+
 def _count_samples(batch: dict[str, Tensor]) -> int:
     return len(batch["label"])
 
@@ -93,6 +106,7 @@ def _count_samples(batch: dict[str, Tensor]) -> int:
 def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) -> ImageStream | SyntheticImages:
     data, train = cfg.data, split == "train"
     repeats = cfg.augment.repeated_augmentation if train else 1
+    shared_decodes = cfg.augment.shared_decodes and train
     if data.source == "synthetic":
         return SyntheticImages(
             num_samples=data.synthetic_samples if train else min(data.synthetic_samples, SYNTHETIC_VAL_SAMPLES),
@@ -101,6 +115,7 @@ def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) ->
             shuffle=train,
             seed=seed,
             repeats=repeats,
+            shared_decodes=shared_decodes,
         )
     assert data.local is not None
     _clear_stale_shared_memory()
@@ -112,6 +127,8 @@ def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) ->
         shuffle=train,
         seed=seed,
         repeats=repeats,
+        shared_decodes=shared_decodes,
+        low_resolution=cfg.augment.low_resolution and train,
         options=StreamOptions(
             cache_limit=data.cache_limit,
             predownload=data.predownload,

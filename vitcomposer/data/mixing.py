@@ -4,7 +4,7 @@ The partner of image i in a batch of B is image B - 1 - i. What is mixed how is 
 (:func:`draw_mixing`) and applied on the device without looking at a value (:func:`mix_images`).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitcomposer.data.crops import NO_BOX, Box, box_mask
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and numpy arrays of what must stay on the host; the first dimension is the image
 
 MIX_LAM = "mix_lam"  # float32 (B,): the share of the image's own label
 MIX_BOX = "mix_box"  # int32 (B, 4): the partner's pixels in CutMix; empty in Mixup
@@ -125,5 +125,9 @@ def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
     pairs, half = max(size // 2, 1), count // 2
     spans = [(a, min(a + pairs, half)) for a in range(0, half, pairs)]
     return [
-        {key: torch.cat([value[a:b], value[count - b : count - a]]) for key, value in batch.items()} for a, b in spans
+        {key: _join(value[a:b], value[count - b : count - a]) for key, value in batch.items()} for a, b in spans
     ]
+
+
+def _join(first: Any, second: Any) -> Any:
+    return torch.cat([first, second]) if isinstance(first, Tensor) else np.concatenate([first, second])

@@ -50,6 +50,7 @@ def arrange(
     first: int = 0,
     shuffle: Shuffle | None = None,
     repeats: int = 1,
+    shared_decodes: bool = False,
 ) -> NDArray[np.int64]:
     """Virtual ids of an epoch, (nodes, ranks, workers, batches, batch_size), with PADDING where a batch is short.
 
@@ -60,6 +61,12 @@ def arrange(
     arXiv:2012.12877, after Hoffer et al., arXiv:1901.09335) an epoch is as long as without, but of about
     ``num_samples / repeats`` samples, each with copies 0 to ``repeats - 1`` in a row: neighbours in a row are on
     different ranks, and in one global batch unless its edge falls between them.
+
+    With ``shared_decodes`` the copies are neighbours in the batch of one rank, so that a worker decodes them at once. A
+    step still sees the same number of different samples, over all ranks the very same ones where ``batch_size`` is a
+    multiple of ``repeats``; else the edge of a batch cuts some sample's copies, the rest coming first in the rank's
+    next batch, which another worker may hold and decodes again. What differs from DeiT's: copies share what a rank
+    draws once a batch, such as mixup's lambda of mode batch, and can become each other's partner in mixing.
 
     Args:
         first: Samples of this epoch that a resumed run has already seen, over all ranks.
@@ -81,6 +88,9 @@ def arrange(
         return _mark_repeated(places, num_samples)
     nodes, seed, block_size = layout.canonical_nodes, shuffle.seed, shuffle.block_size
     order = get_shuffle("py1e", shard_sizes, nodes, seed, epoch, block_size)
+    if repeats > 1 and shared_decodes:
+        ids = _repeat_on_rank(order, np.maximum(places, 0), layout, repeats)
+        return np.where(places != PADDING, ids, PADDING)
     if repeats > 1:
         order = _repeat(order, layout.canonical_nodes, repeats)
     return np.where(places != PADDING, order[places], PADDING)
@@ -96,6 +106,27 @@ def _repeat(order: NDArray[np.int64], canonical_nodes: int, repeats: int) -> NDA
     begins = np.repeat(bounds[:-1], np.diff(bounds))
     offsets = np.arange(num_samples) - begins
     return order[begins + offsets // repeats] + num_samples * (offsets % repeats)
+
+
+def _repeat_on_rank(
+    order: NDArray[np.int64], places: NDArray[np.int64], layout: Layout, repeats: int
+) -> NDArray[np.int64]:
+    """Virtual ids of places in the order such that a rank gets the copies of a sample one after the other.
+
+    A function of the place alone, so that a run resumed at any sample, on any number of workers, goes on as it began.
+    """
+    canonical = layout.canonical_nodes
+    nodes = layout.nodes
+    if max(nodes, canonical) % min(nodes, canonical):  # then Streaming deals out as to the nodes it began with
+        nodes = layout.initial_nodes or nodes
+    ranks = nodes * layout.ranks_per_node
+    bounds = np.arange(canonical + 1) * len(order) // canonical
+    node = np.searchsorted(bounds, places, side="right") - 1
+    time = (places - bounds[node]) * canonical + node  # canonical nodes take turns
+    turn, rank = np.divmod(time, ranks)  # and so do the ranks
+    offset, node = np.divmod(turn // repeats * ranks + rank, canonical)
+    # The nodes' shares differ by one sample: at the end of a short one its last sample stands in.
+    return order[np.minimum(bounds[node] + offset, bounds[node + 1] - 1)] + len(order) * (turn % repeats)
 
 
 def _mark_repeated(places: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:

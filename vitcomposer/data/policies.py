@@ -1,66 +1,87 @@
-"""Colour and geometry of one training image in the loader worker: RandAugment, 3-Augment and colour jitter."""
+"""Which operations change one training image, drawn as a program: RandAugment, 3-Augment, jitter, colour distortion."""
 
+import math
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from timm.data.auto_augment import rand_augment_transform
+from numpy.typing import NDArray
 
+from vitcomposer.data import ops
+from vitcomposer.data.ops import Program, Step
 from vitcomposer.schema import Augment, require
-
-Policy = Callable[[Image.Image, random.Random], Image.Image]
 
 # timm skips or defaults over sections it cannot read, so a typing error would train another recipe in silence.
 _SECTION = r"m\d+|mmax\d+|mstd\d+(\.\d+)?|inc[01]|n[1-9]|p(0(\.\d+)?|1(\.0+)?)|t(weights|3a|3aw)"
 _RAND_AUGMENT = re.compile(rf"rand(-({_SECTION}))+")
+_LARGEST = 10.0  # magnitude without mmax, and what timm divides every magnitude by
 
 
-def build_policies(augment: Augment, image_size: int) -> list[Policy]:
-    """What is applied to the flipped crop, in this order.
+class Draw(Protocol):
+    """Draws at most ``length`` steps for an image from its sample's generator."""
+
+    length: int
+
+    def draw(self, rng: random.Random) -> list[Step]: ...
+
+
+class Policies:
+    """What is applied to a crop, in order: the flip first, then what each of ``draws`` gives.
+
+    Args:
+        fill: Colour (3,) of what rotation, shear and translation uncover.
+    """
+
+    def __init__(self, flip_prob: float, draws: Sequence[Draw], fill: NDArray[np.uint8]) -> None:
+        self.flip_prob = flip_prob
+        self.draws = tuple(draws)
+        self.fill = fill
+        self.length = 1 + sum(draw.length for draw in draws)
+
+    def draw(self, rng: random.Random) -> Program:
+        steps = [(ops.FLIP, 0.0)] if rng.random() < self.flip_prob else []
+        for draw in self.draws:
+            steps += draw.draw(rng)
+        return ops.encode(steps, self.length)
+
+
+def build_policies(augment: Augment, image_size: int) -> Policies:
+    """The flip and what is applied to the flipped crop, in this order.
 
     timm switches colour jitter off when RandAugment is on; here ``augment.color_jitter`` alone decides.
+
+    Raises:
+        ConfigError: ``augment.rand_augment`` is not one that timm reads completely.
     """
-    policies: list[Policy] = []
+    draws: list[Draw] = []
     if augment.rand_augment is not None:
-        policies.append(
-            RandAugment(
-                augment.rand_augment, image_size=image_size, mean=augment.mean, interpolation=augment.interpolation
-            )
-        )
+        draws.append(RandAugment(augment.rand_augment, image_size=image_size, interpolation=augment.interpolation))
     if augment.three_augment:
-        policies.append(three_augment)
+        draws.append(ThreeAugment())
     if augment.color_jitter > 0:
-        policies.append(partial(color_jitter, strength=augment.color_jitter))
-    return policies
+        draws.append(ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
+    return Policies(augment.flip_prob, draws, fill_colour(augment.mean))
+
+
+def fill_colour(mean: tuple[float, float, float]) -> NDArray[np.uint8]:
+    """The mean of the normalisation as timm fills with it."""
+    return np.array([min(255, round(255 * channel)) for channel in mean], np.uint8)
 
 
 class RandAugment:
-    """timm's RandAugment as its ``create_transform`` builds it, drawn from the sample's generator.
-
-    timm draws from the global generators of Python and numpy, which every call seeds: call it inside
-    :func:`global_generators_restored`.
+    """timm's RandAugment as its ``create_transform`` builds it.
 
     Args:
         name: timm's configuration string, such as ``rand-m9-mstd0.5-inc1``.
-        mean: Of the normalisation; its colour fills what rotation, shear and translation uncover.
+        image_size: Pixels; a translation is a share of it.
 
     Raises:
         ConfigError: ``name`` is not one that timm reads completely.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        image_size: int,
-        mean: tuple[float, float, float],
-        interpolation: Literal["bicubic", "bilinear"],
-    ) -> None:
+    def __init__(self, name: str, *, image_size: int, interpolation: Literal["bicubic", "bilinear"]) -> None:
         require(
             _RAND_AUGMENT.fullmatch(name) is not None,
             "augment.rand_augment",
@@ -68,49 +89,192 @@ class RandAugment:
             name,
             "Write it like rand-m9-mstd0.5-inc1.",
         )
-        self._transform = rand_augment_transform(
-            name,
-            {
-                "translate_const": int(image_size * 0.45),
-                "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
-                "interpolation": Image.Resampling[interpolation.upper()],
-            },
-        )
+        sections = _read_sections(name)
+        increasing = sections.get("inc", "0") == "1"
+        self._magnitude = float(sections.get("m", _LARGEST))
+        self._std = float(sections.get("mstd", 0))
+        self._prob = float(sections.get("p", 0.5))
+        self._largest = float(sections.get("mmax", 0)) or _LARGEST
+        self.length = int(sections.get("n", 2))
+        weights = _CHOICES.get(sections.get("t", ""))
+        # Only choices with weights are drawn without replacement.
+        self._weights = None if weights is None or sections["t"] == "3a" else list(weights.values())
+        self._names = list(weights or (_INCREASING if increasing else _PLAIN))
+        self._image_size = image_size
+        self._interpolation = 0 if interpolation == "bicubic" else ops.BILINEAR
 
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        random.seed(rng.getrandbits(64))
-        np.random.seed(rng.getrandbits(32))
-        return self._transform(image)
+    def draw(self, rng: random.Random) -> list[Step]:
+        names = self._choose(rng)
+        return [self._draw_step(name, rng) for name in names if self._prob >= 1 or rng.random() <= self._prob]
+
+    def _choose(self, rng: random.Random) -> list[str]:
+        if self._weights is None:
+            return rng.choices(self._names, k=self.length)
+        # Independent exponential arrivals come in the order of drawing without replacement.
+        arrivals = [-math.log(1.0 - rng.random()) / weight for weight in self._weights]
+        order = sorted(range(len(arrivals)), key=arrivals.__getitem__)
+        return [self._names[i] for i in order[: self.length]]
+
+    def _draw_step(self, name: str, rng: random.Random) -> Step:
+        code, level = _LEVELS[name]
+        value = level(self._draw_magnitude(rng), rng)
+        if code in (ops.TRANSLATE_X, ops.TRANSLATE_Y):
+            value *= self._image_size
+        return (code + self._interpolation if code >= ops.ROTATE else code), value
+
+    def _draw_magnitude(self, rng: random.Random) -> float:
+        magnitude = self._magnitude
+        if self._std > 100:
+            magnitude = rng.uniform(0, magnitude)
+        elif self._std > 0:
+            magnitude = rng.gauss(magnitude, self._std)
+        return max(0.0, min(magnitude, self._largest))
 
 
-def three_augment(image: Image.Image, rng: random.Random) -> Image.Image:
+class ThreeAugment:
     """3-Augment of DeiT III (arXiv:2204.07118): grayscale, solarize or Gaussian blur, each with a third."""
-    choice = rng.randrange(3)
-    if choice == 0:
-        return image.convert("L").convert("RGB")
-    if choice == 1:
-        return ImageOps.solarize(image, threshold=128)
-    return image.filter(ImageFilter.GaussianBlur(radius=rng.uniform(0.1, 2.0)))
+
+    length = 1
+
+    def draw(self, rng: random.Random) -> list[Step]:
+        choice = rng.randrange(3)
+        if choice == 0:
+            return [(ops.GRAYSCALE, 0.0)]
+        if choice == 1:
+            return [(ops.SOLARIZE, 128.0)]
+        return [(ops.GAUSSIAN_BLUR, rng.uniform(0.1, 2.0))]
 
 
-def color_jitter(image: Image.Image, rng: random.Random, strength: float) -> Image.Image:
-    """Brightness, contrast and saturation in random order, each by a factor in [max(0, 1 - strength), 1 + strength].
+class ColorJitter:
+    """torchvision's ColorJitter: what has a strength, in random order.
 
-    The arithmetic is torchvision's ColorJitter on Pillow images; there is no hue.
+    Factors are in [max(0, 1 - strength), 1 + strength], the hue in [-hue, hue], of which 0.5 is half the circle.
     """
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-    rng.shuffle(enhancers)
-    for enhancer in enhancers:
-        image = enhancer(image).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-    return image
+
+    def __init__(self, brightness: float, contrast: float, saturation: float, hue: float = 0.0) -> None:
+        codes = {ops.BRIGHTNESS: brightness, ops.CONTRAST: contrast, ops.SATURATION: saturation}
+        ranges = {code: (max(0.0, 1 - strength), 1 + strength) for code, strength in codes.items() if strength > 0}
+        if hue > 0:
+            ranges[ops.HUE] = (-hue, hue)
+        self._ranges = list(ranges.items())
+        self.length = len(ranges)
+
+    def draw(self, rng: random.Random) -> list[Step]:
+        ranges = self._ranges.copy()
+        rng.shuffle(ranges)
+        return [(code, rng.uniform(*bounds)) for code, bounds in ranges]
 
 
-@contextmanager
-def global_generators_restored() -> Iterator[None]:
-    """Leave the global generators of Python and numpy as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+class ColorDistortion:
+    """The colours of a view in self-supervised training: jitter, grayscale, blur and solarize, each with its chance.
+
+    SimCLR (arXiv:2002.05709, Appendix A) and SwAV jitter by 0.8, 0.8, 0.8 and 0.2 times ``strength`` with probability
+    0.8 and make a fifth gray; blur has a radius in [0.1, 2.0] (SwAV, arXiv:2006.09882), solarize the threshold 128
+    (BYOL, arXiv:2006.07733).
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        jitter_prob: float = 0.8,
+        gray_prob: float = 0.2,
+        blur_prob: float = 0.5,
+        solarize_prob: float = 0.0,
+    ) -> None:
+        self._jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+        self._probs = (jitter_prob, gray_prob, blur_prob, solarize_prob)
+        self.length = self._jitter.length + 3
+
+    def draw(self, rng: random.Random) -> list[Step]:
+        jitter, gray, blur, solarize = (rng.random() < prob for prob in self._probs)
+        steps = self._jitter.draw(rng) if jitter else []
+        if gray:
+            steps.append((ops.GRAYSCALE, 0.0))
+        if blur:
+            steps.append((ops.GAUSSIAN_BLUR, rng.uniform(0.1, 2.0)))
+        if solarize:
+            steps.append((ops.SOLARIZE, 128.0))
+        return steps
+
+
+_PLAIN = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast"),
+    *("Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+)
+_WITH_DIRECTION = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+_INCREASING = tuple(f"{name}Increasing" if name in _WITH_DIRECTION else name for name in _PLAIN)
+_CHOICES: dict[str, dict[str, float]] = {
+    "3a": {"SolarizeIncreasing": 1, "Desaturate": 1, "GaussianBlur": 1},
+    "3aw": {
+        **dict.fromkeys(("SolarizeIncreasing", "Desaturate", "GaussianBlur"), 6.0),
+        **{"Rotate": 3, "ShearX": 2, "ShearY": 2},
+        **dict.fromkeys(("PosterizeIncreasing", "AutoContrast", "ColorIncreasing", "SharpnessIncreasing"), 1.0),
+        **dict.fromkeys(("ContrastIncreasing", "BrightnessIncreasing", "Equalize", "Invert"), 1.0),
+    },
+    "weights": {
+        **{"Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1},
+        **dict.fromkeys(("ColorIncreasing", "SharpnessIncreasing", "AutoContrast"), 0.25),
+        **dict.fromkeys(("SolarizeIncreasing", "SolarizeAdd", "ContrastIncreasing", "BrightnessIncreasing"), 0.05),
+        **dict.fromkeys(("Equalize", "PosterizeIncreasing", "Invert"), 0.05),
+    },
+}
+
+
+def _read_sections(name: str) -> dict[str, str]:
+    """Of a section that is given twice timm takes the first of mstd, mmax and t, and the last of the others."""
+    sections: dict[str, str] = {}
+    for section in name.split("-")[1:]:
+        key, value = ("t", section[1:]) if section[0] == "t" else re.split(r"(?=\d)", section, maxsplit=1)
+        if key not in ("mstd", "mmax", "t") or key not in sections:
+            sections[key] = value
+    return sections
+
+
+def _signed(rng: random.Random, value: float) -> float:
+    return -value if rng.random() > 0.5 else value
+
+
+def _enhance(level: float, rng: random.Random) -> float:
+    return level / 10 * 1.8 + 0.1
+
+
+def _enhance_increasing(level: float, rng: random.Random) -> float:
+    return max(0.1, 1.0 + _signed(rng, level / 10 * 0.9))
+
+
+def _shear(level: float, rng: random.Random) -> float:
+    return _signed(rng, level / 10 * 0.3)
+
+
+def _translate(level: float, rng: random.Random) -> float:
+    return _signed(rng, level / 10 * 0.45)
+
+
+# timm's names with the code and how a magnitude of 0 to 10 (more with mmax) becomes the value; that of a translation is
+# still a share of the image's side.
+_LEVELS: dict[str, tuple[int, Callable[[float, random.Random], float]]] = {
+    "AutoContrast": (ops.AUTO_CONTRAST, lambda level, rng: 0.0),
+    "Equalize": (ops.EQUALIZE, lambda level, rng: 0.0),
+    "Invert": (ops.INVERT, lambda level, rng: 0.0),
+    "Rotate": (ops.ROTATE, lambda level, rng: _signed(rng, level / 10 * 30.0)),
+    "Posterize": (ops.POSTERIZE, lambda level, rng: int(level / 10 * 4)),
+    "PosterizeIncreasing": (ops.POSTERIZE, lambda level, rng: 4 - int(level / 10 * 4)),
+    "Solarize": (ops.SOLARIZE, lambda level, rng: min(256, int(level / 10 * 256))),
+    "SolarizeIncreasing": (ops.SOLARIZE, lambda level, rng: 256 - min(256, int(level / 10 * 256))),
+    "SolarizeAdd": (ops.SOLARIZE_ADD, lambda level, rng: min(128, int(level / 10 * 110))),
+    "Color": (ops.SATURATION, _enhance),
+    "ColorIncreasing": (ops.SATURATION, _enhance_increasing),
+    "Contrast": (ops.CONTRAST, _enhance),
+    "ContrastIncreasing": (ops.CONTRAST, _enhance_increasing),
+    "Brightness": (ops.BRIGHTNESS, _enhance),
+    "BrightnessIncreasing": (ops.BRIGHTNESS, _enhance_increasing),
+    "Sharpness": (ops.SHARPNESS, _enhance),
+    "SharpnessIncreasing": (ops.SHARPNESS, _enhance_increasing),
+    "ShearX": (ops.SHEAR_X, _shear),
+    "ShearY": (ops.SHEAR_Y, _shear),
+    "TranslateXRel": (ops.TRANSLATE_X, _translate),
+    "TranslateYRel": (ops.TRANSLATE_Y, _translate),
+    "Desaturate": (ops.SATURATION, lambda level, rng: 1.0 - min(1.0, 0.5 + 0.5 * (level / 10))),
+    "GaussianBlur": (ops.GAUSSIAN_BLUR, lambda level, rng: min(2.0, 0.1 + 1.9 * (level / 10))),
+}

@@ -3,15 +3,15 @@
 import itertools
 import multiprocessing
 import os
+import resource
 import tempfile
-from bisect import bisect_right
-from collections.abc import Iterator
-from concurrent.futures import Future
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from ctypes import c_bool, c_char
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep, time_ns
+from time import time_ns
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -19,18 +19,23 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import StreamingDataset
-from streaming.base.constant import CACHE_FILELOCK, TICK
-from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.constant import CACHE_FILELOCK
+from streaming.base.dataset import _ShardState
 from streaming.base.distributed import get_local_rank
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.shared import prefix
-from streaming.base.spanner import Spanner
 from streaming.base.world import World
 
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange
-from vitcomposer.data.shards import INDEX, RowReader, ShardError, ShardStream
+from vitcomposer.data.rows import Image, RowReader, ShardError
+from vitcomposer.data.shards import INDEX, ShardStream
 from vitcomposer.schema import ConfigError
+
+_LOCAL = int(_ShardState.LOCAL)
+_RETRIES = 7  # how often a shard may be evicted before a sample of it is read
+_CHUNK = 64  # samples between two looks at failures and evictions, less than a tenth of a second of decoding
+_CHUNKS_PER_CHECK = 16  # of the mapped files, a microsecond each, and of whether their pages are in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +52,14 @@ class StreamOptions:
 
 
 class _Failure:
-    """The first failure among the loader processes of a rank, in the shape of the Event that Streaming asks.
+    """The first failure among the loader processes of a rank. Must be made before the workers are forked.
 
-    Must be made before the workers are forked. Streaming's own Event is one per process, which leaves the other
-    workers waiting for a shard that nobody will bring.
+    Streaming's own Event is one per process, which leaves the other workers waiting for a shard that nobody brings.
     """
 
     def __init__(self) -> None:
         self._failed = multiprocessing.RawValue(c_bool, False)
         self._text = multiprocessing.Array(c_char, 8192)
-
-    def is_set(self) -> bool:
-        return self._failed.value
-
-    def set(self) -> None:
-        self.record("A loader process failed; its own message is above.")
 
     def record(self, message: str) -> None:
         with self._text.get_lock():
@@ -70,22 +68,47 @@ class _Failure:
                 self._failed.value = True
 
     def raise_if_set(self) -> None:
-        if self.is_set():
+        if self._failed.value:
             raise ShardError(self._text.value.decode(errors="replace"))
 
 
-class _VirtualSpanner(Spanner):
-    """Shard and row of a virtual id: Streaming's threads look every id up before it is read."""
+class _FetchAhead:
+    """A thread that has the shards of the coming samples prepared: it works per shard and sleeps in between.
 
-    def __init__(self, shard_sizes: NDArray[np.int64]) -> None:
-        super().__init__(shard_sizes)
-        self._ends = np.cumsum(shard_sizes).tolist()
-        self._begins = [0, *self._ends[:-1]]
+    Streaming has two such threads, which look at every sample and wake 140 times a second. A daemon, so that a
+    download which hangs does not keep a process from ending.
+    """
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        sample_id = int(index) % self._ends[-1]
-        shard = bisect_right(self._ends, sample_id)
-        return shard, sample_id - self._begins[shard]
+    def __init__(self, prepare: Callable[[int], None], shards: NDArray[np.int32], window: int) -> None:
+        """Shards in the order of the samples; ``prepare`` handles its own errors; ``window`` in samples."""
+        self._prepare, self._shards, self._window = prepare, shards, window
+        self._at, self._stopped, self._wake = 0, False, threading.Event()
+        threading.Thread(target=self._run, name="shards", daemon=True).start()
+
+    def advance(self, at: int) -> None:
+        """Sample number ``at`` is about to be read."""
+        self._at = at
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread after the shard it is at."""
+        self._stopped = True
+        self._wake.set()
+
+    def _run(self) -> None:
+        done = 0
+        while done < len(self._shards):
+            self._wake.clear()
+            if self._stopped:
+                return
+            end = min(self._at + self._window, len(self._shards))
+            for shard in dict.fromkeys(self._shards[done:end].tolist()):
+                if self._stopped:
+                    return
+                self._prepare(shard)
+            done = max(done, end)
+            if done < len(self._shards):
+                self._wake.wait()
 
 
 @contextmanager
@@ -114,7 +137,11 @@ def one_start_at_a_time() -> Iterator[None]:
 
 
 class ImageStream(StreamingDataset):
-    """One split of an MDS data set. Yields ``image`` (encoded file), ``label``, ``sample_id``, ``copy``, ``epoch``.
+    """One split of an MDS data set. Yields ``image``, ``label``, ``sample_id``, ``copy``, ``epoch``.
+
+    ``image`` is an encoded file or a raw sample, as bytes or as memoryview of the mapped shard. Order, resumption,
+    downloads and eviction are Streaming's; samples are read without its locks, and without any thread once all
+    shards are here and no ``cache_limit`` can take them away.
 
     Never ends an epoch short and never waits for a shard that failed: it raises ShardError, in all loader
     processes of the rank. Other ranks of the node notice when their DataLoader's timeout or the launcher ends them.
@@ -124,9 +151,11 @@ class ImageStream(StreamingDataset):
         local: Folder with the splits, or the cache of ``remote``.
         batch_size: Per rank, the DataLoader's.
         repeats: Views of a sample in an epoch (repeated augmentation); see ``order.arrange``.
+        shared_decodes: The views of a sample are neighbours in a batch; see ``order.arrange``.
+        low_resolution: Take the image from the column ``image_small``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all are named at the call)
         self,
         *,
         local: str,
@@ -136,6 +165,8 @@ class ImageStream(StreamingDataset):
         seed: int,
         remote: str | None = None,
         repeats: int = 1,
+        shared_decodes: bool = False,
+        low_resolution: bool = False,
         options: StreamOptions | None = None,
     ) -> None:
         options = options or StreamOptions()
@@ -161,13 +192,14 @@ class ImageStream(StreamingDataset):
                 shuffle_block_size=options.shuffle_block_size,
             )
         self._check_nodes()
-        self.repeats = repeats
-        self.spanner = _VirtualSpanner(self.samples_per_shard)
-        self._rows = RowReader(cast(list[MDSReader], self.shards), str(self.stream.folder / INDEX))
+        self.repeats, self.shared_decodes = repeats, shared_decodes
+        self._ends = np.cumsum(self.samples_per_shard)
+        index = str(self.stream.folder / INDEX)
+        self._rows = RowReader(cast(list[MDSReader], self.shards), self.stream.folder, index, low_resolution)
         self._epoch = 0
         self._pid: int | None = None
         self._failure = _Failure()
-        self._event = self._failure  # pyright: ignore[reportAttributeAccessIssue, reportIncompatibleVariableOverride]
+        self._ahead: _FetchAhead | None = None
         # Forked workers would share the connection that fetched the index.
         self.stream._downloader.clean_up()
 
@@ -205,45 +237,44 @@ class ImageStream(StreamingDataset):
             first=sample_in_epoch,
             shuffle=shuffle if self.shuffle else None,
             repeats=self.repeats,
+            shared_decodes=self.shared_decodes,
         )
         self._epoch = epoch
         # Nobody may ask for the next epoch before the leader has counted it.
         self._shared_barrier(world.workers_per_node)
         return plan[world.node, world.rank_of_node, world.worker_of_rank].flatten()
 
+    def _locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Shard, row, sample_id and copy of virtual ids."""
+        copies, ids = np.divmod(ids, self.num_samples)
+        shards = np.searchsorted(self._ends, ids, side="right")
+        return shards, ids - (self._ends - self.samples_per_shard)[shards], ids, copies
+
     def __getitem__(self, at: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Sample of a virtual id, waiting for its shard."""
-        return self.get_item(int(at))
+        shard, row, sample_id, copy = (int(value[0]) for value in self._locate(np.array([at])))
+        return self._sample(*self._read(shard, row), sample_id, copy, self._epoch)
 
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Sample of a virtual id; ``retry`` bounds how often its shard may be evicted before it is read."""
-        self._failure.raise_if_set()
-        shard_id, row = self.spanner[sample_id]
-        copy, sample_id = divmod(sample_id, self.num_samples)
-        for _ in range(1 + retry):
-            try:
-                image, label = self._read(shard_id, row)
-                break
-            except FileNotFoundError:
-                self.prepare_shard(shard_id)
-        else:
-            fault = "it is gone each time it is read"
-            remedy = "Raise data.cache_limit" if self.cache_limit else "Find what deletes it"
-            self._fail(ShardError(f"{self.stream.error(self.shards[shard_id], fault)} {remedy}."))
+    def _sample(self, image: Image, label: int, sample_id: int, copy: int, epoch: int) -> dict[str, Any]:
         if copy and not self.shuffle:
             copy, label = 0, IGNORE_LABEL
-        return {"image": image, "label": label, "sample_id": sample_id, "copy": copy, "epoch": self._epoch}
+        return {"image": image, "label": label, "sample_id": sample_id, "copy": copy, "epoch": epoch}
 
-    def _read(self, shard_id: int, row: int) -> tuple[bytes, int]:
-        shard = self.shards[shard_id]
-        try:
-            found = self._rows.read(str(self.stream.folder / shard.file_pairs[0][0].basename), row)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            self._fail(self.stream.error(shard, str(error)), error)
-        self._shard_access_times[shard_id] = time_ns()
-        return found
+    def _read(self, shard_id: int, row: int) -> tuple[Image, int]:
+        """Image and label of a row, bringing the shard back where it is not here or not checked yet."""
+        for _ in range(1 + _RETRIES):
+            if self._shard_states[shard_id] != _LOCAL:
+                self.prepare_shard(shard_id)
+            try:
+                return self._rows.read(shard_id, row)
+            except FileNotFoundError:
+                self.prepare_shard(shard_id)
+            except Exception as error:
+                if self._shard_states[shard_id] == _LOCAL:  # else it was evicted meanwhile
+                    self._fail(self.stream.error(self.shards[shard_id], str(error)), error)
+        fault = "it is gone each time it is read"
+        remedy = "Raise data.cache_limit" if self.cache_limit else "Find what deletes it"
+        self._fail(ShardError(f"{self.stream.error(self.shards[shard_id], fault)} {remedy}."))
 
     def _fail(self, failure: ShardError, cause: BaseException | None = None) -> NoReturn:
         self._failure.record(str(failure))
@@ -252,8 +283,8 @@ class ImageStream(StreamingDataset):
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Have a shard on disk; not blocking, skip it while another process is at it."""
         if not blocking and self._shard_states[shard_id] == _ShardState.LOCAL:
-            # Streaming's background thread asks for every sample, under a lock that all workers of the node share.
-            # Should the shard have been evicted since, get_item finds out.
+            # Streaming's own takes a lock first, which all workers of the node share. Should the shard be evicted
+            # before it is read, reading it finds out.
             self._shard_access_times[shard_id] = time_ns()
             return
         self._failure.raise_if_set()
@@ -269,63 +300,81 @@ class ImageStream(StreamingDataset):
                 self._fail(error)
             self._fail(self.stream.error(self.shards[shard_id], f"{type(error).__name__}: {error}"), error)
 
-    def on_exception(self, future: Future) -> None:
-        """Keep the failure of a background thread: what a done-callback raises reaches nobody."""
-        error = future.exception()
-        if error is not None:
+    def _prepare_ahead(self, shard_id: int) -> None:
+        try:
+            self.prepare_shard(shard_id, blocking=False)
+        except Exception as error:  # what a thread raises reaches nobody
             self._failure.record(str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}")
 
-    def _ready_thread(self, it: _Iterator) -> None:
-        """Count samples as ready once their shard is.
-
-        Streaming's waits for ever for a shard that is evicted while it waits (its issue 964); this one has it
-        fetched again.
-        """
-        assert self.predownload is not None
-        while not it.should_exit() and it.ready_index < it.total and not self._failure.is_set():
-            if it.ready_index - it.yield_index > self.predownload:
-                sleep(TICK)
-                continue
-            sample_id = it.sample_ids[it.ready_index]
-            if sample_id != PADDING:
-                shard_id, _ = self.spanner[sample_id]
-                if self._shard_states[shard_id] == _ShardState.REMOTE:
-                    self.prepare_shard(shard_id, False)
-                if self._shard_states[shard_id] != _ShardState.LOCAL:
-                    sleep(TICK)
-                    continue
-            it.ready_index += 1
-        it.on_exit()
-
-    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        due, done = int((it.sample_ids != PADDING).sum()), 0
-        try:
-            for sample_id in super()._each_sample_id(it):
-                yield sample_id
-                done += 1
-            # Here and not after Streaming's loop, which first waits for its threads and so for a hanging download.
-            self._failure.raise_if_set()
-            if done != due and not it.should_exit():
-                self._fail(
-                    ShardError(f"{self.stream.folder}: epoch {self._epoch} ended after {done} of {due} samples.")
-                )
-        finally:  # an epoch that is broken off leaves no thread behind
-            it.non_blocking_exit()
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """This worker's samples of the next epoch, or the rest of the one that was resumed."""
+        """This worker's samples of the next epoch, or the rest of the one that was resumed.
+
+        A generator, for what iter() raises kills a persistent worker of torch, and its message with it.
+        """
         self._failure.raise_if_set()
         self._enter_process()
-        # A generator, for what iter() raises kills a persistent worker of torch, and its message with it.
-        yield from super().__iter__()
+        self._unique_worker_world = self._unique_rank_world.detect_workers()
+        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
+        epoch, first = self._resume_incr_epoch()
+        plan = self._get_work(epoch, first)
+        plan = plan[plan != PADDING]
+        assert self.predownload is not None
+        chunk = max(1, min(_CHUNK, self.predownload // 2))
+        ahead = self._begin_ahead(np.searchsorted(self._ends, plan % self.num_samples, side="right"))
+        faults, cold_until = -1, 0
+        try:
+            for begin in range(0, len(plan), chunk):
+                self._failure.raise_if_set()
+                if ahead:
+                    ahead.advance(begin)
+                if self.cache_limit:
+                    self._rows.forget(self._shard_states.numpy() != _LOCAL)
+                if begin % (_CHUNKS_PER_CHECK * chunk) == 0:
+                    self._rows.forget_changed()
+                if (seen := resource.getrusage(resource.RUSAGE_SELF).ru_majflt) != faults:
+                    faults, cold_until = seen, begin + _CHUNKS_PER_CHECK * chunk
+                yield from self._chunk(plan[begin : begin + chunk], epoch, is_cold=begin < cold_until)
+        finally:  # an epoch that is broken off leaves no thread behind, and no deleted file on the disk
+            if ahead:
+                ahead.stop()
+            if self.cache_limit:
+                self._rows.forget(np.ones(self.num_shards, bool))
+
+    def _begin_ahead(self, shards: NDArray[np.int64]) -> _FetchAhead | None:
+        if self._ahead:
+            self._ahead.stop()
+        assert self.predownload is not None
+        is_needed = self.cache_limit or np.any(self._shard_states.numpy()[shards] != _LOCAL)
+        window = self.predownload + 1
+        self._ahead = _FetchAhead(self._prepare_ahead, shards.astype(np.int32), window) if is_needed else None
+        return self._ahead
+
+    def _chunk(self, ids: NDArray[np.int64], epoch: int, is_cold: bool) -> Iterator[dict[str, Any]]:
+        states, read = self._shard_states.numpy().data, self._rows.read
+        times = self._shard_access_times.numpy() if self.cache_limit else None
+        shards, rows, sample_ids, copies = (values.tolist() for values in self._locate(ids))
+        if is_cold:
+            self._fetch([place for place in zip(shards, rows, strict=True) if states[place[0]] == _LOCAL])
+        for shard, row, sample_id, copy in zip(shards, rows, sample_ids, copies, strict=True):
+            try:
+                found = read(shard, row) if states[shard] == _LOCAL else self._read(shard, row)
+            except Exception:  # among them that the file is gone
+                found = self._read(shard, row)
+            if times is not None:
+                times[shard] = time_ns()
+            yield self._sample(*found, sample_id, copy, epoch)
+
+    def _fetch(self, places: list[tuple[int, int]]) -> None:
+        for shard, row in places:
+            with suppress(OSError, ShardError):  # reading finds it again
+                self._rows.fetch(shard, row)
 
     def _enter_process(self) -> None:
         """Drop what does not survive a fork: locks, and threads of an epoch that was begun before it."""
         if self._pid == os.getpid():
             return
         self._pid = os.getpid()
-        for name in ("_iterator", "_executor"):
-            self.__dict__.pop(name, None)
+        self._ahead = None
         self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path)
         self._cache_filelock = FileLock(self._cache_filelock_path)
         # Streaming asks for its lock under this name and, not finding it, would make a new one for every call.

@@ -24,13 +24,22 @@ class SyntheticImages(IterableDataset):
 
     Args:
         batch_size: Per rank, the DataLoader's.
+        repeats: Views of a sample in an epoch; with ``shared_decodes`` in a row. See ``order.arrange``.
     """
 
     def __init__(
-        self, *, num_samples: int, num_classes: int, batch_size: int, shuffle: bool, seed: int, repeats: int = 1
+        self,
+        *,
+        num_samples: int,
+        num_classes: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        repeats: int = 1,
+        shared_decodes: bool = False,
     ) -> None:
         self.num_samples, self.num_classes, self.batch_size = num_samples, num_classes, batch_size
-        self.shuffle, self.seed, self.repeats = shuffle, seed, repeats
+        self.shuffle, self.seed, self.repeats, self.shared_decodes = shuffle, seed, repeats, shared_decodes
         self._next_epoch = 0
         self._images = [_cloud(seed, index) for index in range(NUM_IMAGES)]
 
@@ -55,6 +64,7 @@ class SyntheticImages(IterableDataset):
             epoch=epoch,
             shuffle=Shuffle(seed=self.seed) if self.shuffle else None,
             repeats=self.repeats,
+            shared_decodes=self.shared_decodes,
         )
         for virtual_id in plan[world.node, world.rank_of_node, world.worker_of_rank].ravel():
             if virtual_id == PADDING:

@@ -5,27 +5,29 @@ from typing import Any
 
 from vitcomposer.models import convit, vit
 from vitcomposer.models.checkpoints import LoadReport, load_weights
+from vitcomposer.models.mean_color import MeanColor
 from vitcomposer.schema import did_you_mean
 
 __all__ = ["LoadReport", "build_model", "load_weights", "model_names"]
 
+MEAN_COLOR = "mean_color"
 _FIXED_BY_NAME = {"dist_token", "prefix_positions"}
 _VIT_OPTIONS = {field.name for field in fields(vit.ViTConfig)} - _FIXED_BY_NAME
 _CONVIT_OPTIONS = {field.name for field in fields(convit.ConViTConfig)}
 
 
 def model_names() -> list[str]:
-    """Every name ``build_model`` knows, sorted: timm's names without the image size."""
+    """Every transformer that ``build_model`` knows, sorted: timm's names without the image size."""
     return sorted({**vit.VARIANTS, **convit.VARIANTS})
 
 
-def build_model(name: str, *, num_classes: int, image_size: int, **options: Any) -> vit.ImageTransformer:
-    """Build a model with new weights; every model has timm's feature interface (``vit.ImageTransformer``).
+def build_model(name: str, *, num_classes: int, image_size: int, **options: Any) -> vit.ImageTransformer | MeanColor:
+    """Build a model with new weights; every transformer has timm's feature interface (``vit.ImageTransformer``).
 
     The head starts at zero, so the first loss is exactly ln(num_classes).
 
     Args:
-        name: One of ``model_names()``.
+        name: One of ``model_names()``, or ``mean_color`` for a model that costs nothing and takes no options.
         num_classes: Outputs of the head; 0 builds a model without head that returns pooled features.
         image_size: Side in pixels the position embedding is made for; the forward pass takes other sizes too.
         options: What to change of the published architecture: fields of ``vit.ViTConfig`` or ``convit.ConViTConfig``.
@@ -50,6 +52,11 @@ def build_model(name: str, *, num_classes: int, image_size: int, **options: Any)
         changes = _known_options(name, options, _CONVIT_OPTIONS, other_family=other, other_options=_VIT_OPTIONS)
         config = replace(convit.VARIANTS[name], **changes)
         return convit.ConViT(config, num_classes=num_classes, image_size=image_size)
+    if name == MEAN_COLOR:
+        used = sorted(option for option, value in options.items() if value)
+        if used:
+            raise ValueError(f"model.{used[0]} must be left out or 0 for mean_color, got {options[used[0]]!r}.")
+        return MeanColor(num_classes=num_classes)
     known = f" Known: {', '.join(model_names())}."
     raise ValueError(f"model.name must be a known model, got {name!r}.{did_you_mean(name, model_names()) or known}")
 
