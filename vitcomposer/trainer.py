@@ -1,5 +1,6 @@
 """From checked parts to a composer.Trainer: the one place that calls it, and the run folder it resumes from."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ from vitcomposer.schema import ConfigError, Model, require
 FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation")
 LATEST = "latest-rank{rank}.pt"
 STOPPED_BY_SIGNAL = 143
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,8 @@ def prepare(cfg: Any) -> Placement:
     remedy = "Add precision=fp32, or run on a GPU."
     require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
     reproducibility.seed_all(cfg.seed)
+    if device == "cpu":
+        _keep_freed_memory()
     train = cfg.global_train_batch_size
     evaluate = cfg.evaluation.global_batch_size or train
     return Placement(
@@ -126,6 +130,18 @@ def prepare(cfg: Any) -> Placement:
         device_train_batch_size=_share(train, "global_train_batch_size"),
         device_eval_batch_size=_share(evaluate, "evaluation.global_batch_size"),
     )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large tensors instead of giving it back to the system after every use.
+
+    Each page that comes back costs a fault, 0.4 ms for the float32 of one image of 224 pixels as measured, as much as
+    normalising it. The process keeps its peak. Other libraries of C have no mallopt and change nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _device() -> str:

@@ -72,11 +72,12 @@ def test_noise_depends_on_the_seed_alone() -> None:
     assert not torch.equal(whole[0], whole[1])
 
 
-def test_normalize_equals_timm() -> None:
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_normalize_equals_timm(layout: torch.memory_format) -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 10), dtype=torch.uint8).contiguous(memory_format=layout)
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
     result = device.EvalTransform(IMAGENET_MEAN, IMAGENET_STD)({"image": images, "label": torch.zeros(2)})
-    torch.testing.assert_close(result["image"], images.float().sub(mean).div(std))
+    torch.testing.assert_close(result["image"], images.float().sub(mean).div(std), rtol=1e-6, atol=1e-6)
     assert result["image"].dtype == torch.float32 and "label" in result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitcomposer.data.crops import box_mask
 from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, mix_images, soft_targets
 from vitcomposer.data.ops_device import apply_programs
+from vitcomposer.data.ops_kernels import normalize_lines
 from vitcomposer.data.policies import fill_colour
 from vitcomposer.schema import Augment, Mixing
 
@@ -72,9 +73,20 @@ class Normalize:
         self._std = torch.tensor([255 * s for s in std]).view(3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
+        if images.device.type == "cpu" and images.is_contiguous(memory_format=torch.channels_last):
+            return self._on_processor(images)
         if self._mean.device != images.device:  # once: a copy in every step would make the host wait
             self._mean, self._std = self._mean.to(images.device), self._std.to(images.device)
         return torch.sub(images, self._mean).div_(self._std)
+
+    def _on_processor(self, images: Tensor) -> Tensor:
+        """The same numbers in one pass: torch broadcasts slowly over channels that lie side by side."""
+        count, _, height, width = images.shape
+        mean, std = (stat.cpu().flatten().repeat(width).numpy() for stat in (self._mean, self._std))
+        result = torch.empty(count, height, width, 3)
+        lines = images.permute(0, 2, 3, 1).reshape(count * height, 3 * width)
+        normalize_lines(lines.numpy(), mean, std, result.view(count * height, 3 * width).numpy())
+        return result.permute(0, 3, 1, 2)
 
 
 def erase(images: Tensor, boxes: Tensor, seeds: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ says that the input is damaged.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from vitcomposer.data.kernel import kernel
 from vitcomposer.data.seekable_kernels import (
     ENDS_EARLY,
     NO_CODE,
@@ -29,7 +29,7 @@ class Order(NamedTuple):
     component: np.ndarray  # int64 (blocks of an MCU)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _peek(words, position):
     """The 32 bits from bit ``position`` on."""
     i = position >> 5
@@ -37,7 +37,7 @@ def _peek(words, position):
     return np.int64((pair << np.uint64(position & 31)) >> np.uint64(32))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _extend(peek, skip, size):
     """The signed value in the ``size`` bits after ``skip`` of 32 (T.81, Figure F.12)."""
     if size == 0:
@@ -46,7 +46,7 @@ def _extend(peek, skip, size):
     return value if value >> (size - 1) else value - (1 << size) + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_ac(words, position, decoders, row, block, band, run_left):
     """First pass over the coefficients of a band (sequential, or G.1.2.2). Returns the position and EOB run."""
     if run_left > 0:
@@ -74,7 +74,7 @@ def _decode_ac(words, position, decoders, row, block, band, run_left):
     return position, 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _refine_ac(words, position, decoders, row, block, band, run_left):
     """A further bit of the coefficients of a band (G.1.2.3). Returns the position and EOB run."""
     look = decoders.look[row]
@@ -120,7 +120,7 @@ def _refine_ac(words, position, decoders, row, block, band, run_left):
     return position, max(run_left - 1, 0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode(bits, decoders, order, band, progressive, coefficients):
     """Decode one scan into ``coefficients`` int16 (blocks, 64); ``band`` is first, last, low, high of its header."""
     last = np.zeros(4, np.int64)
@@ -166,7 +166,7 @@ def decode(bits, decoders, order, band, progressive, coefficients):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_symbols(coefficients, order, per_segment, table, counts):
     """Count the symbols of a baseline scan into ``counts`` int64 (2 * tables, 256); ``table`` of each component."""
     last = np.zeros(4, np.int64)
@@ -197,7 +197,7 @@ def count_symbols(coefficients, order, per_segment, table, counts):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encode(coefficients, order, per_segment, table, codes, out, lengths):
     """Write a baseline scan in segments with ``codes`` int64 (2 * tables, 256, 2), which have all that is needed."""
     last = np.zeros(4, np.int64)

@@ -124,9 +124,7 @@ def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
         return [{key: value[a : a + size] for key, value in batch.items()} for a in range(0, count, size)]
     pairs, half = max(size // 2, 1), count // 2
     spans = [(a, min(a + pairs, half)) for a in range(0, half, pairs)]
-    return [
-        {key: _join(value[a:b], value[count - b : count - a]) for key, value in batch.items()} for a, b in spans
-    ]
+    return [{key: _join(value[a:b], value[count - b : count - a]) for key, value in batch.items()} for a, b in spans]
 
 
 def _join(first: Any, second: Any) -> Any:

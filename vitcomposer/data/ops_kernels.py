@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from vitcomposer.data.kernel import kernel
+
 _R, _G, _B = np.float32(19595 / 65536), np.float32(38470 / 65536), np.float32(7471 / 65536)
 _HALF = np.float32(0.5)
 _ZERO, _FULL = np.float32(0), np.float32(255)
@@ -27,14 +29,14 @@ def _blend(low: Any, high: Any, factor: Any) -> Any:
     return np.uint8(np.int32(min(max(low + factor * (high - low), _ZERO), _FULL)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gray(flat: Any) -> None:
     for i in range(flat.size // 3):
         luma = np.uint8(np.int32(_luma(flat[3 * i], flat[3 * i + 1], flat[3 * i + 2])))
         flat[3 * i] = flat[3 * i + 1] = flat[3 * i + 2] = luma
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def saturation(flat: Any, value: float) -> None:
     factor = np.float32(value)
     for i in range(flat.size // 3):
@@ -51,7 +53,7 @@ def _hue_weight(distance: Any, share: Any) -> Any:
     return np.float32(1) - share * (min(max(distance, _ZERO), _FULL) / _FULL)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hue(flat: Any, shift: int) -> None:
     """To Pillow's HSV, ``shift`` added to the uint8 hue, and back."""
     turn, one, three, five = np.float32(shift & 255), np.float32(1), np.float32(3), np.float32(5)
@@ -82,7 +84,7 @@ def hue(flat: Any, shift: int) -> None:
         flat[3 * i + 2] = np.uint8(np.int32(top * blue + _HALF))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sharpness(pixels: Any, value: float) -> None:
     """Blend with the 3 x 3 smooth filter (centre 5, the rest 1, over 13), which leaves the border as it is."""
     height, width, _ = pixels.shape
@@ -102,7 +104,7 @@ def sharpness(pixels: Any, value: float) -> None:
             inner[i] = _blend(np.floor(total * share + _HALF), np.float32(row[i + 3]), factor)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def look_up(flat: Any, table: Any) -> None:
     """Replace every value by the entry of its channel; ``table`` is (3, 256)."""
     for i in range(flat.size // 3):
@@ -110,7 +112,7 @@ def look_up(flat: Any, table: Any) -> None:
             flat[3 * i + c] = table[c, flat[3 * i + c]]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def histogram_step(flat: Any, table: Any, equalize: bool) -> Any:
     """ImageOps.equalize or autocontrast as a table (3, 256), for the image as it is after ``table`` (3, 256)."""
     step = np.empty((3, 256), np.uint8)
@@ -118,7 +120,7 @@ def histogram_step(flat: Any, table: Any, equalize: bool) -> Any:
     return step
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _histograms(flat: Any, table: Any) -> Any:
     """Counts (3, 256) of the image as it is after ``table``."""
     # Neighbours are often equal: two sets of counters keep an increment from waiting for the one before it.
@@ -137,7 +139,7 @@ def _histograms(flat: Any, table: Any) -> Any:
     return counts
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _fill_step(counts: Any, equalize: bool, step: Any) -> None:
     for c in range(3):
         low, high, total = 255, 0, 0
@@ -161,10 +163,19 @@ def _fill_step(counts: Any, equalize: bool, step: Any) -> None:
                 step[c, i] = np.uint8(int(min(max(i * scale + offset, 0.0), 255.0)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def mean_luma(flat: Any) -> int:
     """The mean of the gray image, rounded as ImageEnhance.Contrast does."""
     total, count = 0, flat.size // 3
     for i in range(count):
         total += np.int32(_luma(flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]))
     return int(total / count + 0.5)
+
+
+@kernel
+def normalize_lines(lines: Any, mean: Any, std: Any, result: Any) -> None:
+    """(value - mean) / std of every number of every line, in float32."""
+    for i in range(lines.shape[0]):
+        for j in range(lines.shape[1]):
+            # The operator would test for zero, which keeps the loop from being vectorised.
+            result[i, j] = np.divide(np.float32(lines[i, j]) - mean[j], std[j])

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from vitcomposer.data.kernel import kernel
+
 _HALF = np.float32(0.5)
 _ZERO, _FULL = np.float32(0), np.float32(255)
 # Single precision errs by less than half of this: the cubic's weights sum to 1.5 in magnitude along either axis, and
@@ -16,7 +18,7 @@ _ZERO, _FULL = np.float32(0), np.float32(255)
 _DOUBT = np.float32(2**-10)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def flip(pixels: Any) -> None:
     height, width, _ = pixels.shape
     for y in range(height):
@@ -25,7 +27,7 @@ def flip(pixels: Any) -> None:
                 pixels[y, x, c], pixels[y, width - 1 - x, c] = pixels[y, width - 1 - x, c], pixels[y, x, c]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def transpose(pixels: Any, out: Any) -> None:
     """(H, W, 3) to (W, H, 3), in tiles that stay in the cache."""
     height, width, _ = pixels.shape
@@ -53,7 +55,7 @@ def _position(x: int, move: float, offset: float) -> float:
     return x + 0.5 + move + offset
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def slide_rows(pixels: Any, slope: float, offset: float, fill: Any, cubic: bool) -> None:
     """Every output pixel is read at x + slope * y + offset of its own row, in the middles of the pixels."""
     height, width, _ = pixels.shape
@@ -88,7 +90,7 @@ def slide_rows(pixels: Any, slope: float, offset: float, fill: Any, cubic: bool)
                 _mix_lines(source, source[3:], source[6:], source[9:], target, share, cubic)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def shift_rows(pixels: Any, offset: float, fill: Any, cubic: bool) -> None:
     """Every output pixel is read at y + offset of its own column."""
     height, width, _ = pixels.shape
@@ -107,7 +109,7 @@ def shift_rows(pixels: Any, offset: float, fill: Any, cubic: bool) -> None:
                     out[3 * x + c] = fill[c]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mix_lines(a: Any, b: Any, c: Any, d: Any, out: Any, share: float, cubic: bool) -> None:
     if cubic:
         for i in range(out.size):
@@ -118,7 +120,7 @@ def _mix_lines(a: Any, b: Any, c: Any, d: Any, out: Any, share: float, cubic: bo
             out[i] = _cut(np.float64(b[i]) + (np.float64(c[i]) - np.float64(b[i])) * share)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pad_row(row: Any, line: Any) -> None:
     line[6 : 6 + row.size] = row
     for c in range(3):
@@ -126,7 +128,7 @@ def _pad_row(row: Any, line: Any) -> None:
         line[6 + row.size + c] = line[9 + row.size + c] = line[12 + row.size + c] = row[row.size - 3 + c]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def affine(pixels: Any, matrix: Any, fill: Any, cubic: bool) -> None:
     """Image.transform(AFFINE): the output pixel (x, y) is read at ``matrix`` (6,) times its middle.
 
@@ -162,7 +164,7 @@ def affine(pixels: Any, matrix: Any, fill: Any, cubic: bool) -> None:
                     out[3 * x + c] = _byte(taps[0, x], 8 * c) if flat else _exact(taps, x, 8 * c, shares)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gather(source: Any, places: Any, stride: int, size: int, taps: Any) -> None:
     for x in range(places.size):
         place = max(places[x], 0)
@@ -171,7 +173,7 @@ def _gather(source: Any, places: Any, stride: int, size: int, taps: Any) -> None
                 taps[size * j + i, x] = source[place + j * stride + i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pack_row(row: Any, packed: Any) -> None:
     """A row as one integer a pixel, with two more on either side."""
     inner = packed[2:-2]
@@ -180,7 +182,7 @@ def _pack_row(row: Any, packed: Any) -> None:
     packed[:2], packed[-2:] = inner[0], inner[-1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _locate(matrix: Any, y: int, height: int, places: Any, shares: Any) -> None:
     """Where the 4 x 4 pixels around a source position begin, -1 outside, and how far it is behind the second."""
     m0, m1, m2, m3, m4, m5 = matrix
@@ -196,7 +198,7 @@ def _locate(matrix: Any, y: int, height: int, places: Any, shares: Any) -> None:
         places[x] = (int(top) + 1) * (width + 4) + int(left) + 1 if inside else -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _all_weights(shares: Any, weights: Any) -> None:
     """Of the four columns and the four rows of the cubic."""
     for axis in range(2):
@@ -210,7 +212,7 @@ def _all_weights(shares: Any, weights: Any) -> None:
             weights[4 * axis + 3, x] = -bend * share
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mix_linear(taps: Any, shares: Any, out: Any) -> None:
     for x in range(shares.shape[1]):
         out[3 * x] = _linear(taps, shares, x, 0)
@@ -226,7 +228,7 @@ def _linear(taps: Any, shares: Any, x: int, shift: int) -> Any:
     return _cut(above + (below - above) * shares[1, x])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mix_taps(taps: Any, weights: Any, out: Any, margins: Any) -> None:
     """A row in single precision, and how far each pixel's nearest channel is from an integer."""
     for x in range(margins.size):
@@ -263,7 +265,7 @@ def _byte(packed: Any, shift: int) -> Any:
     return np.uint8(packed >> shift)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _exact(taps: Any, x: int, shift: int, shares: Any) -> Any:
     """One value in double precision, in the order of Pillow's operations."""
     a, b = _exact_row(taps, x, 0, shift, shares[0, x]), _exact_row(taps, x, 4, shift, shares[0, x])
@@ -271,14 +273,14 @@ def _exact(taps: Any, x: int, shift: int, shares: Any) -> Any:
     return _cut(_cubic(a, b, c, d, shares[1, x]))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _exact_row(taps: Any, x: int, row: int, shift: int, share: float) -> float:
     a, b = np.float64(_byte(taps[row, x], shift)), np.float64(_byte(taps[row + 1, x], shift))
     c, d = np.float64(_byte(taps[row + 2, x], shift)), np.float64(_byte(taps[row + 3, x], shift))
     return _cubic(a, b, c, d, share)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _is_flat(taps: Any, x: int) -> bool:
     differing = np.uint32(0)
     for i in range(1, 16):
@@ -286,7 +288,7 @@ def _is_flat(taps: Any, x: int) -> bool:
     return differing == 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def box_blur(pixels: Any, reach: int, inner: int, outer: int) -> None:
     """Three box filters along the rows, then three along the columns, each rounded to uint8, edges replicated.
 
@@ -315,7 +317,7 @@ def box_blur(pixels: Any, reach: int, inner: int, outer: int) -> None:
     _box(columns, pixels.reshape(-1), stride, reach, inner, outer)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _replicate(line: Any, step: int, pad: int) -> None:
     """Repeat the first and the last ``step`` values inside the ``pad`` of either end."""
     end = line.size - pad * step
@@ -324,7 +326,7 @@ def _replicate(line: Any, step: int, pad: int) -> None:
         line[end + k * step : end + (k + 1) * step] = line[end - step : end]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _box(line: Any, out: Any, step: int, reach: int, inner: int, outer: int) -> None:
     inside, outside = np.uint32(inner), np.uint32(outer)
     if reach == 0:

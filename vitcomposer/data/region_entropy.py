@@ -5,8 +5,8 @@ symbol before it, and a second, independent stream fills the processor's waiting
 """
 
 import numpy as np
-from numba import njit
 
+from vitcomposer.data.kernel import kernel
 from vitcomposer.data.region_header import END, FIRST, INVALID, LONGEST, LOOKUP, LOOKUP_BITS, RAW, ZIGZAG, entry_of
 from vitcomposer.data.region_pixels import TILE
 
@@ -20,7 +20,7 @@ _PLACE = ZIGZAG * TILE
 _EXTEND = np.array([(1 - (1 << size), 0)[bit] for size in range(16) for bit in (0, 1)], np.int64)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _word(data, i):
     """Eight bytes, big-endian; LLVM makes it one load."""
     i = U64(i)
@@ -29,13 +29,13 @@ def _word(data, i):
     return high | middle | U64(data[i + U64(6)]) << U64(8) | U64(data[i + U64(7)])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _peek(clean, position):
     """At least 57 bits from a bit position on, first bit highest."""
     return _word(clean, position >> 3) << U64(position & 7)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _long_code(word, table, raw, limits):
     for bits in range(LOOKUP_BITS + 1, LONGEST):
         code = I64(word >> U64(64 - bits))
@@ -44,14 +44,14 @@ def _long_code(word, table, raw, limits):
     return U32(INVALID << 24)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _value(word, entry):
     rest = word << U64((entry >> U32(8)) & U32(255))
     size = U64((entry >> U32(16)) & U32(255))
     return I64((rest >> U64(1)) >> (U64(63) - size)) + _EXTEND[size << U64(1) | rest >> U64(63)]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unstuff(data, i, end, clean, o):
     """Copy a segment, which a marker ends, without its stuffed zeros; the end in clean, or -1 for a marker inside."""
     safe = min(end, len(data) - 8)
@@ -70,7 +70,7 @@ def _unstuff(data, i, end, clean, o):
     return I64(o) if i >= 0 else I64(-1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unstuff_bytes(data, i, stop, end, clean, o):  # noqa: PLR0913, PLR0917
     while i < stop:
         byte = data[U64(i)]
@@ -84,7 +84,7 @@ def _unstuff_bytes(data, i, stop, end, clean, o):  # noqa: PLR0913, PLR0917
     return I64(i), I64(o)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coef):  # noqa: PLR0913, PLR0917
     """Two streams, A and B, take segment after segment until none is left; then one finishes alone.
 
@@ -212,7 +212,7 @@ def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coe
             table_a = U64(bases[U64(kinds[U64(block_a)])] * LOOKUP)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gather_band(data, first, starts, per_row, clean, spans):  # noqa: PLR0913, PLR0917
     """The segments of one MCU row, first and following, without stuffing; False if a marker is not where it belongs.
 

@@ -4,7 +4,8 @@ Nothing here trusts a byte of the file: what is not plain baseline JPEG is refus
 """
 
 import numpy as np
-from numba import njit
+
+from vitcomposer.data.kernel import kernel
 
 I64, U64, U32 = np.int64, np.uint64, np.uint32
 
@@ -32,12 +33,12 @@ ZIGZAG = np.array(
 )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _short(data, i):
     return I64(data[U64(i)]) << 8 | I64(data[U64(i + 1)])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def little(data, i, count):
     value = 0
     for n in range(count):
@@ -45,7 +46,7 @@ def little(data, i, count):
     return value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _build_table(raw, table, lookup, limits):
     """Canonical codes (T.81, annex C) as entries of bits in all | bits of code << 8 | bits of value << 16 | step << 24.
 
@@ -74,7 +75,7 @@ def _build_table(raw, table, lookup, limits):
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def entry_of(symbol, bits, table):
     run, size = symbol >> 4, symbol & 15
     step = run + 1
@@ -85,7 +86,7 @@ def entry_of(symbol, bits, table):
     return U32(bits + size | bits << 8 | size << 16 | step << 24)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _read_tables(data, p, end, info, raw, lookup, limits):
     """DHT. A table equal to the one kept from an earlier image is not built again."""
     while p < end:
@@ -111,7 +112,7 @@ def _read_tables(data, p, end, info, raw, lookup, limits):
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _read_quant(data, p, end, info, quant):
     while p < end:
         wide, number = I64(data[p]) >> 4, I64(data[p]) & 15
@@ -126,7 +127,7 @@ def _read_quant(data, p, end, info, quant):
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _read_frame(data, p, end, info):
     """SOF of 8 bits: grey, or YCbCr whose chroma is not sampled more finely than its luma."""
     if end - p < 9 or data[p] != 8 or info[COMPONENTS]:
@@ -147,7 +148,7 @@ def _read_frame(data, p, end, info):
     return not is_rgb and 1 <= across <= 2 and 1 <= down <= 2 and info[HEIGHT] > 0 and info[WIDTH] > 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _read_scan(data, p, end, info):
     count = info[COMPONENTS]
     if count == 0 or end - p != 4 + 2 * count or data[p] != count:
@@ -164,7 +165,7 @@ def _read_scan(data, p, end, info):
     return data[p] == 0 and data[p + 1] == 63 and data[p + 2] == 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def read_header(data, info, quant, raw, lookup, limits):  # noqa: PLR0913, PLR0917
     """All markers up to the scan; False for what is not a plain baseline JPEG with the tables it needs."""
     info[:] = 0
@@ -198,7 +199,7 @@ def read_header(data, info, quant, raw, lookup, limits):  # noqa: PLR0913, PLR09
     return False
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def read_index(data, info):
     """The index after SOI: does it agree with the header? Its lengths begin at LENGTHS."""
     size = _short(data, 4) - 2

@@ -5,9 +5,9 @@ a segment that is not consumed to its last byte is damage.
 """
 
 import numpy as np
-from numba import njit
 
 from vitcomposer.data import region_header as header
+from vitcomposer.data.kernel import kernel
 from vitcomposer.data.region_entropy import SLACK, decode_segments, gather_band
 from vitcomposer.data.region_header import LENGTHS
 from vitcomposer.data.region_pixels import TILE, colour_line, gray_line, inverse_dct, upsample_line
@@ -15,7 +15,7 @@ from vitcomposer.data.region_pixels import TILE, colour_line, gray_line, inverse
 DONE, REFUSED, GROW = 0, 1, 2  # what decode_box returns
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _span(first, count, chroma, ratio):
     """First chroma sample and the end of those that the triangle filter needs for count pixels from first on."""
     if ratio == 1:
@@ -23,12 +23,12 @@ def _span(first, count, chroma, ratio):
     return max((first - 1) >> 1, 0), min(((first + count) >> 1) + 1, chroma)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _tiles(lanes):
     return (lanes + TILE - 1) // TILE
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _place_component(c, region, planes, blocks, lanes, lane):  # noqa: PLR0913, PLR0917
     """Give the blocks of a component their lanes and their homes in its plane; the lane after the last.
 
@@ -61,7 +61,7 @@ def _place_component(c, region, planes, blocks, lanes, lane):  # noqa: PLR0913, 
     return lane
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode_box(data, box, state, scratch, out):
     """RGB of box (top, left, height, width) into out, flat uint8; DONE or why not.
 

@@ -7,14 +7,15 @@ used twice.
 """
 
 import numpy as np
-from numba import njit
+
+from vitcomposer.data.kernel import kernel
 
 I16, I32, U64 = np.int16, np.int32, np.uint64
 
 TILE = 16  # blocks of a tile
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _butterfly(d0, d1, d2, d3, d4, d5, d6, d7):  # noqa: PLR0913, PLR0917
     """Eight-point inverse DCT times 8192 (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), constants of 13 bits."""
     even = I32((d2 + d6) * 4433)
@@ -44,7 +45,7 @@ def _butterfly(d0, d1, d2, d3, d4, d5, d6, d7):  # noqa: PLR0913, PLR0917
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _columns(coef, tile, quant, table):
     """First pass, down the columns, in place; keeps two bits of fraction."""
     for u in range(8):
@@ -75,13 +76,13 @@ def _columns(coef, tile, quant, table):
             coef[i7] = I32(x7 + 1024) >> 11
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sample(x):
     # Rounding and the level shift of 128 in one addition, then the range limit.
     return I32(min(max(I32(I32(x + 33685504) >> 18), I32(0)), I32(255)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rows(coef, tile, pairs):
     """Second pass, along the rows, into samples (8 rows, 16 blocks, 8); pairs holds two of them in each int16."""
     for y in range(8):
@@ -105,7 +106,7 @@ def _rows(coef, tile, pairs):
             pairs[o + U64(3)] = I32(_sample(x6) | I32(_sample(x7) << 8))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def inverse_dct(coef, quant, table, homes, strides, words):  # noqa: PLR0913, PLR0917
     """Tiles of coefficients (spoilt) to samples in their planes.
 
@@ -126,20 +127,20 @@ def inverse_dct(coef, quant, table, homes, strides, words):  # noqa: PLR0913, PL
                 words[U64(home + y * stride)] = words[U64(y * TILE + lane - t * TILE)]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _three_to_one(near, far):
     # NumPy's functions stay in 16 bits, where numba's operators would widen and LLVM sees no reason to narrow again.
     return np.add(np.multiply(I16(near), I16(3)), I16(far))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _blend(planes, near, far, bias, into, count):  # noqa: PLR0913, PLR0917
     for i in range(count):
         mid = _three_to_one(planes[U64(near + i)], planes[U64(far + i)])
         planes[U64(into + i)] = np.right_shift(np.add(mid, bias), I16(2))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _spread(sums, planes, into, count, low, high, shift):  # noqa: PLR0913, PLR0917
     low, high, shift = I16(low), I16(high), I16(shift)
     for i in range(count):
@@ -149,7 +150,7 @@ def _spread(sums, planes, into, count, low, high, shift):  # noqa: PLR0913, PLR0
         planes[U64(into + 2 * i + 1)] = np.right_shift(np.add(right, high), shift)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def upsample_line(planes, near, far, first, size, sums, into, ratio):  # noqa: PLR0913, PLR0917
     """One chroma row at full width: libjpeg's triangle filter, which takes 3/4 of the nearer sample on each axis.
 
@@ -184,19 +185,19 @@ def upsample_line(planes, near, far, first, size, sums, into, ratio):  # noqa: P
         _spread(sums, planes, into, count, 1, 2, 2)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rounded(factor, chroma):
     """(factor * chroma + 32768) >> 16, in 16 bits: the high half of the doubled product, rounded."""
     high = np.right_shift(np.multiply(I32(np.add(chroma, chroma)), I32(factor)), I32(16))
     return np.right_shift(np.add(I16(high), I16(1)), I16(1))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _clip(x):
     return min(max(x, I16(0)), I16(255))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def colour_line(planes, luma, blue, red, out, at, count):  # noqa: PLR0913, PLR0917
     """JFIF's YCbCr to RGB with libjpeg's 16-bit factors; luma, blue, red are offsets in planes, at one in out.
 
@@ -215,7 +216,7 @@ def colour_line(planes, luma, blue, red, out, at, count):  # noqa: PLR0913, PLR0
         out[o + U64(2)] = _clip(np.add(np.add(y, np.add(cb, cb)), _rounded(-14942, cb)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def gray_line(planes, luma, out, at, count):
     for x in range(count):
         v = planes[U64(luma + x)]

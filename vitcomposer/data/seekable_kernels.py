@@ -7,7 +7,8 @@ length that cannot be returns a negative number, and reads at most PADDING bytes
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from vitcomposer.data.kernel import kernel
 
 WINDOW = 12  # bits that one look-up sees; longer codes take a slow path
 PADDING = 512  # bytes: the most that one block can take, 64 x 31 bits, and two words
@@ -37,7 +38,7 @@ class Decoders(NamedTuple):
     rows: np.ndarray  # int64 (components, 2)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def fill_decoder(counts, symbols, look, limit, delta, skip):
     """Fill one row of Decoders. The caller has checked that the codes fit into their lengths."""
     code, place = 0, 0
@@ -69,7 +70,7 @@ def fill_decoder(counts, symbols, look, limit, delta, skip):
         skip[i] = steps << 6 | end | bits
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def unstuff(data, start, out, starts, ends):
     """Take the stuffing out of entropy-coded data from byte ``start`` on.
 
@@ -110,7 +111,7 @@ def unstuff(data, start, out, starts, ends):
     return segments + 1, size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def long_code(decoders, row, peek):
     """Length << 8 | symbol of the code at the top of 16 bits, 0 if there is none."""
     for length in range(1, 17):
@@ -120,7 +121,7 @@ def long_code(decoders, row, peek):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def walk(bits, decoders, component, marks):
     """Go through a baseline scan and note where every MCU can be cut.
 
@@ -199,7 +200,7 @@ def walk(bits, decoders, component, marks):
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def put_word(out, n, word):
     """Append 32 bits with 0x00 stuffed after every 0xFF. Returns the new length."""
     inverse = word ^ np.uint64(0xFFFFFFFF)
@@ -219,7 +220,7 @@ def put_word(out, n, word):
     return n + 4
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def put(out, n, acc, pending, value, count):
     """Append ``count`` <= 32 bits; whole words go out."""
     acc = acc << np.uint64(count) | value
@@ -230,7 +231,7 @@ def put(out, n, acc, pending, value, count):
     return n, acc, pending
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def end_segment(out, n, acc, pending, number, final):
     """Fill the last byte with 1-bits and append RSTn or, after the last segment, EOI. Returns the new length."""
     while pending > 0:
@@ -249,7 +250,7 @@ def end_segment(out, n, acc, pending, number, final):
     return n + 2
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def category(value):
     """Bits of the magnitude: SSSS of T.81, Tables F.1 and F.2."""
     value = abs(value)
@@ -260,7 +261,7 @@ def category(value):
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def put_dc(out, n, acc, pending, difference, codes):
     """Append a DC difference; ``codes`` int64 (256, 2) holds code and length. ``n`` is -1 if there is no code."""
     size = category(difference)
@@ -271,7 +272,7 @@ def put_dc(out, n, acc, pending, difference, codes):
     return put(out, n, acc, pending, np.uint64(value), size)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def splice(bits, marks, per_segment, codes, out, lengths):
     """Cut a walked scan into segments of ``per_segment`` MCUs: new DC differences where the predictor is reset.
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class MeanColor(nn.Module):
-    """Logits from an image's mean colour alone. It learns what little that tells: losses fall, batches flow."""
+    """Logits from the mean colour of every 16th pixel in both directions. It learns what little that tells."""
 
     def __init__(self, *, num_classes: int) -> None:
         super().__init__()
@@ -20,4 +20,4 @@ class MeanColor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W) of any size."""
-        return self.head(images.mean((2, 3)))
+        return self.head(images[..., ::16, ::16].mean((2, 3)))
