@@ -1,0 +1,56 @@
+"""The training path of vitcomposer: ImageStream over shards, TrainCollate as the DataLoader's collate_fn."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from input_candidates import BATCH, SIZE
+from vitcomposer.data.collate import TrainCollate
+from vitcomposer.data.stream import ImageStream, StreamOptions
+from vitcomposer.schema import Augment, Mixing
+
+PACKAGES = ("vitcomposer", "mosaicml-streaming", "torch", "simplejpeg", "numba", "numpy")
+
+
+def batches(store: Path, *, workers: int = 0, **augment: Any) -> Iterator[Tensor]:
+    torch.set_num_threads(1)
+    chosen: dict[str, Any] = {
+        "crop_scale": (0.08, 1.0),
+        "interpolation": "bicubic",
+        "flip_prob": 0.5,
+        "rand_augment": None,
+        "three_augment": False,
+        "color_jitter": 0.0,
+        "random_erasing": 0.0,
+        "repeated_augmentation": 1,
+        **augment,
+    }
+    mixing = Mixing(mixup_alpha=0, cutmix_alpha=0, prob=0, switch_prob=0, mode="batch", label_smoothing=0)
+    loader = DataLoader(
+        image_stream(store, batch_size=BATCH, repeats=chosen["repeated_augmentation"]),
+        batch_size=BATCH,
+        collate_fn=TrainCollate(Augment(**chosen), mixing, image_size=SIZE, num_classes=1000, seed=0),
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    while True:
+        for batch in loader:
+            yield batch["image"]
+
+
+def image_stream(store: Path, *, batch_size: int, repeats: int = 1) -> ImageStream:
+    # Hashes are checked once in a run, of some hundred epochs; here that would be in most turns.
+    return ImageStream(
+        local=str(store),
+        split="train",
+        batch_size=batch_size,
+        shuffle=True,
+        seed=0,
+        repeats=repeats,
+        options=StreamOptions(validate_hash=None),
+    )
