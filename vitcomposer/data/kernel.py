@@ -12,18 +12,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numba import config, njit
+import numba
+from numba.core import config
+
+_CONFIG: Any = config  # its attributes come from the environment
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile on the first call, without the interpreter's lock; later processes load what was compiled."""
-    previous = config.CACHE_DIR
+    previous = _CONFIG.CACHE_DIR
     if not previous:  # else the user's NUMBA_CACHE_DIR
-        config.CACHE_DIR = _folder()
+        _CONFIG.CACHE_DIR = _folder()
     try:
-        return njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True)(function)
     finally:
-        config.CACHE_DIR = previous
+        _CONFIG.CACHE_DIR = previous
 
 
 @cache
