@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "MultiCrop": "vitcomposer.data.multicrop",
     "build_dataspec": "vitcomposer.data.loader",
     "convert": "vitcomposer.data.mds",
     "decode_crop": "vitcomposer.data.jpeg",
 }
 
-__all__ = ["build_dataspec", "convert", "decode_crop"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["MultiCrop", "build_dataspec", "convert", "decode_crop"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
