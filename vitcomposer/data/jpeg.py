@@ -11,7 +11,7 @@ numbers, then the pixels, row by row, three bytes each.
 
 import io
 import struct
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -22,6 +22,7 @@ from torch import Tensor
 from vitcomposer.data.crops import Box
 from vitcomposer.data.jpeg_markers import INDEX_MAGIC
 from vitcomposer.data.region import decode_seekable
+from vitcomposer.data.resize import resize_rgb
 
 Encoded = bytes | memoryview
 Interpolation = Literal["bicubic", "bilinear"]
@@ -29,10 +30,6 @@ DecodeScale = Literal["exact", "dct"]
 
 _SAME_AS_PILLOW = ("YCbCr", "RGB", "Gray")  # libjpeg-turbo turns CMYK into other colours than Pillow does
 _RAW = struct.Struct("<4sIII")
-
-# F.interpolate has no out=; writing straight into a batch's slot saves an allocation and a copy of the result.
-_ATEN: Any = torch.ops.aten
-_RESIZE = {"bicubic": _ATEN._upsample_bicubic2d_aa.out, "bilinear": _ATEN._upsample_bilinear2d_aa.out}
 
 _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -129,7 +126,7 @@ def decode_crop_into(
 
 
 def decode_crop(encoded: Encoded, box: Box, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
-    """The pixels of ``box`` as uint8 (3, size, size), within one level of Pillow's resize.
+    """The pixels of ``box`` as uint8 (3, size, size): Pillow's resize of them, bit for bit.
 
     Args:
         box: (top, left, height, width) in pixels of the image.
@@ -143,14 +140,20 @@ def decode_crop(encoded: Encoded, box: Box, size: int, interpolation: Interpolat
 
 
 def resize_into(pixels: np.ndarray, out: Tensor, interpolation: Interpolation) -> None:
-    """Resize uint8 (h, w, 3) with antialiasing, as Pillow does, into uint8 ``out`` (3, height, width)."""
-    source = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).unsqueeze(0)
-    _RESIZE[interpolation](source, list(out.shape[-2:]), False, None, None, out=out.unsqueeze(0))
+    """Resize uint8 (h, w, 3) into uint8 ``out`` (3, height, width): the pixels of Pillow's resize, bit for bit."""
+    last = out.permute(1, 2, 0)
+    if last.is_contiguous():
+        resize_rgb(pixels, last.numpy(), interpolation == "bicubic")
+    else:
+        resized = torch.empty(last.shape, dtype=torch.uint8)
+        resize_rgb(pixels, resized.numpy(), interpolation == "bicubic")
+        last.copy_(resized)
 
 
 def warm_up() -> None:
-    """Compile the decoder, or load it from numba's cache: once in the parent instead of in every worker it forks."""
+    """Compile decoder and resize, or load them from numba's cache: once in the parent, not in each worker it forks."""
     decode_seekable(b"\xff\xd8", (0, 0, 1, 1))
+    resize_rgb(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1, 3), np.uint8), True)
 
 
 def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
