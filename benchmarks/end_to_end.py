@@ -65,7 +65,7 @@ def run(command: list[str]) -> None:
 def loader_alone(overrides: list[str], workers: int, work: Path) -> float:
     found = work / "bench.json"
     command = [sys.executable, "-m", "vitcomposer", "bench", "yamls/deit_s.yaml", *overrides]
-    run([*command, "--workers", str(workers), "--seconds", "5", "--json", str(found)])
+    run([*command, "--workers", str(workers), "--seconds", "3", "--json", str(found)])
     speeds = json.loads(found.read_text())["speeds"]
     return speeds[-1]["images_per_second"]
 
