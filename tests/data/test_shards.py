@@ -9,7 +9,8 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.hashing import get_hash, get_hashes
 
-from tests.data.test_stream import image, jpeg, load, open_stream, raw_sample, shard, write_columns, write_split
+from tests.data.test_columns import write_columns
+from tests.data.test_stream import image, jpeg, load, open_stream, raw_sample, shard, write_split
 from vitcomposer.data import rows as rows_module
 from vitcomposer.data import shards as shards_module
 from vitcomposer.data.rows import RowReader, ShardError
