@@ -1,9 +1,4 @@
-"""The shape of a yaml: frozen dataclasses, one per block, shared by the recipes.
-
-A field that decides accuracy has no default, so a yaml is the method section of a paper on one page. Mechanics
-(workers, logging, caching) have defaults. Ranges of one block are checked in its ``__post_init__``; what needs two
-blocks is checked in the recipe's class at the end of this file.
-"""
+"""The blocks of a yaml that several recipes share, and the form of every configuration error."""
 
 import difflib
 import re
@@ -263,32 +258,3 @@ class Run:
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self.keep_checkpoints, "2 is usual.")
         size = self.device_train_microbatch_size
         require(size is None or size >= 1, "run.device_train_microbatch_size", "1 or more", size, "Leave it out.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Supervised:
-    """Train a classifier from labels: ViT, DeiT, DeiT III and ConViT."""
-
-    recipe: Literal["supervised"]
-    seed: int
-    max_duration: str  # Composer time string: 300ep, 1000ba
-    global_train_batch_size: int  # images per step over all devices
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
-    loss: Literal["soft_target_cross_entropy", "binary_cross_entropy"]
-    model: Model
-    data: Data
-    augment: Augment
-    mixing: Mixing
-    evaluation: Evaluation
-    optimizer: Optimizer
-    schedule: Schedule
-    algorithms: dict[str, dict[str, Any]] = field(default_factory=dict)  # Composer's names
-    run: Run
-
-    def __post_init__(self) -> None:
-        size = self.global_train_batch_size
-        require(size >= 1, "global_train_batch_size", "1 or more", size, "DeiT uses 1024.")
-        require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
-
-
-CONFIGS: dict[str, type] = {"supervised": Supervised}

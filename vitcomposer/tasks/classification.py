@@ -1,4 +1,4 @@
-"""ComposerModels: what is a batch, a loss and a metric for each method.
+"""A classifier as a ComposerModel.
 
 A batch is a dict: ``image`` float32 (B, 3, H, W), normalised; ``label`` int64 (B,); in training also ``target`` float32
 (B, num_classes), the label after smoothing and mixing.

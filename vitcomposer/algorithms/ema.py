@@ -1,0 +1,117 @@
+"""A moving average of the weights that training, checkpoints and exports never mistake for the weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from composer.algorithms import EMA
+from composer.algorithms.ema.ema import EMAParameters
+from composer.core import Event, State, Time, TimeUnit
+from composer.loggers import Logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+EMA_LABEL = "ema"  # the Evaluator that measures the averaged weights
+
+
+class EvaluationEMA(EMA):
+    """Composer's moving average of the weights, seen only by the Evaluator labelled ``ema``.
+
+    Composer's EMA swaps the average into the model for every evaluation and every checkpoint, and leaves it there until
+    the next batch starts. Here the model always holds the raw weights, in training, in checkpoints and after ``fit``;
+    only between the start and the end of the evaluation labelled ``ema`` does it hold the average. So ``eval`` measures
+    the raw weights, ``ema`` the averaged ones, and a checkpoint has the raw weights in its model and the average in the
+    state of this algorithm (:func:`averaged_weights` reads it). Before ``ema_start`` both are the same.
+
+    The average starts as a copy of the weights after the first batch (or epoch, by ``update_interval``) at or after
+    ``ema_start``, then ``average <- smoothing * average + (1 - smoothing) * weights`` every ``update_interval``.
+    Floating-point buffers are averaged too; integer buffers, which Composer's EMA rounds down, are copied. Names are
+    those of the model without its DDP wrapper, so a run can be resumed on another number of ranks.
+
+    Args:
+        half_life: Time string in ep or ba; with ``update_interval`` it gives
+            ``smoothing = 2 ** (-update_interval / half_life)``.
+        smoothing: In (0, 1), instead of ``half_life``: DeiT's ``decay``, 0.99996 per batch.
+        ema_start: Time string in dur, ep or ba.
+        update_interval: Time string in ep or ba, in the units of ``half_life``; required with ``smoothing``.
+
+    Raises:
+        ValueError: Not exactly one of ``half_life`` and ``smoothing``, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        half_life: str | None = None,
+        smoothing: float | None = None,
+        ema_start: str = "0.0dur",
+        update_interval: str | None = None,
+    ) -> None:
+        if (half_life is None) == (smoothing is None):
+            raise ValueError(f"set exactly one of half_life and smoothing, got {half_life!r} and {smoothing!r}")
+        if smoothing is not None and not 0 < smoothing < 1:
+            raise ValueError(f"smoothing must be in (0, 1), got {smoothing}")
+        if smoothing is not None and update_interval is None:
+            raise ValueError("smoothing needs update_interval, the time it is meant for, such as 1ba")
+        for text in (half_life, update_interval):
+            if text is not None and Time.from_timestring(text).value <= 0:
+                raise ValueError(f"half_life and update_interval must be above 0, got {text!r}")
+        super().__init__(half_life, smoothing, ema_start, update_interval)
+        if self.ema_start.unit not in (TimeUnit.DURATION, TimeUnit.EPOCH, TimeUnit.BATCH):
+            raise ValueError(f"ema_start must be in dur, ep or ba, got {ema_start!r}")
+
+    def match(self, event: Event, state: State) -> bool:
+        if event == self.update_event:
+            return self.ema_started or self._should_start(state)
+        return event in (Event.INIT, Event.FIT_START, Event.BATCH_START, Event.EVAL_START, Event.EVAL_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        model = _without_ddp(state.model)
+        if event == Event.INIT:
+            self.ema_model = EMAParameters(model)  # a checkpoint loads into it
+            return
+        assert self.ema_model is not None, "Event.INIT runs before every other event"
+        # A loaded average lies where the checkpoint was read to.
+        if event in (Event.FIT_START, Event.EVAL_START):
+            self.ema_model.move_params_to_device(destination_model=model)
+        averaged = event == Event.EVAL_START and state.dataloader_label == EMA_LABEL and self.ema_started
+        if averaged != self.ema_weights_active:
+            self.ema_model.swap_params(model)
+            self.ema_weights_active = averaged
+        if event == self.update_event:
+            self._update(model, state)
+
+    @torch.no_grad()
+    def _update(self, model: nn.Module, state: State) -> None:
+        if not self.ema_started:
+            self.ema_model = EMAParameters(model)
+            self.ema_started = True
+        elif state.timestamp.get(self.update_interval.unit).value % self.update_interval.value == 0:
+            assert isinstance(self.ema_model, EMAParameters) and self.smoothing is not None
+            average = {**self.ema_model.named_parameters_dict, **self.ema_model.named_buffers_dict}
+            current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            floating = [name for name in average if average[name].is_floating_point()]
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                [average[name] for name in floating], [current[name] for name in floating], 1 - self.smoothing
+            )
+            for name in average.keys() - set(floating):
+                average[name].copy_(current[name])
+
+
+def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The averaged weights and buffers of a loaded Composer checkpoint, by the names in its ``state.model``.
+
+    Raises:
+        ValueError: The run had no EMA, or the average had not started.
+    """
+    states = dict(checkpoint["state"]["algorithms"])
+    ema = states.get(EvaluationEMA.__qualname__)
+    if ema is None or not ema["ema_started"]:
+        why = f"holds {sorted(states)}" if ema is None else "was saved before ema_start"
+        raise ValueError(f"The checkpoint must hold a started EMA, but it {why}. Evaluate its raw weights instead.")
+    average = {**ema["ema_model"]["named_parameters_dict"], **ema["ema_model"]["named_buffers_dict"]}
+    # Frozen parameters are not averaged, and buffers that are not saved have no place in a state dict.
+    return {name: average.get(name, raw) for name, raw in checkpoint["state"]["model"].items()}
+
+
+def _without_ddp(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
