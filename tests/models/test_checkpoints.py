@@ -78,6 +78,61 @@ def test_wrapped_checkpoints_load_safely(wrap, tmp_path: Path) -> None:
     assert_same_function(source, target)
 
 
+def pretraining(state: dict[str, Tensor], other: dict[str, Tensor], trunk: str, other_trunk: str) -> dict:
+    """A Composer checkpoint of pre-training: the trunk that is meant to be used, a second one and a head."""
+    head = {"module.head.weight": torch.zeros(3, 3), "module.queue": torch.zeros(2)}
+    trunks = {f"module.{trunk}.{key}": value for key, value in state.items()}
+    return wrapped_composer({}) | {
+        "state": {"model": head | {f"module.{other_trunk}.{key}": value for key, value in other.items()} | trunks}
+    }
+
+
+def official_moco(state: dict[str, Tensor], other: dict[str, Tensor]) -> dict:
+    encoders = {"base_encoder": state, "momentum_encoder": other}
+    return {"state_dict": {f"module.{name}.{key}": v for name, enc in encoders.items() for key, v in enc.items()}}
+
+
+def official_dino(state: dict[str, Tensor], other: dict[str, Tensor]) -> dict:
+    student, teacher = ({f"module.backbone.{key}": v for key, v in trunk.items()} for trunk in (other, state))
+    return {"student": student, "teacher": {key.removeprefix("module."): v for key, v in teacher.items()}, "epoch": 3}
+
+
+PRETRAINED = {
+    "swav": lambda state, other: pretraining(state, {}, "trunk", "none"),
+    "moco": lambda state, other: pretraining(state, other, "trunk", "momentum_trunk"),
+    "dino": lambda state, other: pretraining(state, other, "teacher_trunk", "trunk"),
+    "official moco": official_moco,
+    "official dino": official_dino,
+}
+
+
+@pytest.mark.parametrize("kind", PRETRAINED)
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_trunk_of_pretraining_loads(kind: str, num_classes: int, tmp_path: Path) -> None:
+    source, other = (small(seed=seed, num_classes=0) for seed in (1, 2))
+    target = small(seed=3, num_classes=num_classes)
+    head = target.head.weight.clone() if num_classes else None
+    torch.save(PRETRAINED[kind](source.state_dict(), other.state_dict()), tmp_path / "run.pt")
+    report = load_weights(target, tmp_path / "run.pt")
+    assert report.matched == 1.0 and len(report.loaded) == len(source.state_dict())
+    assert report.missing == (("head.weight", "head.bias") if num_classes else ())
+    assert torch.equal(target.head.weight, head) if head is not None else True
+    target.reset_classifier(0)
+    assert_same_function(source, target)
+
+
+def test_trunk_of_a_resnet_loads_and_its_head_stays_new(tmp_path: Path) -> None:
+    source, target = (build_model("resnet18", num_classes=n, image_size=32).eval() for n in (7, 5))
+    with torch.no_grad():
+        for tensor in source.state_dict().values():
+            tensor.add_(tensor.dtype.is_floating_point * torch.rand_like(tensor.float()).to(tensor.dtype))
+    torch.save(wrapped_composer(source.state_dict()), tmp_path / "resnet.pt")
+    report = load_weights(target, tmp_path / "resnet.pt")
+    assert report.matched == 1.0 and report.replaced_heads == ("fc.bias", "fc.weight")
+    source.reset_classifier(0), target.reset_classifier(0)
+    assert_same_function(source, target, 32)
+
+
 class Payload:
     """Would run code when unpickled."""
 

@@ -1,5 +1,17 @@
 """What a network is trained to make small, as functions and modules of tensors alone."""
 
+from vitcomposer.losses.contrastive import info_nce, moco_contrastive
+from vitcomposer.losses.dino import DINOLoss
+from vitcomposer.losses.sinkhorn import sinkhorn
 from vitcomposer.losses.supervised import binary_cross_entropy, soft_target_cross_entropy
+from vitcomposer.losses.swav import SwAVLoss
 
-__all__ = ["binary_cross_entropy", "soft_target_cross_entropy"]
+__all__ = [
+    "DINOLoss",
+    "SwAVLoss",
+    "binary_cross_entropy",
+    "info_nce",
+    "moco_contrastive",
+    "sinkhorn",
+    "soft_target_cross_entropy",
+]

@@ -1,14 +1,25 @@
-"""Vision transformers by name: ``build_model``, ``model_names`` and ``load_weights``."""
+"""Networks by name: ``build_model``, ``model_names`` and ``load_weights``."""
 
 from dataclasses import fields, replace
 from typing import Any
 
-from vitcomposer.models import convit, vit
+from vitcomposer.models import convit, resnet, vit
+from vitcomposer.models.batch_norm import convert_sync_bn
 from vitcomposer.models.checkpoints import LoadReport, load_weights
+from vitcomposer.models.heads import DINOHead, MLPHead, SwAVHead
 from vitcomposer.models.mean_color import MeanColor
 from vitcomposer.schema import did_you_mean
 
-__all__ = ["LoadReport", "build_model", "load_weights", "model_names"]
+__all__ = [
+    "DINOHead",
+    "LoadReport",
+    "MLPHead",
+    "SwAVHead",
+    "build_model",
+    "convert_sync_bn",
+    "load_weights",
+    "model_names",
+]
 
 MEAN_COLOR = "mean_color"
 _FIXED_BY_NAME = {"dist_token", "prefix_positions"}
@@ -17,12 +28,14 @@ _CONVIT_OPTIONS = {field.name for field in fields(convit.ConViTConfig)}
 
 
 def model_names() -> list[str]:
-    """Every transformer that ``build_model`` knows, sorted: timm's names without the image size."""
-    return sorted({**vit.VARIANTS, **convit.VARIANTS})
+    """Every network that ``build_model`` knows, sorted: timm's names without the image size."""
+    return sorted({**vit.VARIANTS, **convit.VARIANTS, **resnet.VARIANTS})
 
 
-def build_model(name: str, *, num_classes: int, image_size: int, **options: Any) -> vit.ImageTransformer | MeanColor:
-    """Build a model with new weights; every transformer has timm's feature interface (``vit.ImageTransformer``).
+def build_model(
+    name: str, *, num_classes: int, image_size: int, **options: Any
+) -> vit.ImageTransformer | resnet.ResNet | MeanColor:
+    """Build a model with new weights; all but ``mean_color`` have timm's feature interface (``vit.ImageTransformer``).
 
     The head starts at zero, so the first loss is exactly ln(num_classes).
 
@@ -31,7 +44,7 @@ def build_model(name: str, *, num_classes: int, image_size: int, **options: Any)
         num_classes: Outputs of the head; 0 builds a model without head that returns pooled features.
         image_size: Side in pixels the position embedding is made for; the forward pass takes other sizes too.
         options: What to change of the published architecture: fields of ``vit.ViTConfig`` or ``convit.ConViTConfig``.
-            None keeps what the name stands for; dropout rates are 0 unless given.
+            None keeps what the name stands for; dropout rates are 0 unless given. A ResNet has none.
 
     Raises:
         ValueError: on an unknown name, an unknown option, one of the other family, or a value that does not fit;
@@ -52,11 +65,13 @@ def build_model(name: str, *, num_classes: int, image_size: int, **options: Any)
         changes = _known_options(name, options, _CONVIT_OPTIONS, other_family=other, other_options=_VIT_OPTIONS)
         config = replace(convit.VARIANTS[name], **changes)
         return convit.ConViT(config, num_classes=num_classes, image_size=image_size)
-    if name == MEAN_COLOR:
+    if name in resnet.VARIANTS or name == MEAN_COLOR:
         used = sorted(option for option, value in options.items() if value)
         if used:
-            raise ValueError(f"model.{used[0]} must be left out or 0 for mean_color, got {options[used[0]]!r}.")
-        return MeanColor(num_classes=num_classes)
+            raise ValueError(f"model.{used[0]} must be left out or 0 for {name}, got {options[used[0]]!r}.")
+        if name == MEAN_COLOR:
+            return MeanColor(num_classes=num_classes)
+        return resnet.ResNet(name, num_classes=num_classes, image_size=image_size)
     known = f" Known: {', '.join(model_names())}."
     raise ValueError(f"model.name must be a known model, got {name!r}.{did_you_mean(name, model_names()) or known}")
 

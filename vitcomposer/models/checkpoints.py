@@ -1,7 +1,9 @@
 """Weights from files of others and of our own into a model: names mapped, positions resized, everything reported.
 
-Read are flat state dicts (timm, ConViT), ``{"model": ...}`` (DeiT, DeiT III), ``{"state_dict": ...}`` (timm training)
-and Composer checkpoints (``{"state": {"model": ...}}``), as .safetensors or as torch files without code in them.
+Read are flat state dicts (timm, ConViT), ``{"model": ...}`` (DeiT, DeiT III), ``{"state_dict": ...}`` (timm training,
+MoCo-v3), ``{"teacher": ...}`` (DINO) and Composer checkpoints (``{"state": {"model": ...}}``) of classifiers and of
+pre-training, as .safetensors or as torch files without code in them. Of pre-training the trunk that is meant to be used
+is taken: DINO's teacher, MoCo's encoder (not its momentum encoder), SwAV's and SimCLR's trunk.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitcomposer.models.positions import resize_positions
 from vitcomposer.models.vit import ImageTransformer
@@ -23,7 +25,9 @@ from vitcomposer.models.vit import ImageTransformer
 _WRAPPER_PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
 # DeiT III's own names of what timm calls LayerScale.
 _RENAMED = ((re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),)
-_HEAD = re.compile(r"^head(_dist)?\.")
+_HEAD = re.compile(r"^(head(_dist)?|fc)\.")
+# Where pre-training keeps the trunk, the first that occurs: ours, then MoCo-v3's and DINO's own.
+_TRUNKS = ("teacher_trunk.", "trunk.", "base_encoder.", "backbone.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class LoadReport:
 
 
 def load_weights(
-    model: ImageTransformer, source: str | PathLike[str] | Mapping[str, Any], *, min_matched: float = 0.9
+    model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], *, min_matched: float = 0.9
 ) -> LoadReport:
     """Fill ``model`` in place from a checkpoint; nothing is changed when an error is raised.
 
@@ -86,10 +90,10 @@ def load_weights(
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
     content = source if isinstance(source, Mapping) else _read(Path(source))
-    found = {_model_name(key): value for key, value in _state_dict_in(content).items() if isinstance(value, Tensor)}
+    found, others = _tensors_of_model(_state_dict_in(content))
     wanted = model.state_dict()
 
-    resized = _fit_positions(model, found) if "pos_embed" in wanted and "pos_embed" in found else ()
+    resized = _fit_positions(model, found) if isinstance(model, ImageTransformer) and "pos_embed" in wanted else ()
     replaced = {
         key for key in found.keys() & wanted.keys() if _HEAD.match(key) and found[key].shape != wanted[key].shape
     }
@@ -103,7 +107,7 @@ def load_weights(
         resized=resized,
         replaced_heads=tuple(sorted(replaced)),
         missing=tuple(key for key in wanted if key not in found and key not in replaced),
-        unexpected=tuple(sorted(found.keys() - wanted.keys())),
+        unexpected=tuple(sorted({*(found.keys() - wanted.keys()), *others})),
     )
     _check_shapes(name, loaded, wanted)
     if report.matched < min_matched:
@@ -154,11 +158,21 @@ def _harmless_types() -> list[Any]:
 
 def _state_dict_in(content: Any) -> Mapping[str, Any]:
     """The state dict inside a checkpoint, under whichever wrapper."""
-    for key in ("state", "model", "state_dict"):
+    for key in ("state", "model", "state_dict", "teacher"):
         inner = content.get(key) if isinstance(content, Mapping) else None
         if isinstance(inner, Mapping):
             return _state_dict_in(inner)
     return content if isinstance(content, Mapping) else {}
+
+
+def _tensors_of_model(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by the names of a model, those of the trunk where there is one, and the names of the others."""
+    found = {_WRAPPER_PREFIX.sub("", key): value for key, value in state.items() if isinstance(value, Tensor)}
+    trunk = next((prefix for prefix in _TRUNKS if any(key.startswith(prefix) for key in found)), "")
+    chosen = {key: value for key, value in found.items() if key.startswith(trunk)}
+    # A head of pre-training is none of the model, also where it has the same name.
+    others = [key for key in found if key not in chosen]
+    return {_model_name(key.removeprefix(trunk)): value for key, value in chosen.items()}, others
 
 
 def _model_name(key: str) -> str:
@@ -170,8 +184,8 @@ def _model_name(key: str) -> str:
 
 def _fit_positions(model: ImageTransformer, found: dict[str, Tensor]) -> tuple[str, ...]:
     """Bring ``found["pos_embed"]`` to the rows of the model; returns the names that were changed."""
-    positions, own = found["pos_embed"], model.pos_embed
-    if positions.shape == own.shape or positions.ndim != 3:
+    positions, own = found.get("pos_embed"), model.pos_embed
+    if positions is None or positions.shape == own.shape or positions.ndim != 3:
         return ()
     rows = positions.shape[1]
     # Two squares are never 1 or 2 apart beyond a grid of one patch, so the token count names the prefix rows.

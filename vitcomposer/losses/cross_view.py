@@ -1,0 +1,24 @@
+"""The cross-entropy that SwAV and DINO share: what one view should be is learned by all other views."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def cross_view_entropy(targets: Tensor, logits: Tensor, target_views: Sequence[int]) -> Tensor:
+    """Mean over the pairs of a target's view and another view of ``-sum_k target_k log softmax(logits)_k``.
+
+    The sum over the other views is taken once over all views, less the one, which saves a pass over (B, K) per pair.
+
+    Args:
+        targets: (A, B, K), rows that sum to 1.
+        logits: (V, B, K), divided by their temperature.
+        target_views: Which of the V views each of the A targets belongs to.
+    """
+    normalizers = logits.logsumexp(dim=-1)  # (V, B)
+    sum_of_logits, sum_of_normalizers = logits.sum(dim=0), normalizers.sum(dim=0)
+    total = logits.new_zeros(())
+    for target, view in zip(targets, target_views, strict=True):
+        matched = (target * (sum_of_logits - logits[view])).sum(dim=-1)  # (B,)
+        total = total + (sum_of_normalizers - normalizers[view] - matched).mean()
+    return total / (len(target_views) * (len(logits) - 1))
