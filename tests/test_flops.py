@@ -1,20 +1,100 @@
 import copy
+from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import nn
 
-from vitcomposer.flops import forward_flops, peak_flops
+from vitcomposer.flops import GPUS, forward_flops, forward_work, multi_crop_flops, peak_flops
+from vitcomposer.models import build_model
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(name, num_classes=1000, image_size=224, **options)
+
+
+# GFLOP of one image of 224 pixels; timm's ConViT has the explicit attention map of the paper, ours counts as much.
+@pytest.mark.parametrize(
+    "name, gigaflops",
+    [
+        ("deit_tiny_patch16", 2.51),
+        ("deit_small_patch16", 9.20),
+        ("deit_small_distilled_patch16", 9.25),
+        ("deit_base_patch16", 35.1),
+        ("vit_large_patch16", 123.0),
+        ("convit_tiny", 2.50),
+        ("convit_small", 11.49),
+        ("convit_base", 35.0),
+    ],
+)
+def test_flops_agree_with_published_counts(name: str, gigaflops: float) -> None:
+    assert forward_flops(build(name), 224) == pytest.approx(gigaflops * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_224", "convit_tiny"])
+def test_flops_are_those_of_timm(name: str) -> None:
+    with torch.device("meta"):
+        theirs = timm.create_model(name)
+    assert forward_flops(build(name.removesuffix("_224")), 224) == pytest.approx(forward_flops(theirs, 224), rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "name, gigaflops",
-    [("vit_small_patch16_224", 9.20), ("vit_base_patch16_224", 35.1), ("vit_large_patch16_224", 123.0)],
+    "name, factors",
+    [
+        ("deit_small_patch16", {96: 0.176, 128: 0.313, 160: 0.493, 192: 0.721}),
+        ("deit_base_patch16", {96: 0.182, 192: 0.728}),
+    ],
 )
-def test_flops_agree_with_published_counts(name: str, gigaflops: float) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert forward_flops(model, 224) == pytest.approx(gigaflops * 1e9, rel=0.01)
+def test_smaller_images_cost_the_published_share(name: str, factors: dict[int, float]) -> None:
+    model = build(name)
+    full = forward_flops(model, 224)
+    found = {size: forward_flops(model, size) / full for size in factors}
+    assert found == pytest.approx(factors, rel=0.01)
+
+
+def test_dropped_patches_cost_nothing() -> None:
+    model = build("deit_small_patch16", drop_path_rate=0.5, drop_rate=0.1)
+    full = forward_flops(model, 224)
+    found = [forward_flops(model, 224, patch_keep_rate=rate) / full for rate in (0.25, 0.5, 0.75, 1.0)]
+    assert found == pytest.approx([0.249, 0.489, 0.740, 1.0], rel=0.01)
+    assert getattr(model, "num_patches_kept", None) is None and model.training
+
+
+def test_convit_cannot_drop_patches() -> None:
+    with pytest.raises(ValueError, match="patch dropout needs a ViT or DeiT, got ConViT"):
+        forward_flops(build("convit_tiny"), 224, patch_keep_rate=0.5)
+
+
+def test_multi_crop_is_the_sum_of_its_crops() -> None:
+    model = build("vit_tiny_patch16", depth=2)
+    sizes = {size: forward_flops(model, size) for size in (224, 96)}
+    assert multi_crop_flops(model, [2, 6], [224, 96]) == 2 * sizes[224] + 6 * sizes[96]
+
+
+def test_work_counts_tokens_and_layers() -> None:
+    work, tokens = forward_work(build("deit_small_patch16"), 224), 197
+    assert work is not None and work.width == 384
+    assert work.attention_flops == 12 * 4 * tokens**2 * 384
+    assert work.elementwise_bytes == 48 * 384 * tokens * 12
+    kept = forward_work(build("deit_small_patch16"), 224, patch_keep_rate=0.5)
+    assert kept is not None and kept.attention_flops == 12 * 4 * 99**2 * 384
+    convit = forward_work(build("convit_small"), 224)
+    assert convit is not None and convit.attention_flops == 4 * (10 * 196**2 + 2 * 197**2) * 432
+    assert forward_work(nn.Linear(2, 2), 224) is None
+
+
+def test_peaks_are_those_of_composer() -> None:
+    from composer.callbacks.speed_monitor import GPU_AVAILABLE_FLOPS as theirs
+
+    names = {"h200": "h200-sxm", "h100": "h100-sxm", "v100": "v100-sxm", "v100s": "v100s-pcie"}
+    for name, gpu in GPUS.items():
+        row = theirs.get(names.get(name, name), {})
+        for precision in ("bf16", "fp16", "tf32", "fp32"):
+            if precision in row and precision in gpu.peaks:
+                assert gpu.peaks[precision] == pytest.approx(row[precision], rel=1e-3), (name, precision)
+    assert sum(names.get(name, name) in theirs for name in GPUS) == 9
 
 
 def test_attention_counts_on_a_cpu() -> None:

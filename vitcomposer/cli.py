@@ -1,4 +1,4 @@
-"""``vitcomposer convert | inspect | bench``: the command line around training.
+"""``vitcomposer convert | inspect | bench | plan``: the command line around training.
 
 A command is one function: it adds its parser and names the function that runs it. Heavy imports stay inside the run.
 Exit codes: 0 done, 1 a check failed, 2 something to mend (one line on stderr), 130 interrupted.
@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer import bench
+from vitcomposer import bench, plan
 
 if TYPE_CHECKING:
     from vitcomposer.data.inspect import SplitReport
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vitcomposer", description="Data, runs and models of vitcomposer.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (_add_convert, _add_inspect, bench.add_command):
+    for add_command in (_add_convert, _add_inspect, bench.add_command, plan.add_command):
         add_command(commands)
     args = parser.parse_args(argv)
     try:
@@ -78,6 +78,14 @@ def _add_convert(commands: Any) -> None:
     digits.add_argument("out", help="folder or s3://bucket/prefix")
     digits.set_defaults(run=_run_convert, source=_digits)
 
+    subset = kinds.add_parser("subset", help="a class-balanced part of a split, as a split beside it")
+    subset.add_argument("path", help="folder or s3://bucket/prefix of the splits")
+    subset.add_argument("name", help="of the new split, such as train_1pct")
+    subset.add_argument("--fraction", type=float, required=True, help="share of the samples, such as 0.01")
+    subset.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    subset.add_argument("--split", default="train", help="that is drawn from (default: %(default)s)")
+    subset.set_defaults(run=_run_subset)
+
 
 def _add_storing(group: Any) -> None:
     group.add_argument(
@@ -126,6 +134,17 @@ def _run_convert(args: argparse.Namespace) -> int:
         )
     for split, facts in summary.items():
         _print_facts(split, facts)
+    return 0
+
+
+def _run_subset(args: argparse.Namespace) -> int:
+    """Write a class-balanced part of a split, for low-shot evaluation."""
+    from vitcomposer.data.subset import write_subset
+
+    record = write_subset(args.path, args.name, fraction=args.fraction, seed=args.seed, split=args.split)
+    counts = record["class_counts"].values()
+    print(f"{args.path}/{args.name}: {record['images']:,} images, {min(counts):,} to {max(counts):,} of a class")
+    print(f"Train on it with data.train_split={args.name}")
     return 0
 
 
