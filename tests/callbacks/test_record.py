@@ -21,7 +21,7 @@ DESIGN_FIELDS = (
 
 
 def record_in(folder: Path, **options: Any) -> tuple[RunRecord, Throughput]:
-    throughput = Throughput(1000, "fp32")
+    throughput = Throughput(lambda step: 1000, "fp32")
     return RunRecord(folder, "recipe: supervised\n", FACTS, throughput=throughput, **options), throughput
 
 
@@ -61,7 +61,7 @@ def test_run_folder_tells_the_story_of_the_run(tmp_path: Path) -> None:
     ]
     assert (folder / "config.yaml").read_text() == "recipe: supervised\n"
     summary, last = summary_of(folder), lines_of(folder)[-1]
-    assert set(summary) == {*DESIGN_FIELDS.split(", "), "top1_ema", "top5_ema", "lr_peak", "finished"}
+    assert set(summary) == {*DESIGN_FIELDS.split(", "), "top1_ema", "top5_ema", "knn", "lr_peak", "finished"}
     assert summary["recipe"] == "supervised" and summary["model"] == "tiny" and summary["lr_peak"] == 0.01
     assert summary["top1"] == last["metrics/eval/top1"] and 0 <= summary["top1"] <= 1
     assert summary["loss"] == last["metrics/eval/loss"]

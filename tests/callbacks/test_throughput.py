@@ -125,8 +125,8 @@ def test_logged_rate_follows_the_window(clock: Clock) -> None:
 
 
 def test_mfu_divides_by_the_peak_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    throughput = Throughput(1e9, "amp_bf16")
-    throughput.images, throughput.seconds = 1000, 2.0
+    throughput = Throughput(lambda step: 1e9, "amp_bf16")
+    throughput.flops, throughput.seconds = 1e12, 2.0
     assert throughput.mfu is None
     throughput._peak = 1e12
     assert throughput.mfu == pytest.approx(0.5)
@@ -153,9 +153,37 @@ def test_totals_survive_a_resume() -> None:
 
 
 def test_a_run_within_the_warm_up_reports_nothing() -> None:
-    throughput = Throughput(1e9, "fp32")
+    throughput = Throughput(lambda step: 1e9, "fp32")
     trainer = tiny_run.build("2ba", callbacks=[throughput], eval_interval=0)
     trainer.fit()
     trainer.close()
     assert throughput.images_per_sec is throughput.data_wait_fraction is throughput.mfu is None
     assert throughput.warmup_seconds > 0
+    assert throughput.train_flops == 2 * tiny_run.BATCH * 1e9
+
+
+def test_flops_are_those_of_each_step(clock: Clock) -> None:
+    throughput = Throughput(lambda step: 10**step, "fp32", window=2)
+    trainer = tiny_run.build("5ba", callbacks=[throughput], eval_interval=0, seconds_per_step=1)
+    trainer.fit()
+    trainer.close()
+    assert throughput.train_flops == tiny_run.BATCH * 11111
+    assert throughput.flops == tiny_run.BATCH * 11100, "two steps of warm-up"
+    again = Throughput(lambda step: 10**step, "fp32")
+    again.load_state_dict(throughput.state_dict())
+    assert again.train_flops == throughput.train_flops
+    assert Throughput(None, "fp32").train_flops is None
+
+
+def test_logged_mfu_weighs_the_steps_of_the_window(clock: Clock) -> None:
+    class Peak(Callback):
+        def batch_start(self, state: Any, logger: Any) -> None:
+            throughput._peak = 1e3 * tiny_run.BATCH
+
+    throughput = Throughput(lambda step: 10.0 * step, "fp32", window=2)
+    trainer = tiny_run.build("5ba", callbacks=[throughput, Peak()], eval_interval=0, seconds_per_step=1)
+    captured = Captured().attach(trainer)
+    trainer.fit()
+    trainer.close()
+    assert captured.values("throughput/mfu") == pytest.approx([0.02, 0.025, 0.035])
+    assert throughput.mfu == pytest.approx(0.03)

@@ -1,15 +1,26 @@
 """Composer algorithms: those of Composer that help a ViT, and those it lacks."""
 
-from vitcomposer.algorithms.build import ALLOWED, REJECTED, build_algorithms
+from vitcomposer.algorithms.build import ALLOWED, REJECTED, STAGED, build_algorithms, build_stage_algorithms
+from vitcomposer.algorithms.curriculum import Curriculum
 from vitcomposer.algorithms.ema import EMA_LABEL, EvaluationEMA, averaged_weights
+from vitcomposer.algorithms.patch_dropout import PatchDropout
 from vitcomposer.algorithms.sam import ResumableSAM
+from vitcomposer.algorithms.self_supervised import BeginStep, CosineWeightDecay, FreezeAtStart, MomentumEncoder
 
 __all__ = [
     "ALLOWED",
     "EMA_LABEL",
     "REJECTED",
+    "STAGED",
+    "BeginStep",
+    "CosineWeightDecay",
+    "Curriculum",
     "EvaluationEMA",
+    "FreezeAtStart",
+    "MomentumEncoder",
+    "PatchDropout",
     "ResumableSAM",
     "averaged_weights",
     "build_algorithms",
+    "build_stage_algorithms",
 ]

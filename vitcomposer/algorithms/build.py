@@ -1,7 +1,8 @@
 """Which of Composer's algorithms a yaml may name, checked and built; with the changes that two of them need here.
 
 Every public algorithm of Composer stands in exactly one of two tables: ``ALLOWED``, shown by a test to work on a ViT
-with our batches, or ``REJECTED``, with the reason and what to use instead.
+with our batches, or ``REJECTED``, with the reason and what to use instead. ``STAGED`` are ours: they follow a plan of
+the steps, which a recipe makes before.
 """
 
 import inspect
@@ -10,8 +11,12 @@ from typing import Any
 
 from composer.algorithms import CutOut, GradientClipping, LabelSmoothing, LowPrecisionLayerNorm
 from composer.core import Algorithm, Event
+from torch import nn
 
+from vitcomposer import curriculum
+from vitcomposer.algorithms.curriculum import Curriculum
 from vitcomposer.algorithms.ema import EvaluationEMA
+from vitcomposer.algorithms.patch_dropout import PatchDropout
 from vitcomposer.algorithms.sam import ResumableSAM
 from vitcomposer.schema import ConfigError, did_you_mean, require
 
@@ -24,6 +29,8 @@ ALLOWED: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     "LowPrecisionLayerNorm": (LowPrecisionLayerNorm, {"apply_at": Event.INIT}),
     "SAM": (ResumableSAM, {}),
 }
+
+STAGED = ("Curriculum", "PatchDropout")
 
 _NO_CONVOLUTIONS = "changes convolutional networks, and a ViT has one convolution. Leave it out."
 _LANGUAGE = "is made for language models. Leave it out."
@@ -42,8 +49,8 @@ REJECTED: dict[str, str] = {
     "LowPrecisionGroupNorm": "needs group norms, and a ViT has layer norms. Use LowPrecisionLayerNorm.",
     "MixUp": "mixes every batch and knows no switch with CutMix. Use mixing.mixup_alpha and mixing.switch_prob.",
     "NoOpModel": "replaces the model by one parameter, for timing. Use vitcomposer bench.",
-    "ProgressiveResizing": "resizes by nearest neighbour to sizes off the patch grid. Train at a smaller "
-    "model.image_size and fine-tune.",
+    "ProgressiveResizing": "resizes by nearest neighbour to sizes off the patch grid, after the decoding. Use "
+    "Curriculum.",
     "RandAugment": "needs PIL images of a torchvision data set. Use augment.rand_augment.",
     "SWA": "cannot be resumed on several GPUs once the average has started. Use EMA, which averages too.",
     "SelectiveBackprop": "takes batches of (image, target) pairs and scores them before augmentation. Leave it out.",
@@ -75,7 +82,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
 def build_algorithms(
     algorithms: Mapping[str, Mapping[str, Any]], *, loss: str, precision: str, label_smoothing: float
 ) -> list[Algorithm]:
-    """Composer algorithms from the ``algorithms`` block of a yaml, in its order.
+    """Composer algorithms from the ``algorithms`` block of a yaml, in its order, without those of ``STAGED``.
 
     Args:
         algorithms: Name to arguments; the keys of our batches are filled in.
@@ -100,13 +107,24 @@ def build_algorithms(
     return built
 
 
+def build_stage_algorithms(
+    options: curriculum.Options | None, plan: curriculum.Plan, network: nn.Module
+) -> list[Algorithm]:
+    """The algorithm that has the run follow the plan made from ``options``, if there are any."""
+    if isinstance(options, curriculum.Curriculum):
+        return [Curriculum(plan)]
+    return [] if options is None else [PatchDropout(plan, network)]
+
+
 def _build(name: str, arguments: dict[str, Any]) -> Algorithm:
     key = f"algorithms.{name}"
     if name in REJECTED:
         raise ConfigError(f"{key} must be an algorithm that helps a ViT, but {name} {REJECTED[name]}")
+    if name in STAGED:
+        raise ConfigError(f"{key} must be left out of this recipe, whose images have one size in all steps.")
     if name not in ALLOWED:
-        hint = did_you_mean(name, [*ALLOWED, *REJECTED])
-        raise ConfigError(f"{key} must be one of {sorted(ALLOWED)}.{hint} Mend the name.")
+        hint = did_you_mean(name, [*ALLOWED, *REJECTED, *STAGED])
+        raise ConfigError(f"{key} must be one of {sorted([*ALLOWED, *STAGED])}.{hint} Mend the name.")
     cls, ours = ALLOWED[name]
     allowed = [argument for argument in inspect.signature(cls).parameters if argument not in ours]
     for argument in arguments:

@@ -51,7 +51,7 @@ class RunRecord(LoggerDestination):
         config_yaml: The resolved configuration.
         facts: ``recipe``, ``model``, ``seed`` and ``lr_peak``.
         throughput: The callback whose totals go into the summary.
-        log_interval: Composer time string; evaluations are always logged.
+        log_interval: Composer time string; evaluations and measurements of KNNMonitor are always logged.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class RunRecord(LoggerDestination):
         self._due = create_interval_scheduler(log_interval, include_end_of_training=False, checkpoint_events=False)
         self._pending: dict[str, Any] = {}
         self._evaluated: dict[str, float] = {}
+        self._knn: dict[str, float] = {}  # the last measurement of KNNMonitor
+        self._measured = False  # since the line before
         self._lr: float | None = None
         self._file: BinaryIO | None = None
         self._last_line: dict[str, Any] = {}
@@ -87,6 +89,9 @@ class RunRecord(LoggerDestination):
             # Composer's time/batch and its kin lag one step behind the step, epoch and sample of the line.
             if not name.startswith("time/") and _is_scalar(value):
                 self._pending[name] = value.detach() if isinstance(value, torch.Tensor) else value
+            if name.startswith("knn/"):
+                self._knn[name.removeprefix("knn/")] = value
+                self._measured = True
 
     def fit_start(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None, "Composer has set it before training"
@@ -102,6 +107,8 @@ class RunRecord(LoggerDestination):
         _write(self.run_folder / "config.yaml", self.config_yaml)
         _write(self.run_folder / "environment.json", _to_json(self._environment))
         self._open_metrics(state.timestamp.batch.value)
+        if self._measured:  # before the first step
+            self._write_line(state)
 
     def _open_metrics(self, step: int) -> None:
         path = self.run_folder / "metrics.jsonl"
@@ -119,11 +126,11 @@ class RunRecord(LoggerDestination):
             self._lr = max(float(group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self._due(state, Event.BATCH_END):
+        if self._due(state, Event.BATCH_END) or self._measured:
             self._write_line(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        if self._due(state, Event.EPOCH_END):
+        if self._due(state, Event.EPOCH_END) or self._measured:
             self._write_line(state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
@@ -146,10 +153,11 @@ class RunRecord(LoggerDestination):
             self._file = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"evaluated": dict(self._evaluated)}
+        return {"evaluated": dict(self._evaluated), "knn": dict(self._knn)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._evaluated = dict(state["evaluated"])
+        self._knn = dict(state["knn"])
 
     def _write_line(self, state: State) -> None:
         """Append what was logged since the last line; a second call in one step extends the line of that step."""
@@ -165,6 +173,7 @@ class RunRecord(LoggerDestination):
             line["lr"] = self._lr
         line |= {name: _number(value) for name, value in self._pending.items()}
         self._pending.clear()
+        self._measured = False
         if self._last_line.get("step") == line["step"]:
             line = {**self._last_line, **line}
             self._file.seek(self._last_offset)
@@ -185,7 +194,6 @@ class RunRecord(LoggerDestination):
         if self._file is None:
             return
         images = state.timestamp.sample.value
-        flops = self.throughput.train_flops_per_image
         summary = {
             "recipe": self.facts["recipe"],
             "model": self.facts["model"],
@@ -194,13 +202,14 @@ class RunRecord(LoggerDestination):
             "loss": self._metric("eval", "loss"),
             "top1_ema": self._metric("ema", "top1"),
             "top5_ema": self._metric("ema", "top5"),
+            "knn": self._knn or None,
             "epochs": self._epochs(state),
             "steps": state.timestamp.batch.value,
             "images_seen": images,
             "seconds": self.throughput.wall_seconds,
             "images_per_sec": self.throughput.images_per_sec,
             "data_wait_fraction": self.throughput.data_wait_fraction,
-            "train_flops": None if flops is None else flops * images,
+            "train_flops": self.throughput.train_flops,
             "mfu": self.throughput.mfu,
             "peak_memory_bytes": self.throughput.peak_memory_bytes,
             "world_size": dist.get_world_size(),

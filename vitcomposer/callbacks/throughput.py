@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +26,22 @@ class Throughput(Callback):
     ``window`` batches.
 
     Args:
-        train_flops_per_image: FLOPs of one training image; None leaves out the MFU.
+        train_flops_per_image: FLOPs of one training image at a step; None leaves out the MFU.
         precision: Composer's name, which selects the peak of the device.
 
     Attributes:
         images, seconds, wait_seconds: Of all training steps after the warm-up; images count over all ranks.
         warmup_images, warmup_seconds: Of the steps left out above.
+        flops, warmup_flops: Of the images of both; 0 where they are unknown.
     """
 
     def __init__(
-        self, train_flops_per_image: float | None, precision: str, *, window: int = 100, warmup_batches: int = 2
+        self,
+        train_flops_per_image: Callable[[int], float] | None,
+        precision: str,
+        *,
+        window: int = 100,
+        warmup_batches: int = 2,
     ) -> None:
         self.train_flops_per_image = train_flops_per_image
         self.precision = precision
@@ -44,7 +51,9 @@ class Throughput(Callback):
         self.wait_seconds = 0.0
         self.warmup_images = 0
         self.warmup_seconds = 0.0
-        self._recent: deque[tuple[int, float, float]] = deque(maxlen=window)  # images, seconds, seconds of waiting
+        self.flops: float = 0
+        self.warmup_flops: float = 0
+        self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=window)  # images, s, s of waiting, FLOPs
         self._session_batches = 0
         self._step_start: float | None = None
         self._step_wait = 0.0
@@ -80,7 +89,12 @@ class Throughput(Callback):
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation of the run, in [0, 1]; None where FLOPs or the peak of the device are unknown."""
-        return self._mfu(self.images_per_sec)
+        return self._mfu(self.flops, self.seconds)
+
+    @property
+    def train_flops(self) -> float | None:
+        """FLOPs of all training steps, those of the warm-up included; None where they are unknown."""
+        return None if self.train_flops_per_image is None else self.flops + self.warmup_flops
 
     @property
     def peak_memory_bytes(self) -> int | None:
@@ -88,10 +102,10 @@ class Throughput(Callback):
         now = torch.cuda.max_memory_allocated() if self._on_gpu else None
         return max((peak for peak in (now, self._peak_memory_before) if peak is not None), default=None)
 
-    def _mfu(self, images_per_sec: float | None) -> float | None:
-        if images_per_sec is None or self.train_flops_per_image is None or self._peak is None:
+    def _mfu(self, flops: float, seconds: float) -> float | None:
+        if seconds == 0 or self.train_flops_per_image is None or self._peak is None:
             return None
-        return images_per_sec * self.train_flops_per_image / (self._peak * dist.get_world_size())
+        return flops / seconds / (self._peak * dist.get_world_size())
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._on_gpu = state.device.name == "gpu"
@@ -125,23 +139,27 @@ class Throughput(Callback):
         seconds = time.perf_counter() - self._step_start
         self._step_start = None
         images = state.timestamp.sample.value - state.previous_timestamp.sample.value
+        of_image = self.train_flops_per_image
+        flops = 0 if of_image is None else images * of_image(state.previous_timestamp.batch.value)
         self._session_batches += 1
         if self._session_batches <= self.warmup_batches:
             self.warmup_images += images
             self.warmup_seconds += seconds
+            self.warmup_flops += flops
             return
         self.images += images
         self.seconds += seconds
         self.wait_seconds += self._step_wait
-        self._recent.append((images, seconds, self._step_wait))
+        self.flops += flops
+        self._recent.append((images, seconds, self._step_wait, flops))
         logger.log_metrics(self._metrics())
 
     def _metrics(self) -> dict[str, float]:
         speed = self.recent_images_per_sec
         assert speed is not None, "the window holds a step"
-        waited = sum(step[2] for step in self._recent) / sum(step[1] for step in self._recent)
-        metrics = {"throughput/images_per_sec": speed, "throughput/data_wait_fraction": waited}
-        mfu = self._mfu(speed)
+        seconds, waited, flops = (sum(step[i] for step in self._recent) for i in (1, 2, 3))
+        metrics = {"throughput/images_per_sec": speed, "throughput/data_wait_fraction": waited / seconds}
+        mfu = self._mfu(flops, seconds)
         return metrics if mfu is None else {**metrics, "throughput/mfu": mfu}
 
     def close(self, state: State, logger: Logger) -> None:
@@ -154,6 +172,8 @@ class Throughput(Callback):
             "wait_seconds": self.wait_seconds,
             "warmup_images": self.warmup_images,
             "warmup_seconds": self.warmup_seconds,
+            "flops": self.flops,
+            "warmup_flops": self.warmup_flops,
             "wall_seconds": self.wall_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
@@ -164,5 +184,7 @@ class Throughput(Callback):
         self.wait_seconds = state["wait_seconds"]
         self.warmup_images = state["warmup_images"]
         self.warmup_seconds = state["warmup_seconds"]
+        self.flops = state["flops"]
+        self.warmup_flops = state["warmup_flops"]
         self._wall_before = state["wall_seconds"]
         self._peak_memory_before = state["peak_memory_bytes"]

@@ -6,7 +6,7 @@ so a run is the same with any number of workers and after a resume.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,10 @@ class TrainCollate:
     ``augment_on_device``, ``erase_box`` and ``erase_seed`` when ``augment.random_erasing`` is above 0, ``mix_lam`` and
     ``mix_box`` when one of the alphas of ``mixing`` is. Neighbours that are copies of one sample share its decode.
 
+    Attributes:
+        view: From the step of a batch to its image size and the factor on RandAugment's magnitude; None leaves them at
+            ``image_size`` and 1. To be set before the loader starts its workers.
+
     Raises:
         ConfigError: ``augment.rand_augment`` is no RandAugment string of timm.
         ValueError: On a call, a label outside the classes, a damaged image, or an odd batch with mixing on.
@@ -62,7 +66,8 @@ class TrainCollate:
         self._augment = augment
         self._mixing = mixing
         self._mixes = mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0
-        self._image_size = image_size
+        self.view: Callable[[int], tuple[int, float]] | None = None
+        self._made_for = (image_size, 1.0)  # of the batch before
         self._num_classes = num_classes
         self._seed = seed
         self._augment_on_device = augment_on_device
@@ -74,7 +79,8 @@ class TrainCollate:
                 f"global_train_batch_size must give every device an even batch when mixing is on, got {len(samples)} "
                 "images. Mixup pairs images: use an even share per device, or set both alphas of mixing to 0."
             )
-        batch = batch_head(samples, self._image_size, self._num_classes)
+        image_size = self._look_up(samples)
+        batch = batch_head(samples, image_size, self._num_classes)
         rngs = [random.Random(self._key(sample, _SAMPLE)) for sample in samples]
         for first, end in _runs(samples):
             with naming(samples[first]):
@@ -85,12 +91,22 @@ class TrainCollate:
         else:
             run_programs(batch["image"], codes, values, self._policies.fill)
         if self._augment.random_erasing > 0:
-            boxes = [random_erasing_box(rng, self._image_size, self._augment.random_erasing) for rng in rngs]
+            boxes = [random_erasing_box(rng, image_size, self._augment.random_erasing) for rng in rngs]
             batch[ERASE_BOX] = torch.tensor(boxes, dtype=torch.int32)
             batch[ERASE_SEED] = torch.tensor([rng.getrandbits(63) for rng in rngs])
         if self._mixes:
-            batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples)
+            batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples, image_size)
         return batch
+
+    def _look_up(self, samples: list[Sample]) -> int:
+        """Image size of the batch, with the policies made for it."""
+        if self.view is not None:
+            step = samples[0]["step"]
+            assert step == samples[-1]["step"], "the loader's batches are those of the data set"
+            view = self.view(step)
+            if view != self._made_for:
+                self._made_for, self._policies = view, build_policies(self._augment, *view)
+        return self._made_for[0]
 
     def _decode(self, encoded: bytes | memoryview, rngs: Sequence[random.Random], outs: Tensor) -> None:
         """One random view of the image for each generator."""
@@ -99,14 +115,14 @@ class TrainCollate:
         boxes = [random_resized_box(rng, height, width, augment.crop_scale, augment.crop_ratio) for rng in rngs]
         decode_views(encoded, boxes, outs.unbind(), augment.interpolation, augment.decode_scale)
 
-    def _draw_mixing(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    def _draw_mixing(self, samples: list[Sample], image_size: int) -> tuple[Tensor, Tensor]:
         # RandomState, because numpy promises its stream for ever; that of Generator may change between versions.
         rng = np.random.RandomState(self._key(samples[0], _MIXING) >> 32)
         mixing = self._mixing
         lam, boxes = draw_mixing(
             rng,
             len(samples),
-            self._image_size,
+            image_size,
             mixup_alpha=mixing.mixup_alpha,
             cutmix_alpha=mixing.cutmix_alpha,
             prob=mixing.prob,

@@ -64,7 +64,7 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
         prefix = f"{name}/" if name else ""
         index = store.read(f"{prefix}index.json")
         if index is not None:
-            shards = _read_index(index, f"{store.url}/{prefix}index.json")
+            shards = read_shard_index(index, f"{store.url}/{prefix}index.json")
             report = _inspect_split(store, prefix, shards, summary.get(name, {}).get("class_counts"))
             report.problems += _check_shards(store, prefix, shards, report.forms, verify)
             reports.append(report)
@@ -74,7 +74,7 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
     return reports
 
 
-def _read_index(data: bytes, where: str) -> list[dict[str, Any]]:
+def read_shard_index(data: bytes, where: str) -> list[dict[str, Any]]:
     """The shards of an index that is safe to use."""
     try:
         shards = json.loads(data)["shards"]
@@ -156,7 +156,9 @@ def _forms(data: bytes, shard: dict[str, Any]) -> Iterator[str]:
     try:
         offsets = struct.unpack_from(f"<{shard['samples'] + 1}I", data, 4)
         for start, stop in pairwise(offsets):
-            values = [value for kind, value in _columns(data[start:stop], shard).values() if kind in _IMAGE_ENCODINGS]
+            values = [
+                value for kind, value in columns_of_row(data[start:stop], shard).values() if kind in _IMAGE_ENCODINGS
+            ]
             if values:
                 seekable = read_index(values[0]) is not None
                 yield "seekable" if seekable else "raw" if read_raw_size(values[0]) else "other"
@@ -187,7 +189,7 @@ def _first_sample(store: Store, prefix: str, shard: dict[str, Any]) -> str:
     sample = store.read(name, start, stop) or b""
     if len(sample) < stop - start:
         return "not readable"
-    for column, (encoding, value) in _columns(sample, shard).items():
+    for column, (encoding, value) in columns_of_row(sample, shard).items():
         if encoding in _IMAGE_ENCODINGS:
             raw = read_raw_size(value)
             if raw:
@@ -200,7 +202,7 @@ def _first_sample(store: Store, prefix: str, shard: dict[str, Any]) -> str:
     return f"{len(sample):,} bytes, no encoded image among its columns"
 
 
-def _columns(sample: bytes, shard: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
+def columns_of_row(sample: bytes, shard: dict[str, Any]) -> dict[str, tuple[str, bytes]]:
     """Encoding and raw bytes of every column: first the lengths that vary (uint32), then the values."""
     varying = sum(size is None for size in shard["column_sizes"])
     lengths = iter(struct.unpack_from(f"<{varying}I", sample))

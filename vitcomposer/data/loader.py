@@ -1,6 +1,7 @@
 """From the blocks of a yaml to the loader that Composer's Trainer takes."""
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -15,19 +16,19 @@ from torch.utils.data import DataLoader
 
 from vitcomposer.data import jpeg, ops
 from vitcomposer.data.augment import EvalTransform, TrainTransform
-from vitcomposer.data.collate import EvalCollate, TrainCollate
-from vitcomposer.data.mixing import split_batch
+from vitcomposer.data.collate import EvalCollate, Sample, TrainCollate
+from vitcomposer.data.mixing import Batch, split_batch
 from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
-from vitcomposer.schema import ConfigError, Data, Supervised, require
+from vitcomposer.schema import ConfigError, Data, Probe, Supervised, require
 
 Split = Literal["train", "val"]
 
 SYNTHETIC_VAL_SAMPLES = 50_000  # ImageNet's
 
 
-def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_size: int) -> DataSpec:
+def build_dataspec(cfg: Supervised | Probe, split: Split, *, seed: int, device_batch_size: int) -> DataSpec:
     """Loader and device-side transforms of a split, checked against the model before anything is read.
 
     Training drops the last batch where it is short. In evaluation every sample comes once over all ranks; those
@@ -49,14 +50,14 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
     jpeg.warm_up()
     if train:
         ops.warm_up()
-        _check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
+        check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
         collate = TrainCollate(
             cfg.augment,
             cfg.mixing,
             image_size=cfg.model.image_size,
             num_classes=cfg.model.num_classes,
             seed=seed,
-            augment_on_device=_augment_on_device(cfg),
+            augment_on_device=augments_on_device(cfg.data, rand_augment=cfg.augment.rand_augment is not None),
         )
         transform = TrainTransform(cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes)
     else:
@@ -67,16 +68,29 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
             num_classes=cfg.model.num_classes,
         )
         transform = EvalTransform(cfg.augment.mean, cfg.augment.std)
-    workers = cfg.data.num_workers
+    return make_dataspec(dataset, cfg.data, collate, transform, batch_size=device_batch_size, drop_last=train)
+
+
+def make_dataspec(
+    dataset: ImageStream | SyntheticImages,
+    data: Data,
+    collate: Callable[[list[Sample]], Batch],
+    transform: Callable[[Batch], Batch],
+    *,
+    batch_size: int,
+    drop_last: bool,
+) -> DataSpec:
+    """The loader of a data set, its batches made by ``collate`` in the workers and by ``transform`` on the device."""
+    workers = data.num_workers
     loader = DataLoader(
         dataset,
-        batch_size=device_batch_size,
+        batch_size=batch_size,
         collate_fn=collate,
-        drop_last=train,
+        drop_last=drop_last,
         num_workers=workers,  # torch gives each of them one thread
-        prefetch_factor=cfg.data.prefetch_factor if workers else None,
+        prefetch_factor=data.prefetch_factor if workers else None,
         persistent_workers=workers > 0,
-        timeout=cfg.data.timeout if workers else 0,
+        timeout=data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
         # Its own, since an iterator draws a seed: from the default generator it would take the number that stochastic
         # depth gets next, and a resumed run or one with other workers would drop other blocks.
@@ -91,26 +105,71 @@ def build_dataspec(cfg: Supervised, split: Split, *, seed: int, device_batch_siz
     )
 
 
-def _augment_on_device(cfg: Supervised) -> bool:
-    if cfg.data.augment_on != "auto":
-        return cfg.data.augment_on == "device"
+def set_view(train: DataSpec, view: Callable[[int], tuple[int, float]]) -> None:
+    """Have the loader make each step's images at its size and strength, see ``TrainCollate.view``.
+
+    Apart from :func:`build_dataspec` because a plan of the steps needs the length of this loader first.
+    """
+    loader = train.dataloader
+    assert isinstance(loader, DataLoader) and isinstance(loader.collate_fn, TrainCollate)
+    loader.collate_fn.view = view
+
+
+def augments_on_device(data: Data, *, rand_augment: bool) -> bool:
+    """Where colours and geometry are changed, which ``data.augment_on`` can leave to us."""
+    if data.augment_on != "auto":
+        return data.augment_on == "device"
     # A CPU has nothing to gain: the main process would do what the workers can do beside it. Nor has RandAugment,
     # whose thirty groups of images are some 2,000 small operations a batch that the main process would have to launch.
-    return torch.cuda.is_available() and cfg.augment.rand_augment is None
+    return torch.cuda.is_available() and not rand_augment
 
 
 def _count_samples(batch: dict[str, Tensor]) -> int:
     return len(batch["label"])
 
 
-def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) -> ImageStream | SyntheticImages:
-    data, train = cfg.data, split == "train"
-    repeats = cfg.augment.repeated_augmentation if train else 1
-    shared_decodes = cfg.augment.shared_decodes and train
+def _build_dataset(cfg: Supervised | Probe, split: Split, seed: int, batch_size: int) -> ImageStream | SyntheticImages:
+    train = split == "train"
+    dataset = open_dataset(
+        cfg.data,
+        split,
+        num_classes=cfg.model.num_classes,
+        batch_size=batch_size,
+        seed=seed,
+        repeats=cfg.augment.repeated_augmentation if train else 1,
+        shared_decodes=cfg.augment.shared_decodes and train,
+        low_resolution=cfg.augment.low_resolution and train,
+    )
+    if cfg.data.source == "mds":
+        _check_classes(cfg, split)
+    return dataset
+
+
+def open_dataset(
+    data: Data,
+    split: Split,
+    *,
+    num_classes: int,
+    batch_size: int,
+    seed: int,
+    repeats: int = 1,
+    shared_decodes: bool = False,
+    low_resolution: bool = False,
+) -> ImageStream | SyntheticImages:
+    """The samples of a split, those of training in an order drawn from the seed.
+
+    Args:
+        num_classes: Of synthetic images.
+        repeats, shared_decodes, low_resolution: As the keys of the block ``augment``.
+
+    Raises:
+        ShardError: Data that cannot be found.
+    """
+    train = split == "train"
     if data.source == "synthetic":
         return SyntheticImages(
             num_samples=data.synthetic_samples if train else min(data.synthetic_samples, SYNTHETIC_VAL_SAMPLES),
-            num_classes=cfg.model.num_classes,
+            num_classes=num_classes,
             batch_size=batch_size,
             shuffle=train,
             seed=seed,
@@ -119,7 +178,7 @@ def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) ->
         )
     assert data.local is not None
     _clear_stale_shared_memory()
-    stream = ImageStream(
+    return ImageStream(
         remote=data.remote,
         local=data.local,
         split=_folder(data, split),
@@ -128,7 +187,7 @@ def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) ->
         seed=seed,
         repeats=repeats,
         shared_decodes=shared_decodes,
-        low_resolution=cfg.augment.low_resolution and train,
+        low_resolution=low_resolution,
         options=StreamOptions(
             cache_limit=data.cache_limit,
             predownload=data.predownload,
@@ -139,15 +198,13 @@ def _build_dataset(cfg: Supervised, split: Split, seed: int, batch_size: int) ->
             shuffle_block_size=data.shuffle_block_size,
         ),
     )
-    _check_classes(cfg, split)
-    return stream
 
 
 def _folder(data: Data, split: Split) -> str:
     return data.train_split if split == "train" else data.val_split
 
 
-def _check_classes(cfg: Supervised, split: Split) -> None:
+def _check_classes(cfg: Supervised | Probe, split: Split) -> None:
     assert cfg.data.local is not None
     path = Path(cfg.data.local, _folder(cfg.data, split), CLASS_NAMES)
     names = read_class_names(path)
@@ -171,7 +228,8 @@ def _check_classes(cfg: Supervised, split: Split) -> None:
         )
 
 
-def _check_fills_a_batch(dataset: ImageStream | SyntheticImages, global_batch_size: int) -> None:
+def check_fills_a_batch(dataset: ImageStream | SyntheticImages, global_batch_size: int) -> None:
+    """Refuse a batch that the training split cannot fill once."""
     require(
         dataset.num_samples >= global_batch_size,
         "global_train_batch_size",

@@ -96,6 +96,11 @@ def arrange(
     return np.where(places != PADDING, order[places], PADDING)
 
 
+def steps_before(epoch: int, first: int, *, samples_per_rank: int, batch_size: int, ranks: int) -> int:
+    """Steps that a run which drops short batches has done before sample ``first`` (over all ranks) of an epoch."""
+    return epoch * (samples_per_rank // batch_size) + first // (batch_size * ranks)
+
+
 def _repeat(order: NDArray[np.int64], canonical_nodes: int, repeats: int) -> NDArray[np.int64]:
     """The first share of each canonical node's order, every sample ``repeats`` times with copies counted up.
 

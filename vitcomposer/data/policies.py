@@ -47,17 +47,22 @@ class Policies:
         return ops.encode(steps, self.length)
 
 
-def build_policies(augment: Augment, image_size: int) -> Policies:
+def build_policies(augment: Augment, image_size: int, strength: float = 1.0) -> Policies:
     """The flip and what is applied to the flipped crop, in this order.
 
     timm switches colour jitter off when RandAugment is on; here ``augment.color_jitter`` alone decides.
+
+    Args:
+        strength: Factor on RandAugment's magnitude.
 
     Raises:
         ConfigError: ``augment.rand_augment`` is not one that timm reads completely.
     """
     draws: list[Draw] = []
     if augment.rand_augment is not None:
-        draws.append(RandAugment(augment.rand_augment, image_size=image_size, interpolation=augment.interpolation))
+        interpolation = augment.interpolation
+        name = augment.rand_augment
+        draws.append(RandAugment(name, image_size=image_size, interpolation=interpolation, strength=strength))
     if augment.three_augment:
         draws.append(ThreeAugment())
     if augment.color_jitter > 0:
@@ -76,12 +81,15 @@ class RandAugment:
     Args:
         name: timm's configuration string, such as ``rand-m9-mstd0.5-inc1``.
         image_size: Pixels; a translation is a share of it.
+        strength: Factor on the magnitude, before its spread (mstd) and the bounds.
 
     Raises:
         ConfigError: ``name`` is not one that timm reads completely.
     """
 
-    def __init__(self, name: str, *, image_size: int, interpolation: Literal["bicubic", "bilinear"]) -> None:
+    def __init__(
+        self, name: str, *, image_size: int, interpolation: Literal["bicubic", "bilinear"], strength: float = 1.0
+    ) -> None:
         require(
             _RAND_AUGMENT.fullmatch(name) is not None,
             "augment.rand_augment",
@@ -91,7 +99,7 @@ class RandAugment:
         )
         sections = _read_sections(name)
         increasing = sections.get("inc", "0") == "1"
-        self._magnitude = float(sections.get("m", _LARGEST))
+        self._magnitude = strength * float(sections.get("m", _LARGEST))
         self._std = float(sections.get("mstd", 0))
         self._prob = float(sections.get("p", 0.5))
         self._largest = float(sections.get("mmax", 0)) or _LARGEST
@@ -168,21 +176,25 @@ class ColorJitter:
 class ColorDistortion:
     """The colours of a view in self-supervised training: jitter, grayscale, blur and solarize, each with its chance.
 
-    SimCLR (arXiv:2002.05709, Appendix A) and SwAV jitter by 0.8, 0.8, 0.8 and 0.2 times ``strength`` with probability
-    0.8 and make a fifth gray; blur has a radius in [0.1, 2.0] (SwAV, arXiv:2006.09882), solarize the threshold 128
-    (BYOL, arXiv:2006.07733).
+    SimCLR (arXiv:2002.05709, Appendix A) and SwAV jitter with probability 0.8 and make a fifth gray; blur has a radius
+    in [0.1, 2.0] (SwAV, arXiv:2006.09882), solarize the threshold 128 (BYOL, arXiv:2006.07733).
+
+    Args:
+        jitter: Brightness, contrast, saturation and hue of :class:`ColorJitter`; one number s is SimCLR's strength,
+            (0.8 s, 0.8 s, 0.8 s, 0.2 s).
     """
 
     def __init__(
         self,
-        strength: float,
+        jitter: float | tuple[float, float, float, float],
         *,
         jitter_prob: float = 0.8,
         gray_prob: float = 0.2,
         blur_prob: float = 0.5,
         solarize_prob: float = 0.0,
     ) -> None:
-        self._jitter = ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength)
+        single = isinstance(jitter, float | int)
+        self._jitter = ColorJitter(*((0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter) if single else jitter))
         self._probs = (jitter_prob, gray_prob, blur_prob, solarize_prob)
         self.length = self._jitter.length + 3
 

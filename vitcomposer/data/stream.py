@@ -27,7 +27,7 @@ from streaming.base.shared import prefix
 from streaming.base.world import World
 
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange
+from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange, steps_before
 from vitcomposer.data.rows import Image, RowReader, ShardError
 from vitcomposer.data.shards import INDEX, ShardStream
 from vitcomposer.schema import ConfigError
@@ -137,11 +137,12 @@ def one_start_at_a_time() -> Iterator[None]:
 
 
 class ImageStream(StreamingDataset):
-    """One split of an MDS data set. Yields ``image``, ``label``, ``sample_id``, ``copy``, ``epoch``.
+    """One split of an MDS data set. Yields ``image``, ``label``, ``sample_id``, ``copy``, ``epoch``, ``step``.
 
     ``image`` is an encoded file or a raw sample, as bytes or as memoryview of the mapped shard. Order, resumption,
     downloads and eviction are Streaming's; samples are read without its locks, and without any thread once all
-    shards are here and no ``cache_limit`` can take them away.
+    shards are here and no ``cache_limit`` can take them away. ``step`` is Composer's ``timestamp.batch`` of the batch
+    that the sample is for, where the loader drops short batches.
 
     Never ends an epoch short and never waits for a shard that failed: it raises ShardError, in all loader
     processes of the rank. Other ranks of the node notice when their DataLoader's timeout or the launcher ends them.
@@ -251,14 +252,14 @@ class ImageStream(StreamingDataset):
         return shards, ids - (self._ends - self.samples_per_shard)[shards], ids, copies
 
     def __getitem__(self, at: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Sample of a virtual id, waiting for its shard."""
+        """Sample of a virtual id, waiting for its shard; of no batch, so its step is 0."""
         shard, row, sample_id, copy = (int(value[0]) for value in self._locate(np.array([at])))
-        return self._sample(*self._read(shard, row), sample_id, copy, self._epoch)
+        return self._sample(*self._read(shard, row), sample_id, copy, self._epoch, 0)
 
-    def _sample(self, image: Image, label: int, sample_id: int, copy: int, epoch: int) -> dict[str, Any]:
+    def _sample(self, image: Image, label: int, sample_id: int, copy: int, epoch: int, step: int) -> dict[str, Any]:
         if copy and not self.shuffle:
             copy, label = 0, IGNORE_LABEL
-        return {"image": image, "label": label, "sample_id": sample_id, "copy": copy, "epoch": epoch}
+        return {"image": image, "label": label, "sample_id": sample_id, "copy": copy, "epoch": epoch, "step": step}
 
     def _read(self, shard_id: int, row: int) -> tuple[Image, int]:
         """Image and label of a row, bringing the shard back where it is not here or not checked yet."""
@@ -318,6 +319,7 @@ class ImageStream(StreamingDataset):
         epoch, first = self._resume_incr_epoch()
         plan = self._get_work(epoch, first)
         plan = plan[plan != PADDING]
+        steps = self._steps(len(plan), epoch, first)
         assert self.predownload is not None
         chunk = max(1, min(_CHUNK, self.predownload // 2))
         ahead = self._begin_ahead(np.searchsorted(self._ends, plan % self.num_samples, side="right"))
@@ -333,12 +335,20 @@ class ImageStream(StreamingDataset):
                     self._rows.forget_changed()
                 if (seen := resource.getrusage(resource.RUSAGE_SELF).ru_majflt) != faults:
                     faults, cold_until = seen, begin + _CHUNKS_PER_CHECK * chunk
-                yield from self._chunk(plan[begin : begin + chunk], epoch, is_cold=begin < cold_until)
+                places = slice(begin, begin + chunk)
+                yield from self._chunk(plan[places], epoch, steps[places], is_cold=begin < cold_until)
         finally:  # an epoch that is broken off leaves no thread behind, and no deleted file on the disk
             if ahead:
                 ahead.stop()
             if self.cache_limit:
                 self._rows.forget(np.ones(self.num_shards, bool))
+
+    def _steps(self, count: int, epoch: int, first: int) -> NDArray[np.int64]:
+        """Steps of this worker's ``count`` samples: the loader takes a batch of each worker in turn."""
+        world, batch_size = self._unique_worker_world, self.batch_size
+        assert batch_size is not None
+        done = steps_before(epoch, first, samples_per_rank=len(self), batch_size=batch_size, ranks=world.num_ranks)
+        return done + world.worker_of_rank + np.arange(count) // batch_size * world.workers_per_rank
 
     def _begin_ahead(self, shards: NDArray[np.int64]) -> _FetchAhead | None:
         if self._ahead:
@@ -349,20 +359,22 @@ class ImageStream(StreamingDataset):
         self._ahead = _FetchAhead(self._prepare_ahead, shards.astype(np.int32), window) if is_needed else None
         return self._ahead
 
-    def _chunk(self, ids: NDArray[np.int64], epoch: int, is_cold: bool) -> Iterator[dict[str, Any]]:
+    def _chunk(
+        self, ids: NDArray[np.int64], epoch: int, steps: NDArray[np.int64], is_cold: bool
+    ) -> Iterator[dict[str, Any]]:
         states, read = self._shard_states.numpy().data, self._rows.read
         times = self._shard_access_times.numpy() if self.cache_limit else None
         shards, rows, sample_ids, copies = (values.tolist() for values in self._locate(ids))
         if is_cold:
             self._fetch([place for place in zip(shards, rows, strict=True) if states[place[0]] == _LOCAL])
-        for shard, row, sample_id, copy in zip(shards, rows, sample_ids, copies, strict=True):
+        for shard, row, sample_id, copy, step in zip(shards, rows, sample_ids, copies, steps.tolist(), strict=True):
             try:
                 found = read(shard, row) if states[shard] == _LOCAL else self._read(shard, row)
             except Exception:  # among them that the file is gone
                 found = self._read(shard, row)
             if times is not None:
                 times[shard] = time_ns()
-            yield self._sample(*found, sample_id, copy, epoch)
+            yield self._sample(*found, sample_id, copy, epoch, step)
 
     def _fetch(self, places: list[tuple[int, int]]) -> None:
         for shard, row in places:

@@ -10,7 +10,7 @@ from streaming.base.world import World
 from torch.utils.data import IterableDataset
 
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange
+from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange, steps_before
 
 NUM_IMAGES = 16
 IMAGE_PIXELS = 256
@@ -47,6 +47,12 @@ class SyntheticImages(IterableDataset):
         """Samples of this rank in an epoch."""
         return self._layout(World.detect()).samples_per_rank(self.num_samples)
 
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        """Sample of an id, beside the epochs."""
+        image = at % NUM_IMAGES
+        label = image % self.num_classes
+        return {"image": self._images[image], "label": label, "sample_id": at, "copy": 0, "epoch": 0}
+
     def _layout(self, world: World) -> Layout:
         return Layout(
             nodes=world.num_nodes,
@@ -66,16 +72,19 @@ class SyntheticImages(IterableDataset):
             repeats=self.repeats,
             shared_decodes=self.shared_decodes,
         )
-        for virtual_id in plan[world.node, world.rank_of_node, world.worker_of_rank].ravel():
+        size, per_rank = self.batch_size, self._layout(world).samples_per_rank(self.num_samples)
+        done = steps_before(epoch, 0, samples_per_rank=per_rank, batch_size=size, ranks=world.num_ranks)
+        for place, virtual_id in enumerate(plan[world.node, world.rank_of_node, world.worker_of_rank].ravel()):
             if virtual_id == PADDING:
                 continue
+            step = done + world.worker_of_rank + place // size * world.workers_per_rank
             copy, sample_id = divmod(int(virtual_id), self.num_samples)
             image = sample_id % NUM_IMAGES
             label = image % self.num_classes
             if copy and not self.shuffle:
                 copy, label = 0, IGNORE_LABEL
             sample = {"image": self._images[image], "label": label, "sample_id": sample_id, "copy": copy}
-            yield {**sample, "epoch": epoch}
+            yield {**sample, "epoch": epoch, "step": step}
 
 
 def _cloud(seed: int, index: int) -> bytes:

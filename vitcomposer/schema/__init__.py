@@ -20,24 +20,44 @@ from vitcomposer.schema.blocks import (
     did_you_mean,
     require,
 )
+from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
+from vitcomposer.schema.self_supervised import DINO, Crops, MoCo, SelfSupervised, SimCLR, SwAV
 from vitcomposer.schema.supervised import Supervised
 
 __all__ = [
     "CONFIGS",
+    "DINO",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "KNN",
     "Augment",
     "ConfigError",
+    "Crops",
     "Data",
     "Evaluation",
+    "Heads",
     "Mixing",
+    "MoCo",
     "Model",
+    "Neighbors",
     "Optimizer",
+    "Probe",
     "Run",
     "Schedule",
+    "SelfSupervised",
+    "SimCLR",
     "Supervised",
+    "SwAV",
     "did_you_mean",
     "require",
 ]
 
-CONFIGS: dict[str, type] = {"supervised": Supervised}
+CONFIGS: dict[str, type] = {
+    "supervised": Supervised,
+    "swav": SwAV,
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "dino": DINO,
+    "probe": Probe,
+    "knn": Neighbors,
+}

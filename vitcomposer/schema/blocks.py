@@ -38,6 +38,7 @@ class Model:
     num_classes: int
     image_size: int  # pixels
     drop_path_rate: float
+    weights: str | None = None  # checkpoint to start from: of a run, or a file of timm, DeiT, DINO, MoCo-v3
     drop_rate: float = 0.0
     attn_drop_rate: float | None = None
     drop_path_mode: Literal["linear", "constant"] | None = None
@@ -55,7 +56,7 @@ class Model:
     use_local_init: bool | None = None  # ConViT only
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 1, "model.num_classes", "at least 1", self.num_classes, "Count your classes.")
+        require(self.num_classes >= 0, "model.num_classes", "at least 0", self.num_classes, "0 is a trunk, no head.")
         require(self.image_size >= 1, "model.image_size", "a number of pixels", self.image_size, "Use 224.")
         _fraction("model.drop_path_rate", self.drop_path_rate, "Use 0 to switch stochastic depth off.")
         _fraction("model.drop_rate", self.drop_rate, "Use 0 to switch dropout off.")
@@ -202,11 +203,12 @@ class Evaluation:
 class Optimizer:
     """``lr`` is the peak at ``lr_batch_size`` images a step; at another batch it follows ``lr_scaling``."""
 
-    name: str  # adamw, sgd, lamb, or any of timm's
+    name: str  # adamw, sgd, adamw_schedulefree, lamb, or any of timm's
     lr: float
     lr_batch_size: int
     lr_scaling: Literal["linear", "sqrt", "none"]  # Goyal et al., arXiv:1706.02677
     weight_decay: float
+    decay_all: bool = False  # norms and biases too, as SwAV's LARS does, which adapts only what it decays
     options: dict[str, Any] = field(default_factory=dict)  # betas, eps, momentum, ...: of that optimizer
 
     def __post_init__(self) -> None:
@@ -240,7 +242,12 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One execution: its folder, what it prints and saves, and how it uses the device."""
+    """One execution: its folder, what it prints and saves, and how it uses the device.
+
+    ``compile`` makes one graph of the whole forward pass for every image size; what would fall back to eager is an
+    error. ``attention_backends`` are what fused attention may use on a GPU, the first that can run the call is taken
+    (null: PyTorch's own order); benchmarks/gpu.py measures which order is fastest.
+    """
 
     name: str  # config.load fills in the name of the yaml
     folder: str = "runs"
@@ -252,9 +259,14 @@ class Run:
     progress_bar: bool = True
     device_train_microbatch_size: int | None = None  # null: the device's share of the batch
     compile: bool = False
+    attention_backends: list[Literal["cudnn", "flash", "efficient", "math"]] | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self.keep_checkpoints, "2 is usual.")
         size = self.device_train_microbatch_size
         require(size is None or size >= 1, "run.device_train_microbatch_size", "1 or more", size, "Leave it out.")
+        backends = self.attention_backends
+        named = backends is None or (backends and len(set(backends)) == len(backends))
+        remedy = "Write [cudnn, flash, efficient, math], or null for PyTorch's own order."
+        require(bool(named), "run.attention_backends", "one or more names, each once", backends, remedy)

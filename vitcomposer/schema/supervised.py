@@ -40,3 +40,5 @@ class Supervised:
         size = self.global_train_batch_size
         require(size >= 1, "global_train_batch_size", "1 or more", size, "DeiT uses 1024.")
         require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
+        classes = self.model.num_classes
+        require(classes >= 1, "model.num_classes", "at least 1", classes, "Count your classes.")

@@ -1,0 +1,368 @@
+"""The plan of the steps, the loader that follows it, and runs of train.py on growing images."""
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tests.conftest import run_train, tiny_photo_overrides
+from tests.data.test_stream import end_workers, load, open_stream, write_split
+from tests.test_launch import BIN, DEIT, launch
+from tests.test_train import losses, weights
+from vitcomposer.algorithms import build_algorithms
+from vitcomposer.curriculum import Curriculum, Plan, build_plan, check_network, split_options
+from vitcomposer.data import ops
+from vitcomposer.data.augment import ERASE_BOX
+from vitcomposer.data.collate import TrainCollate
+from vitcomposer.data.mixing import MIX_BOX
+from vitcomposer.data.policies import RandAugment
+from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.flops import forward_flops
+from vitcomposer.models import build_model
+from vitcomposer.schema import Augment, ConfigError, Mixing
+
+SIZES, SHARES = [16, 24, 32, 48], [0.1, 0.2, 0.3, 0.4]
+FLOPS = {96: 0.176, 160: 0.493, 192: 0.721, 224: 1.0}  # of a DeiT-S, relative
+
+
+@pytest.fixture(autouse=True)
+def workers_ended():
+    yield
+    end_workers()
+
+
+def plan_of(steps: int, sizes=SIZES, shares=SHARES, flops=lambda size: size**2, **options) -> Plan:
+    return build_plan(
+        Curriculum(image_sizes=sizes, compute=shares, **options),
+        nn.Identity(),
+        image_size=sizes[-1],
+        max_duration=f"{steps}ba",
+        steps_per_epoch=10,
+        images_per_step=8,
+        forward_flops=lambda network, size: flops(size),
+    )
+
+
+# The plan
+
+
+def test_published_schedule_has_the_accounting_of_its_paper():
+    """EfficientTrain++ on DeiT-S for the compute of 200 epochs shows 469 epochs of images."""
+    shares = [0.2, 0.4, 0.2, 0.2]
+    plan = build_plan(
+        Curriculum(image_sizes=list(FLOPS), compute=shares),
+        nn.Identity(),
+        image_size=224,
+        max_duration="469ep",
+        steps_per_epoch=1251,
+        images_per_step=1024,
+        forward_flops=lambda network, size: FLOPS[size],
+    )
+    assert plan.epochs == 469
+    assert plan.equal_compute_epochs == pytest.approx(469 / (0.2 / 0.176 + 0.4 / 0.493 + 0.2 / 0.721 + 0.2), rel=1e-5)
+    assert plan.equal_compute_epochs == pytest.approx(195, rel=0.01)
+    spent = [stage.steps * stage.train_flops_per_image for stage in plan.stages]
+    assert [s / sum(spent) for s in spent] == pytest.approx(shares, abs=1e-5)
+
+
+def test_published_schedule_with_the_flops_of_our_network():
+    network = build_model("deit_small_patch16", num_classes=1000, image_size=224)
+    plan = build_plan(
+        Curriculum(image_sizes=[96, 160, 192, 224], compute=[0.2, 0.4, 0.2, 0.2]),
+        network,
+        image_size=224,
+        max_duration="469ep",
+        steps_per_epoch=1251,
+        images_per_step=1024,
+        forward_flops=forward_flops,
+    )
+    ratios = [stage.train_flops_per_image / plan.full_flops for stage in plan.stages]
+    assert ratios == pytest.approx(list(FLOPS.values()), abs=6e-4)
+    assert plan.equal_compute_epochs == pytest.approx(193.4, abs=0.3)
+    assert plan.full_flops == pytest.approx(27.6e9, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 97, 12345])
+def test_stages_follow_one_another_and_use_every_step(steps):
+    plan = plan_of(steps, SIZES, [0.05, 0.15, 0.3, 0.5])
+    assert sum(stage.steps for stage in plan.stages) == plan.steps == steps
+    ends = list(itertools.accumulate(stage.steps for stage in plan.stages))
+    assert [stage.first_step for stage in plan.stages] == [0, *ends[:-1]]
+    expected = [stage.image_size for stage in plan.stages for _ in range(stage.steps)]
+    assert [plan.stage_of(step).image_size for step in range(steps)] == expected
+    assert plan.stage_of(steps).image_size == SIZES[-1], "asked for after the last step"
+    assert [plan.train_flops_per_image(step) for step in range(steps)] == [3 * size**2 for size in expected]
+    weights = [share / size**2 for share, size in zip([0.05, 0.15, 0.3, 0.5], SIZES, strict=True)]
+    for stage, weight in zip(plan.stages, weights, strict=True):
+        assert abs(stage.steps - steps * weight / sum(weights)) < 1
+
+
+def test_rand_augment_rises_linearly_to_its_full_strength():
+    plan = plan_of(21, rand_augment_from=0.2)
+    assert [plan.rand_augment(step) for step in (0, 5, 10, 20, 21)] == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0])
+    assert {plan_of(21).rand_augment(step) for step in range(22)} == {1.0}
+
+
+@pytest.mark.parametrize(("duration", "steps"), [("3ep", 30), ("17ba", 17), ("33sp", 5), ("1e2ba", 100)])
+def test_duration_keeps_the_meaning_it_has_for_composer(duration, steps):
+    plan = build_plan(
+        None,
+        nn.Identity(),
+        image_size=32,
+        max_duration=duration,
+        steps_per_epoch=10,
+        images_per_step=8,
+        forward_flops=lambda network, size: 5,
+    )
+    assert (plan.steps, len(plan.stages), plan.train_flops_per_image(0), plan.view(3)) == (steps, 1, 15, (32, 1.0))
+    assert plan.equal_compute_epochs == plan.epochs
+
+
+def test_table_states_images_and_flops_of_each_stage():
+    lines = plan_of(20, [16, 32], [0.5, 0.5]).table().splitlines()
+    assert len(lines) == 4
+    assert lines[1].split() == ["16", "all", "0", "16", "1.60", "128", "0.0000", "9.8304e+04", "50.00%"]
+    assert lines[2].split()[:6] == ["32", "all", "16", "4", "0.40", "32"]
+    assert "2.00 epochs of images for the training FLOPs of 0.80 at full size: 2.50x cheaper" in lines[3]
+
+
+# What a user gets wrong
+
+GOOD = {"image_sizes": [16, 24, 32], "compute": [0.3, 0.3, 0.4]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image_sizes": [32]}, r"algorithms.Curriculum.image_sizes must be 2 to 4 whole .*ascending, got \[32\]"),
+        ({"image_sizes": [8, 16, 24, 32, 40]}, "image_sizes must be 2 to 4"),
+        ({"image_sizes": [24, 16, 32]}, "image_sizes must be .*ascending"),
+        ({"image_sizes": [16, 16, 32]}, "image_sizes must be .*ascending"),
+        ({"image_sizes": [16.5, 24, 32]}, "image_sizes must be .*whole"),
+        ({"image_sizes": [0, 16, 32]}, "image_sizes must be"),
+        ({"image_sizes": "32"}, "image_sizes must be"),
+        ({"image_sizes": [16, 24, 48]}, r"image_sizes must be ending at model.image_size=32, got .* End it with 32"),
+        ({"image_sizes": [12, 24, 32]}, r"image_sizes must be multiples of the patch of 8 .* Use \[16, 24, 32\]"),
+        ({"compute": [0.5, 0.5]}, "algorithms.Curriculum.compute must be 3 shares"),
+        ({"compute": [0.5, 0.5, 0.0]}, "compute must be 3 shares above 0"),
+        ({"compute": [0.5, 0.5, 0.5]}, "compute must be .* whose sum is 1"),
+        ({"compute": None}, "compute must be 3 shares"),
+        ({"rand_augment_from": 1.5}, r"algorithms.Curriculum.rand_augment_from must be in \[0, 1\], got 1.5"),
+        ({"rand_augment_from": 0.0}, "rand_augment_from must be 1 unless augment.rand_augment is .* inc1"),
+        ({"image_size": 3}, r"algorithms.Curriculum.image_size must be one of .* Did you mean 'image_sizes'"),
+    ],
+)
+def test_bad_curriculum_is_refused_with_its_key(given, message):
+    network = build_model("deit_tiny_patch16", num_classes=3, image_size=32, patch_size=8, depth=1)
+    with pytest.raises(ConfigError, match=message):
+        options, _ = split_options({"Curriculum": {**GOOD, **given}})
+        check_network(options, network, image_size=32, rand_augment="rand-m9-mstd0.5")
+
+
+def test_a_curriculum_that_fits_is_taken_by_every_network():
+    for name in ("deit_tiny_patch16", "convit_tiny"):
+        network = build_model(name, num_classes=3, image_size=32, patch_size=8)
+        options, others = split_options({"EMA": {}, "Curriculum": {**GOOD, "rand_augment_from": 0.5}})
+        check_network(options, network, image_size=32, rand_augment="rand-m9-mstd0.5-inc1")
+        assert list(others) == ["EMA"]
+    options, _ = split_options({"Curriculum": {"image_sizes": [17, 32], "compute": [0.5, 0.5]}})
+    check_network(options, build_model("mean_color", num_classes=3, image_size=32), image_size=32, rand_augment=None)
+
+
+def test_missing_arguments_and_two_ways_of_saving_are_refused():
+    with pytest.raises(ConfigError, match=r"algorithms.Curriculum.compute must be given"):
+        split_options({"Curriculum": {"image_sizes": [16, 32]}})
+    both = {"Curriculum": GOOD, "PatchDropout": {"keep_rates": [1.0], "until": [1.0]}}
+    with pytest.raises(ConfigError, match=r"algorithms.PatchDropout must be left out with algorithms.Curriculum"):
+        split_options(both)
+    with pytest.raises(ConfigError, match=r"algorithms.Curriculum must be left out of this recipe"):
+        build_algorithms({"Curriculum": GOOD}, loss="soft_target_cross_entropy", precision="fp32", label_smoothing=0.0)
+
+
+def test_a_run_too_short_for_its_stages_is_refused():
+    with pytest.raises(ConfigError, match=r"max_duration must be long enough for a step of each of the 4 stages"):
+        plan_of(4, shares=[0.01, 0.01, 0.01, 0.97])
+
+
+# The loader
+
+AUGMENT = Augment(
+    crop_scale=(0.3, 1.0),
+    interpolation="bilinear",
+    flip_prob=0.5,
+    rand_augment="rand-m9-mstd0.5-inc1",
+    three_augment=False,
+    color_jitter=0.0,
+    random_erasing=1.0,
+    repeated_augmentation=1,
+)
+MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=1.0, prob=1.0, switch_prob=1.0, mode="elem", label_smoothing=0.1)
+
+
+def steps_of(loader: DataLoader) -> list[int]:
+    steps = []
+    for batch in loader:
+        (step,) = {sample["step"] for sample in batch}
+        steps.append(step)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def stream_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("stream")
+    write_split(root / "train", 62)
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("seen", [0, 4, 28, 56, 60])
+def test_samples_know_their_step_after_a_resume_at_any_batch(stream_root, workers, seen):
+    stream = open_stream(stream_root)
+    state = stream.state_dict(0, True)
+    stream.load_state_dict({**state, "epoch": 3, "sample_in_epoch": seen})
+    loader = load(stream, workers)
+    assert len(loader) == 15
+    assert steps_of(loader) == list(range(3 * 15 + seen // 4, 4 * 15))
+    assert steps_of(loader) == list(range(4 * 15, 5 * 15))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_synthetic_samples_know_their_step_on_every_rank(monkeypatch, workers, ranks):
+    for rank in range(ranks):
+        for name, value in {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        images = SyntheticImages(num_samples=61, num_classes=3, batch_size=8 // ranks, shuffle=True, seed=0)
+        loader = load(images, workers)
+        assert [steps_of(loader) for _ in range(2)] == [list(range(7)), list(range(7, 14))]
+        end_workers()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_batch_has_the_size_and_boxes_of_its_step(workers):
+    plan = plan_of(14, rand_augment_from=0.0)
+    collate = TrainCollate(AUGMENT, MIXING, image_size=48, num_classes=3, seed=0)
+    collate.view = plan.view
+    images = SyntheticImages(num_samples=63, num_classes=3, batch_size=8, shuffle=True, seed=0)
+    loader = DataLoader(images, batch_size=8, collate_fn=collate, drop_last=True, num_workers=workers)
+    batches = [batch for _ in range(2) for batch in loader] if workers == 0 else list(loader)
+    for step, batch in enumerate(batches):
+        size = plan.stage_of(step).image_size
+        assert batch["image"].shape == (8, 3, size, size)
+        for boxes in (batch[ERASE_BOX], batch[MIX_BOX]):
+            assert ((boxes[:, :2] + boxes[:, 2:]) <= size).all()
+            assert boxes.max() > size // 4
+
+
+def test_pixels_of_a_step_are_those_of_a_loader_at_its_size():
+    """A collate made for the size gives the same bytes: nothing else depends on the stage."""
+    plan = plan_of(14)
+    growing = TrainCollate(AUGMENT, MIXING, image_size=48, num_classes=3, seed=0)
+    growing.view = plan.view
+    samples = list(SyntheticImages(num_samples=63, num_classes=3, batch_size=8, shuffle=True, seed=0))
+    for step in (0, 6):
+        size = plan.stage_of(step).image_size
+        fixed = TrainCollate(AUGMENT, MIXING, image_size=size, num_classes=3, seed=0)
+        ours, theirs = (collate(samples[8 * step : 8 * step + 8]) for collate in (growing, fixed))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_strength_scales_the_magnitude_that_is_drawn():
+    def rotations(strength: float) -> list[float]:
+        policy = RandAugment("rand-m9-inc1-n1-p1", image_size=32, interpolation="bilinear", strength=strength)
+        steps = [policy.draw(random.Random(seed))[0] for seed in range(300)]
+        return [value for code, value in steps if code == ops.ROTATE + ops.BILINEAR]
+
+    assert len(rotations(1.0)) > 5
+    assert {abs(value) for value in rotations(1.0)} == {27.0}
+    assert [abs(value) for value in rotations(0.5)] == pytest.approx([13.5] * len(rotations(1.0)))
+    assert {abs(value) for value in rotations(0.0)} == {0.0}
+
+
+# Runs
+
+RUN = ["max_duration=2ep", "model.image_size=48", "run.save_interval=1ba", "run.keep_checkpoints=20"]
+BLOCK = f"algorithms.Curriculum={{image_sizes: {SIZES}, compute: {SHARES}, rand_augment_from: 0.0}}"
+
+
+def synthetic(folder: Path, *overrides: str) -> list[str]:
+    """Six steps an epoch."""
+    tiny = tiny_photo_overrides(Path("unused"), folder, "run")
+    return [DEIT, *tiny, "data.local=null", "data.source=synthetic", "data.synthetic_samples=100", *RUN, *overrides]
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("curriculum")
+    assert run_train(synthetic(folder, BLOCK)) == 0
+    return folder / "run"
+
+
+def test_run_visits_the_four_sizes_and_counts_their_flops(unbroken):
+    network = build_model("deit_tiny_patch16", num_classes=8, image_size=48, patch_size=8, depth=2)
+    flops = {size: 3 * forward_flops(network, size) for size in SIZES}
+    weights = [share / flops[size] for size, share in zip(SIZES, SHARES, strict=True)]
+    rows = lines(unbroken)
+    sizes = [row["curriculum/image_size"] for row in rows]
+    assert sorted(set(sizes)) == SIZES and sizes == sorted(sizes) and len(sizes) == 12
+    for size, weight in zip(SIZES, weights, strict=True):
+        assert abs(sizes.count(size) - 12 * weight / sum(weights)) < 1
+    assert [row["curriculum/rand_augment"] for row in rows] == pytest.approx([i / 11 for i in range(12)])
+    summary = json.loads((unbroken / "summary.json").read_text())
+    assert summary["train_flops"] == 16 * sum(flops[size] for size in sizes)
+    assert summary["finished"] and summary["top1"] is not None
+
+
+@pytest.mark.parametrize(("step", "workers"), [("boundary", 0), (6, 0), (8, 2)])
+def test_resumed_run_goes_on_bitwise(unbroken, tmp_path, step, workers):
+    """At a change of the size, between the epochs, and within one on other workers."""
+    if step == "boundary":
+        sizes = [row["curriculum/image_size"] for row in lines(unbroken)]
+        step = sizes.index(SIZES[1])
+    shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    latest = tmp_path / "run/checkpoints/latest-rank0.pt"
+    latest.unlink()
+    (checkpoint,) = latest.parent.glob(f"ep*-ba{step}-rank0.pt")
+    latest.symlink_to(checkpoint.name)
+    assert run_train(synthetic(tmp_path, BLOCK, f"data.num_workers={workers}")) == 0
+    assert losses(tmp_path / "run") == losses(unbroken)
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 13))
+    theirs = weights(unbroken)
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, theirs[name]), name
+    ours, reference = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", unbroken))
+    assert ours["train_flops"] == reference["train_flops"]
+
+
+def test_a_resumed_run_with_epochs_of_another_length_is_refused(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    with pytest.raises(ValueError, match="data must give .* 6 steps before epoch 1, got 5 steps an epoch"):
+        run_train(synthetic(tmp_path, BLOCK, "max_duration=3ep", "data.synthetic_samples=80"))
+
+
+def test_bad_curriculum_stops_train_before_the_first_batch(tmp_path, capsys):
+    assert run_train(synthetic(tmp_path, "algorithms.Curriculum={image_sizes: [16, 48], compute: [0.5, 0.6]}")) == 2
+    assert "algorithms.Curriculum.compute must be 2 shares" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(400)
+def test_two_ranks_see_the_planned_sizes_before_and_after_a_resume(photo_mds, tmp_path):
+    """The algorithm compares every batch with the plan on each rank; the plan grows with max_duration."""
+    tiny = [*tiny_photo_overrides(photo_mds, tmp_path, "run"), "run.eval_interval=9ep", "data.num_workers=1"]
+    overrides = [*tiny, "model.image_size=48", BLOCK]
+    for duration in ("5ba", "2ep"):
+        launch([str(BIN / "composer"), "-n", "2"], ["train.py", DEIT, *overrides, f"max_duration={duration}"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["steps"] == 24 and summary["finished"]
+    assert len(losses(tmp_path / "run")) == 24

@@ -1,0 +1,123 @@
+"""What happens around the steps of training without labels, each in its place of Composer's loop."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+
+class Stepped(Protocol):
+    """A task that wants to know how far the run is."""
+
+    def begin_step(self, step: int, *, steps_per_epoch: int, total_steps: int) -> None: ...
+
+
+class BeginStep(Algorithm):
+    """Tells the task which step begins, before its forward pass."""
+
+    def __init__(self, task: Stepped) -> None:
+        self.task = task
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_START
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        self.task.begin_step(step, steps_per_epoch=_steps_per_epoch(state), total_steps=_total_steps(state))
+
+
+class FreezeAtStart(Algorithm):
+    """Parameters that no optimizer moves or decays in the first ``epochs``: their gradients are taken away.
+
+    In a list of algorithms it comes after one that clips gradients: Composer runs the last one first at this event.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], epochs: float) -> None:
+        self.parameters = list(parameters)
+        self.epochs = epochs
+
+    def match(self, event: Event, state: State) -> bool:
+        return event in (Event.FIT_START, Event.AFTER_TRAIN_BATCH)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.FIT_START:
+            for optimizer in state.optimizers:
+                optimizer.register_state_dict_post_hook(_name_every_parameter)
+            return
+        if state.timestamp.batch.value >= round(self.epochs * _steps_per_epoch(state)):
+            return
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class MomentumEncoder(Algorithm):
+    """After every step, ``average <- m average + (1 - m) source`` with m on a cosine from ``momentum`` to 1.
+
+    m is 1 - (1 - momentum) (1 + cos(pi t / T)) / 2 after t of T steps (arXiv:2104.02057, section 3; arXiv:2104.14294,
+    section 3.1). Buffers are left alone: batch norms of the averaged network see its own activations.
+
+    Args:
+        pairs: Averaged networks and their sources, with the same parameters.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> None:
+        self.momentum = momentum
+        self.averages = [p for average, _ in pairs for p in average.parameters()]
+        self.sources = [p for _, source in pairs for p in source.parameters()]
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_END
+
+    @torch.no_grad()
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        done = state.timestamp.batch.value / _total_steps(state)
+        rate = (1 - self.momentum) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        torch._foreach_lerp_(self.averages, self.sources, rate)
+
+
+class CosineWeightDecay(Algorithm):
+    """Takes the weight decay of every group that has one to ``end``, along a cosine over the run (arXiv:2104.14294)."""
+
+    def __init__(self, start: float, end: float) -> None:
+        self.start = start
+        self.end = end
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_START
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        done = state.timestamp.batch.value / _total_steps(state)
+        decay = self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                if group["weight_decay"] > 0:
+                    group["weight_decay"] = decay
+
+
+def _name_every_parameter(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Have a checkpoint say that a parameter has no state yet: torch refuses to load one that says nothing about it."""
+    for group in state_dict["param_groups"]:
+        for index in group["params"]:
+            state_dict["state"].setdefault(index, {})
+
+
+def _steps_per_epoch(state: State) -> int:
+    assert state.dataloader_len is not None, "our loaders know their length"
+    return int(state.dataloader_len)
+
+
+def _total_steps(state: State) -> int:
+    """Steps of the whole run."""
+    assert state.max_duration is not None, "the Trainer sets it before it trains"
+    value, unit = state.max_duration.value, state.max_duration.unit.value
+    if unit == "ep":
+        return value * _steps_per_epoch(state)
+    assert isinstance(state.dataloader, DataLoader) and state.dataloader.batch_size is not None
+    return math.ceil(value / (state.dataloader.batch_size * dist.get_world_size())) if unit == "sp" else value

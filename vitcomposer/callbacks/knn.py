@@ -1,0 +1,111 @@
+"""How good features are by their nearest neighbours, before, during and after pre-training."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from composer.core import Callback, DataSpec, Event, State, Time
+from composer.core.precision import get_precision_context
+from composer.loggers import Logger
+from composer.models import ComposerModel
+from composer.utils import create_interval_scheduler, dist
+from torch import Tensor
+from tqdm import tqdm
+
+from vitcomposer.knn import knn_accuracy
+from vitcomposer.schema import KNN, require
+
+
+class KNNMonitor(Callback):
+    """Classifies held-out images by the nearest training images in the space of ``task.features``.
+
+    Measures before the first step, every ``interval`` and at the end of training, in evaluation mode. No random number
+    is drawn and every module gets its mode back, so training goes on as it would have done. Logs ``knn/top1_k<k>``,
+    ``knn/top5_k<k>`` and ``knn/top1``, the highest of the former over ``k``.
+
+    Args:
+        task: A ComposerModel with ``features(images) -> (B, D)``.
+        train, val: Of ``data.evaluation.build_centre_crops``: the neighbours, and the images to classify.
+        interval: Composer time string.
+    """
+
+    def __init__(
+        self,
+        task: ComposerModel,
+        train: DataSpec,
+        val: DataSpec,
+        *,
+        k: Sequence[int],
+        temperature: float,
+        interval: str,
+    ) -> None:
+        self.task, self.train, self.val = task, train, val
+        self.k, self.temperature = tuple(k), temperature
+        self._due = create_interval_scheduler(
+            interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
+        )
+        self._max_duration: Time | None = None
+        self._measured_at = -1
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._max_duration = state.max_duration
+        if state.timestamp.batch == 0:
+            self._measure(state, logger)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._measure_if_due(state, logger, Event.BATCH_END)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self._measure_if_due(state, logger, Event.EPOCH_END)
+
+    def _measure_if_due(self, state: State, logger: Logger, event: Event) -> None:
+        stopped = state.max_duration != self._max_duration  # by a signal: the scheduler grants no time for this
+        if not stopped and self._measured_at != state.timestamp.batch.value and self._due(state, event):
+            self._measure(state, logger)
+
+    def _measure(self, state: State, logger: Logger) -> None:
+        self._measured_at = state.timestamp.batch.value
+        found = self.measure(state)
+        best = max(value for name, value in found.items() if name.startswith("top1"))
+        if dist.get_global_rank() == 0:
+            each = ", ".join(f"k {k}: {100 * found[f'top1_k{k}']:.2f} %" for k in self.k)
+            # Above the bar of progress, if there is one.
+            tqdm.write(f"step {self._measured_at}: k-NN top-1 {each}", file=sys.stderr)
+        logger.log_metrics({f"knn/{name}": value for name, value in {"top1": best, **found}.items()})
+
+    def measure(self, state: State) -> dict[str, float]:
+        """``top1_k<k>`` and ``top5_k<k>`` of the task as it is; all ranks have to call it."""
+        task: Any = self.task
+        modes = [(module, module.training) for module in task.modules()]
+        task.eval()
+        try:
+            with torch.no_grad():
+                bank, queries = (_extract(task.features, data, state) for data in (self.train, self.val))
+                return knn_accuracy(bank, queries, k=self.k, temperature=self.temperature)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def build_knn_monitor(knn: KNN, task: ComposerModel, train: DataSpec, val: DataSpec) -> KNNMonitor:
+    """The monitor that a yaml's block ``knn`` describes.
+
+    Raises:
+        ConfigError: More neighbours than there are training samples.
+    """
+    size = train.num_samples
+    assert size is not None, "our loaders know their length"
+    require(max(knn.k) <= size, "knn.k", f"at most {size}, the number of training samples", knn.k, "Lower it.")
+    return KNNMonitor(task, train, val, k=knn.k, temperature=knn.temperature, interval=knn.interval)
+
+
+def _extract(features: Callable[[Tensor], Tensor], data: DataSpec, state: State) -> tuple[Tensor, Tensor]:
+    """Features (n, D) float32 and labels (n,) of this rank's share, on the device."""
+    found, labels = [], []
+    for host_batch in data.dataloader:
+        batch = data.microbatch_transforms(state.device.batch_to_device(host_batch))
+        with get_precision_context(state.precision):
+            found.append(features(batch["image"]).float())
+        labels.append(batch["label"])
+    return torch.cat(found), torch.cat(labels)

@@ -1,0 +1,117 @@
+"""The yamls that evaluate features: of the recipes ``probe`` and ``knn``, and of the k-NN monitor in pre-training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitcomposer.schema.blocks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augment,
+    Data,
+    Evaluation,
+    Mixing,
+    Model,
+    Optimizer,
+    Run,
+    Schedule,
+    require,
+)
+
+NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNN:
+    """Weighted nearest neighbours (Wu et al., arXiv:1805.01978; DINO, arXiv:2104.14294): weights exp(cosine / T)."""
+
+    k: list[int]
+    temperature: float
+    train_samples: int | None = None  # a random subset of the training split as neighbours; null: all of it
+    interval: str = "10ep"  # of the monitor, which also measures before the first step and at the end
+
+    def __post_init__(self) -> None:
+        require(bool(self.k) and min(self.k) >= 1, "knn.k", "numbers of 1 or more", self.k, "Use [10, 20, 100, 200].")
+        require(self.temperature > 0, "knn.temperature", "above 0", self.temperature, "Use 0.07.")
+        size = self.train_samples
+        rule, remedy = f"at least {max(self.k)}, the largest k", "null takes the whole split."
+        require(size is None or size >= max(self.k), "knn.train_samples", rule, size, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Linear classifiers on a frozen trunk, all trained in one pass: every feature with every factor and norm."""
+
+    features: list[str]  # lastCLS, concatCLS<n>, mean, pooled
+    lr_factors: list[float]  # of the peak learning rate
+    batch_norm: list[bool]  # whether a batch norm without parameters comes before the classifier
+
+    def __post_init__(self) -> None:
+        for name in ("features", "lr_factors", "batch_norm"):
+            given = getattr(self, name)
+            remedy = "Each combination of the three lists is a head."
+            require(bool(given), f"heads.{name}", "one or more", given, remedy)
+            require(len(set(given)) == len(given), f"heads.{name}", "different from each other", given, remedy)
+        remedy = "1 is the learning rate of the block optimizer."
+        require(min(self.lr_factors) > 0, "heads.lr_factors", "above 0", self.lr_factors, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Train linear classifiers on the frozen features of a trunk."""
+
+    recipe: Literal["probe"]
+    seed: int
+    max_duration: str  # Composer time string: 100ep
+    global_train_batch_size: int  # images per step over all devices
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    model: Model
+    data: Data
+    augment: Augment
+    heads: Heads
+    evaluation: Evaluation
+    optimizer: Optimizer
+    schedule: Schedule
+    run: Run
+
+    def __post_init__(self) -> None:
+        size = self.global_train_batch_size
+        require(size >= 1, "global_train_batch_size", "1 or more", size, "DINO uses 1024.")
+        require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
+
+    @property
+    def mixing(self) -> Mixing:
+        """Off: a linear classifier is trained on the labels as they are."""
+        return NO_MIXING
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """Measure the features of a trunk by their nearest neighbours; nothing is trained."""
+
+    recipe: Literal["knn"]
+    seed: int  # of the subset knn.train_samples
+    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    model: Model
+    data: Data
+    evaluation: Evaluation
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    knn: KNN
+    run: Run
+
+    def __post_init__(self) -> None:
+        size, remedy = self.evaluation.global_batch_size, "There is no training batch to follow: use 256."
+        require(size is not None, "evaluation.global_batch_size", "a number of images", size, remedy)
+        given, remedy = self.model.num_classes, "The features before the head are compared."
+        require(given == 0, "model.num_classes", "0", given, remedy)
+
+    @property
+    def global_train_batch_size(self) -> int:
+        """Images that all devices take at once."""
+        assert self.evaluation.global_batch_size is not None
+        return self.evaluation.global_batch_size
+
+    @property
+    def max_duration(self) -> str:
+        """No step is taken."""
+        return "0ba"
