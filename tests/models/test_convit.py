@@ -9,7 +9,7 @@ from torch import nn
 
 from vitcomposer.models import build_model
 from vitcomposer.models.convit import GPSA, ConViT
-from vitcomposer.models.positions import relative_positions
+from vitcomposer.models.positions import axis_offsets
 
 SMALL = {"embed_dim": 36, "depth": 3, "num_heads": 9, "patch_size": 8, "local_up_to_layer": 2}
 
@@ -28,8 +28,9 @@ def first_gpsa(model: nn.Module) -> GPSA:
     return next(module for module in model.modules() if isinstance(module, GPSA))
 
 
-def relative(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return relative_positions((rows, columns), device=torch.device("cpu"), dtype=dtype)
+def offsets(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    device = torch.device("cpu")
+    return axis_offsets(rows, device=device, dtype=dtype), axis_offsets(columns, device=device, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,9 @@ def test_avg_pool_equals_timm() -> None:
     torch.testing.assert_close(model(images), reference(images))
 
 
-def test_relative_positions_are_key_minus_query() -> None:
-    table = relative(3, 5)
-    assert table.shape == (3, 15, 15)
-    query, key = 1 * 5 + 4, 2 * 5 + 1  # (row 1, column 4) looks at (row 2, column 1)
-    assert table[:, query, key].tolist() == [-3, 1, 10]
+def test_axis_offsets_are_key_minus_query() -> None:
+    table, _ = offsets(5, 1)
+    assert table.shape == (5, 5) and table[4, 1].item() == -3
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.5])
@@ -85,13 +84,13 @@ def test_local_init_is_a_gaussian_around_the_offset_of_each_head(num_heads: int,
     options = {"embed_dim": 4 * num_heads, "depth": 2, "local_up_to_layer": 1, "num_heads": num_heads}
     model = build_model("convit_tiny", num_classes=2, image_size=112, locality_strength=strength, **options)
     attention = first_gpsa(model.double())
-    table = relative(7, 7)
     side = math.isqrt(num_heads)
-    positional = attention.positional_attention(table)
+    positional = attention.positional_attention(*offsets(7, 7))
+    row_of, column_of = (axis.flatten() for axis in torch.meshgrid(*2 * [torch.arange(7.0).double()], indexing="ij"))
     for h1 in range(side):
         for h2 in range(side):
             column, row = h2 - (side - 1) / 2, h1 - (side - 1) / 2
-            distance = (table[0] - column).square() + (table[1] - row).square()
+            distance = (column_of - column_of[:, None] - column).square() + (row_of - row_of[:, None] - row).square()
             expected = (-strength * distance).softmax(dim=-1)
             torch.testing.assert_close(positional[h1 + side * h2], expected)
     assert torch.equal(attention.v.weight, torch.eye(4 * num_heads, dtype=torch.float64))
@@ -100,9 +99,8 @@ def test_local_init_is_a_gaussian_around_the_offset_of_each_head(num_heads: int,
 
 def test_each_head_looks_at_its_offset_from_every_inner_patch() -> None:
     attention = first_gpsa(build_model("convit_tiny", num_classes=2, image_size=56, **SMALL))
-    positional = attention.positional_attention(relative(7, 7, torch.float32)).reshape(
-        3, 3, 7, 7, 49
-    )  # [h2, h1, query]
+    positional = attention.positional_attention(*offsets(7, 7, torch.float32))
+    positional = positional.reshape(3, 3, 7, 7, 49)  # [h2, h1, query]
     for h1 in range(3):
         for h2 in range(3):
             for row in range(1, 6):
@@ -136,74 +134,42 @@ def test_class_token_joins_before_the_first_plain_block(local_up_to_layer: int) 
     assert tokens == [16] * local_up_to_layer + [17] * (3 - local_up_to_layer)
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (3, 7)])
-def test_split_form_equals_the_explicit_attention(grid: tuple[int, int]) -> None:
-    torch.manual_seed(0)
-    attention = GPSA(36, 9).double()
-    perturb(attention)
-    table, x = relative(*grid), torch.randn(3, grid[0] * grid[1], 36, dtype=torch.float64)
-    attention_map = attention.attention_map(x, table)
-    torch.testing.assert_close(attention_map.sum(-1), torch.ones(3, 9, x.shape[1], dtype=torch.float64))
-    value = attention.v(x).view(3, -1, 9, 4).transpose(1, 2)
-    expected = attention.proj((attention_map @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, table), expected, rtol=1e-12, atol=1e-12)
-
-
 def test_attention_dropout_acts_on_the_whole_attention() -> None:
     torch.manual_seed(0)
     attention = GPSA(36, 9, attn_drop_rate=0.4).double()
     perturb(attention)
-    table, x = relative(4, 4), torch.randn(2, 16, 36, dtype=torch.float64)
+    table, x = offsets(4, 4), torch.randn(2, 16, 36, dtype=torch.float64)
     torch.manual_seed(1)
-    ours = attention(x, table)
+    ours = attention(x, *table)
     torch.manual_seed(1)
-    dropped = nn.functional.dropout(attention.attention_map(x, table), 0.4)
+    dropped = nn.functional.dropout(attention.attention_map(x, *table), 0.4)
     value = attention.v(x).view(2, -1, 9, 4).transpose(1, 2)
     torch.testing.assert_close(ours, attention.proj((dropped @ value).transpose(1, 2).flatten(2)))
-    mean = attention(x[:1].expand(3000, -1, -1), table).mean(0, keepdim=True)
-    assert relative_error(mean, attention.eval()(x[:1], table)) < 0.05
-
-
-def test_positional_attention_is_not_copied_per_sample() -> None:
-    batch, tokens, heads = 5, 49, 9
-    attention = GPSA(36, heads)
-    x, table = torch.randn(batch, tokens, 36), relative(7, 7, torch.float32)
-    sizes = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # The elements behind a tensor: an expanded view is no copy.
-        sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
-        return tensor
-
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    # The math fallback of SDPA would save the content attention per sample, which has the same size.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        attention(x, table).sum().backward()
-    per_sample_copy = batch * heads * tokens * tokens
-    assert max(sizes) < per_sample_copy and heads * tokens * tokens in sizes
+    mean = attention(x[:1].expand(3000, -1, -1), *table).mean(0, keepdim=True)
+    assert relative_error(mean, attention.eval()(x[:1], *table)) < 0.05
 
 
 def test_positional_attention_is_float32_under_autocast() -> None:
     attention = GPSA(36, 9)
     attention.local_init(1.0)
-    table = relative(14, 14, torch.float32)
+    table = offsets(14, 14, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        positional = attention.positional_attention(table)
-    assert torch.equal(positional, attention.positional_attention(table)) and positional.dtype == torch.float32
+        factors = attention.positional_factors(*table)
+    for factor, expected in zip(factors, attention.positional_factors(*table), strict=True):
+        assert torch.equal(factor, expected) and factor.dtype == torch.float32
     # bfloat16 weights are widened too: the softmax must not be rounded, whatever the weights are stored in.
-    assert attention.bfloat16().positional_attention(table).dtype == torch.float32
+    assert all(factor.dtype == torch.float32 for factor in attention.bfloat16().positional_factors(*table))
 
 
 def test_other_and_rectangular_images_use_their_own_grid() -> None:
     torch.manual_seed(0)
     model = build_model("convit_tiny", num_classes=4, image_size=32, **SMALL).eval()
     perturb(model)
-    assert isinstance(model, ConViT) and "relative" not in " ".join(model.state_dict())
+    assert isinstance(model, ConViT) and "offset" not in " ".join(model.state_dict())
     seen = []
-    first_gpsa(model).register_forward_hook(lambda module, inputs, output: seen.append(inputs[1]))
+    first_gpsa(model).register_forward_hook(lambda module, inputs, output: seen.append(inputs[1:]))
     assert model(torch.randn(2, 3, 24, 48)).shape == (2, 4)
-    assert torch.equal(seen[0], relative(3, 6, torch.float32))
+    assert all(torch.equal(*pair) for pair in zip(seen[0], offsets(3, 6, torch.float32), strict=True))
     before = model(images := torch.randn(2, 3, 32, 32))
     assert torch.equal(model(images), before)
 

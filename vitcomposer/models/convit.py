@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcomposer.models.layers import Block, SelfAttention, drop_path_rates, merge_heads, split_heads
-from vitcomposer.models.positions import relative_positions
+from vitcomposer.models.positions import axis_offsets
 from vitcomposer.models.vit import ImageTransformer, TransformerConfig
 
 
@@ -53,8 +53,9 @@ class GPSA(nn.Module):
     """Gated positional self-attention, eq. 6 and 7 of arXiv:2103.10697.
 
     ``A = (1 - s) softmax(Q K^T / sqrt(K)) + s P`` with ``s = sigmoid(gating_param)`` per head and
-    ``P = softmax_j(pos_proj(r_ij))``. P depends on the grid alone, so ``A V = (1 - s) SDPA(Q, K, V) + s (P V)``: the
-    content part runs in a fused kernel and P is made once for the batch.
+    ``P = softmax_j(pos_proj(r_ij))``, so ``A V = (1 - s) SDPA(Q, K, V) + s P V``: the content part runs in a fused
+    kernel. The scores of P are a sum of a function of the row offset and one of the column offset, so P is the
+    Kronecker product of a softmax over rows and one over columns, and is applied to V one axis after the other.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, drop_rate: float = 0.0, attn_drop_rate: float = 0.0) -> None:
@@ -68,40 +69,51 @@ class GPSA(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj_drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor, relative: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D).
+    def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """(B, R C, D) to (B, R C, D).
 
         Args:
-            relative: ``positions.relative_positions`` of the grid, (3, N, N).
+            rows: ``positions.axis_offsets`` of the R rows of patches, (R, R).
+            columns: The same of the C columns, (C, C).
         """
-        value = split_heads(self.v(x), self.num_heads)
+        value = self.v(x)
         if self.training and self.attn_drop.p > 0.0:
             # One dropout mask covers the sum of content and position, so the sum cannot be split.
-            attention = self.attn_drop(self.attention_map(x, relative))
-            x = attention.to(value.dtype) @ value
+            attention = self.attn_drop(self.attention_map(x, rows, columns))
+            x = merge_heads(attention.to(value.dtype) @ split_heads(value, self.num_heads))
         else:
-            x = self._split_attention(x, value, relative)
-        return self.proj_drop(self.proj(merge_heads(x)))
+            x = self._split_attention(x, value, rows, columns)
+        return self.proj_drop(self.proj(x))
 
-    def attention_map(self, x: Tensor, relative: Tensor) -> Tensor:
+    def attention_map(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Attention A (B, h, N, N) of tokens (B, N, D), for analysis and for attention dropout."""
         query, key = self._query_key(x)
         content = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
         gate = self._gate()
         # The paper divides A by its row sum. Rows of both softmaxes sum to 1 and so does a convex combination of them:
         # the division is the identity, in the gradient too (it is orthogonal to what a softmax can change).
-        return (1.0 - gate) * content + gate * self.positional_attention(relative)
+        return (1.0 - gate) * content + gate * self.positional_attention(rows, columns)
 
-    def positional_attention(self, relative: Tensor) -> Tensor:
-        """P (h, N, N) in the dtype of ``relative``, which the model keeps at float32 or wider.
+    def positional_attention(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """P (h, N, N) of the whole grid."""
+        by_row, by_column = self.positional_factors(rows, columns)
+        product = by_row[:, :, None, :, None] * by_column[:, None, :, None, :]  # (h, R, C, R, C)
+        return product.flatten(3).flatten(1, 2)
 
-        Squared distances reach 338 at 14 x 14 patches: too coarse in bfloat16. Products and sums instead of a matrix
+    def positional_factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over rows (h, R, R) and over columns (h, C, C) in the dtype of the offsets, float32 or wider.
+
+        Squared distances reach 169 at 14 x 14 patches: too coarse in bfloat16. Products and sums instead of a matrix
         product stay out of autocast, and fuse with the softmax.
         """
-        weight, bias = self.pos_proj.weight.view(self.num_heads, 3, 1, 1), self.pos_proj.bias.view(-1, 1, 1)
-        score = weight[:, 0] * relative[0] + weight[:, 1] * relative[1] + weight[:, 2] * relative[2]
+        column_weight, row_weight, square_weight = (w.view(-1, 1, 1) for w in self.pos_proj.weight.unbind(dim=1))
+        row_score = row_weight * rows + square_weight * rows.square()
+        column_score = column_weight * columns + square_weight * columns.square()
         # The softmax cancels the bias; it is added so that no parameter is left without a gradient under DDP.
-        return (score + bias).softmax(dim=-1)
+        row_score = row_score + self.pos_proj.bias.view(-1, 1, 1)
+        # Far patches weigh less than the smallest normal float32, and a CPU multiplies such numbers ten times slower.
+        # Beside a row sum of 1, what is below 1e-30 is nothing, in float64 too.
+        return _zero_below(row_score.softmax(dim=-1)), _zero_below(column_score.softmax(dim=-1))
 
     @torch.no_grad()
     def local_init(self, locality_strength: float) -> None:
@@ -120,14 +132,14 @@ class GPSA(nn.Module):
         nn.init.eye_(self.v.weight)
         nn.init.ones_(self.gating_param)
 
-    def _split_attention(self, x: Tensor, value: Tensor, relative: Tensor) -> Tensor:
+    def _split_attention(self, x: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        content = F.scaled_dot_product_attention(*self._query_key(x), split_heads(value, self.num_heads))
+        content = content.transpose(1, 2)  # (B, N, h, K), as the kernel lays it out
         gate = self._gate()
-        content = F.scaled_dot_product_attention(*self._query_key(x), value)  # (B, h, N, K)
-        # The gate goes into P, which has no batch dimension. einsum moves the batch of V beside K and runs one product
-        # per head; a broadcast matmul would copy P for every sample.
-        positional = (gate * self.positional_attention(relative)).to(value.dtype)
-        positional = torch.einsum("hqk,bhkc->bhqc", positional, value)
-        return (1.0 - gate).to(content.dtype) * content + positional
+        by_row, by_column = self.positional_factors(rows, columns)
+        # The gate goes into the smallest factor. In place, since a sum of its own would be one more pass over memory.
+        positional = apply_along_grid((gate * by_row).to(value.dtype), by_column.to(value.dtype), value)
+        return ((1.0 - gate[:, 0]).to(content.dtype) * content).add_(positional).flatten(2)
 
     def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query, key = self.qk(x).chunk(2, dim=-1)
@@ -137,12 +149,34 @@ class GPSA(nn.Module):
         return self.gating_param.sigmoid().view(self.num_heads, 1, 1)
 
 
+def apply_along_grid(by_row: Tensor, by_column: Tensor, value: Tensor) -> Tensor:
+    """Values (B, R C, D) mixed over the rows by ``by_row`` (h, R, R), then over the columns by ``by_column`` (h, C, C).
+
+    The batch stands beside the head width, so rows are one matrix product per head and columns one per head and row;
+    each is contiguous and no factor is copied per sample.
+
+    Returns:
+        (B, R C, h, K), not contiguous.
+    """
+    heads, rows, columns = by_row.shape[0], by_row.shape[1], by_column.shape[1]
+    batch, tokens, width = value.shape
+    x = value.view(batch, rows, columns, heads, width // heads).permute(3, 1, 2, 0, 4)  # (h, R, C, B, K)
+    x = torch.bmm(by_row, x.reshape(heads, rows, -1))
+    by_column = by_column.unsqueeze(1).expand(-1, rows, -1, -1).flatten(0, 1)  # (h R, C, C)
+    x = torch.bmm(by_column, x.view(heads * rows, columns, -1))
+    return x.view(heads, tokens, batch, width // heads).permute(2, 1, 0, 3)
+
+
+def _zero_below(attention: Tensor) -> Tensor:
+    return F.threshold(attention, 1e-30, 0.0)
+
+
 class ConViT(ImageTransformer):
     """ConViT: ``local_up_to_layer`` blocks of GPSA on the patches, then the class token joins plain self-attention.
 
-    The class token has no position. ``pool=avg`` averages the patch tokens without it. Relative positions are computed
-    from the grid once per forward pass, shared by all GPSA blocks and no part of the state dict, so any image size
-    works.
+    The class token has no position. ``pool=avg`` averages the patch tokens without it. Offsets between patches are
+    computed from the grid once per forward pass, shared by all GPSA blocks and no part of the state dict, so any image
+    size works.
     """
 
     config: ConViTConfig
@@ -187,10 +221,10 @@ class ConViT(ImageTransformer):
         x, grid = self.patch_embed(x)
         x = self.pos_drop(x + self._positions(grid))
         dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)
-        relative = relative_positions(grid, device=x.device, dtype=dtype)
+        rows, columns = (axis_offsets(size, device=x.device, dtype=dtype) for size in grid)
         local = self.config.local_up_to_layer
         for block in self.blocks[:local]:
-            x = block(x, relative)
+            x = block(x, rows, columns)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         for block in self.blocks[local:]:
             x = block(x)

@@ -63,16 +63,14 @@ def sincos_positions(grid: Grid, embed_dim: int, *, temperature: float = 10000.0
     return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1).float().unsqueeze(0)
 
 
-def relative_positions(grid: Grid, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Relative positions r of ConViT (arXiv:2103.10697, eq. 6): column offset, row offset, squared distance.
+def axis_offsets(size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Offsets, key minus query, between ``size`` rows or columns of patches.
 
-    An offset is key minus query, in patches.
+    The relative position of ConViT (arXiv:2103.10697, eq. 6) is (column offset, row offset, squared distance): all of
+    it follows from the offsets along the two axes.
 
     Returns:
-        (3, N, N), indexed [channel, query, key].
+        (size, size), indexed [query, key].
     """
-    rows, columns = (torch.arange(size, device=device, dtype=dtype) for size in grid)
-    y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
-    dx = x.unsqueeze(0) - x.unsqueeze(1)  # (N, N)
-    dy = y.unsqueeze(0) - y.unsqueeze(1)
-    return torch.stack((dx, dy, dx.square() + dy.square()))
+    position = torch.arange(size, device=device, dtype=dtype)
+    return position.unsqueeze(0) - position.unsqueeze(1)

@@ -242,9 +242,14 @@ class VisionTransformer(ImageTransformer):
     With ``pool=avg`` the patch tokens are normalised, then averaged, as in big_vision; the class token, if any, is left
     out. timm's ``vit_*`` with ``global_pool='avg'`` average first and normalise after, with a norm called ``fc_norm``
     instead of ``norm``; its ``fc_norm=False`` is what is done here.
+
+    Attributes:
+        num_patches_kept: In training every sample keeps that many random patches (patch dropout, arXiv:2208.07220);
+            None, or the number of patches and more, keeps all.
     """
 
     config: ViTConfig
+    num_patches_kept: int | None = None
 
     def __init__(self, config: ViTConfig, *, num_classes: int, image_size: int) -> None:
         learned = config.position_embedding == "learned"
@@ -283,7 +288,10 @@ class VisionTransformer(ImageTransformer):
         )
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, P + N, D) that enter the first block: class, distillation, patches."""
+        """Images (B, 3, H, W) to the tokens (B, P + N, D) that enter the first block: class, distillation, patches.
+
+        N is ``num_patches_kept`` under patch dropout.
+        """
         x, grid = self.patch_embed(x)
         positions = self._positions(grid)
         tokens = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
@@ -291,7 +299,17 @@ class VisionTransformer(ImageTransformer):
             x = torch.cat((*tokens, x), dim=1) + positions
         else:
             x = torch.cat((*tokens, x + positions), dim=1)
-        return self.pos_drop(x)
+        return self.pos_drop(self._drop_patches(x))
+
+    def _drop_patches(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        prefix, kept = self.num_prefix_tokens, self.num_patches_kept
+        if not self.training or kept is None or kept >= tokens - prefix:
+            return x
+        # The order of the patches is lost, which attention does not see: their positions are in them.
+        index = prefix + torch.rand(batch, tokens - prefix, device=x.device).argsort(dim=1)[:, :kept]
+        index = torch.cat((torch.arange(prefix, device=x.device).expand(batch, -1), index), dim=1)
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.embed(x)
