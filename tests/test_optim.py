@@ -103,9 +103,7 @@ def test_groups_refuse_a_listed_name_that_fits_nothing():
 
 @pytest.mark.parametrize(("scaling", "expected"), [("linear", 1e-3), ("sqrt", 5e-4 * math.sqrt(2)), ("none", 5e-4)])
 def test_peak_lr_follows_the_scaling_rule(scaling, expected):
-    optimizer = build_optimizer(
-        tiny_vit(), replace(ADAMW, lr_scaling=scaling), global_train_batch_size=1024, fused=False
-    )
+    optimizer = build_optimizer(tiny_vit(), replace(ADAMW, lr_scaling=scaling), global_train_batch_size=1024)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 2, rel=1e-12)
 
 
@@ -137,7 +135,7 @@ def test_steps_equal_the_reference_optimizer(name):
     # In float64: the keys' biases have no gradient but rounding noise, which Adam and LAMB would blow up.
     model, reference = tiny_vit().double(), tiny_vit().double()
     config = replace(ADAMW, name=name, options=OPTIONS.get(name, {}))
-    train(model, build_optimizer(model, config, global_train_batch_size=1024, fused=False))
+    train(model, build_optimizer(model, config, global_train_batch_size=1024))
     groups = timm.optim.param_groups_weight_decay(
         reference,
         0.05,
@@ -151,9 +149,26 @@ def test_steps_equal_the_reference_optimizer(name):
         torch.testing.assert_close(value, reference.state_dict()[key], rtol=1e-6, atol=1e-9, msg=key)
 
 
+@pytest.mark.parametrize("name", ["lamb", "nadamw", "muon", "adamuon", "nadamuon", "adamw_schedulefree"])
+def test_one_line_of_a_yaml_chooses_an_optimizer_that_learns(name):
+    model = tiny_vit()
+    optimizer = build_optimizer(model, replace(ADAMW, name=name, lr=1e-2), global_train_batch_size=512)
+    if name == "adamw_schedulefree":
+        optimizer.train()
+    images, labels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0], losses
+
+
 def test_weight_decay_moves_only_the_decayed_group():
     model = tiny_vit()
-    optimizer = build_optimizer(model, ADAMW, global_train_batch_size=512, fused=False)
+    optimizer = build_optimizer(model, ADAMW, global_train_batch_size=512)
     before = copy.deepcopy(model.state_dict())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -164,11 +179,10 @@ def test_weight_decay_moves_only_the_decayed_group():
         torch.testing.assert_close(parameter.data, before[name] * (1 if exempt else shrink), rtol=1e-6, atol=0)
 
 
-def test_fused_reaches_adamw_and_the_yaml_can_overrule_it():
-    build = lambda cfg, fused: build_optimizer(tiny_vit(), cfg, global_train_batch_size=512, fused=fused)  # noqa: E731
-    assert build(ADAMW, True).defaults["fused"] is True
-    assert not build(ADAMW, False).defaults["fused"]
-    assert not build(replace(ADAMW, options={"foreach": True}), True).defaults["fused"]
+def test_adamw_is_fused_and_the_yaml_can_overrule_it():
+    build = lambda cfg: build_optimizer(tiny_vit(), cfg, global_train_batch_size=512)  # noqa: E731
+    assert build(ADAMW).defaults["fused"] is True
+    assert not build(replace(ADAMW, options={"foreach": True})).defaults["fused"]
 
 
 @pytest.mark.parametrize(
@@ -186,14 +200,14 @@ def test_fused_reaches_adamw_and_the_yaml_can_overrule_it():
 )
 def test_bad_optimizer_is_refused_with_its_key(change, message):
     with pytest.raises(ConfigError, match=message):
-        build_optimizer(tiny_vit(), replace(ADAMW, **change), global_train_batch_size=512, fused=False)
+        build_optimizer(tiny_vit(), replace(ADAMW, **change), global_train_batch_size=512)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the kernels may be installed")
 @pytest.mark.parametrize("name", ["fusedlamb", "bnbadamw8bit"])
 def test_optimizers_that_are_not_installed_are_refused(name):
     with pytest.raises(ConfigError, match=f"installed here, got '{name}'"):
-        build_optimizer(tiny_vit(), replace(ADAMW, name=name), global_train_batch_size=512, fused=False)
+        build_optimizer(tiny_vit(), replace(ADAMW, name=name), global_train_batch_size=512)
 
 
 @pytest.mark.parametrize("cosine_from", ["start", "warmup"])
@@ -302,7 +316,7 @@ def fit(optimizer: Optimizer, max_duration: str, schedule: CosineWithWarmup, **o
         model=task,
         train_dataloader=DataLoader(TensorDataset(images, labels), batch_size=8),
         max_duration=max_duration,
-        optimizers=build_optimizer(task.model, optimizer, global_train_batch_size=8, fused=False),
+        optimizers=build_optimizer(task.model, optimizer, global_train_batch_size=8),
         schedulers=schedule,
         callbacks=[watch],
         device="cpu",

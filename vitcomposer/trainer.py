@@ -4,29 +4,45 @@ import ctypes
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Algorithm, Evaluator, Trainer
-from composer.core import DataSpec
+from composer.core import Callback, DataSpec, Event
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.models import ComposerModel
 from composer.utils import MissingConditionalImportError, dist, reproducibility
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from vitcomposer import config, optim
+from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
-from vitcomposer.flops import forward_flops
-from vitcomposer.models import build_model
+from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.layers import Block
 from vitcomposer.schema import ConfigError, Model, require
+from vitcomposer.tasks import Classification
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
 FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation")
 LATEST = "latest-rank{rank}.pt"
 STOPPED_BY_SIGNAL = 143
+NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
+GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few stages of patch dropout
+SCHEDULE_FREE = "adamw_schedulefree"
+SHARDED = "fsdp2"
+ELEMENTWISE = ("adamw", "sgd")  # optimizers that do to the shards of a tensor what they do to the tensor
+ATTENTION_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -49,13 +65,18 @@ def build_network(model: Model) -> nn.Module:
     """The network of the ``model`` block; what the yaml leaves out keeps the published value of the name.
 
     Raises:
-        ConfigError: A name, an option or a size that no network has.
+        ConfigError: A name, an option or a size that no network has; ``weights`` that cannot be read or do not fit.
     """
     options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    weights = options.pop("weights", None)
     try:
-        return build_model(options.pop("name"), **options)
-    except ValueError as error:
+        network = build_model(options.pop("name"), **options)
+        report = load_weights(network, weights) if weights else None
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
+    if report is not None and dist.get_global_rank() == 0:
+        print(report)
+    return network
 
 
 def already_finished(cfg: Any) -> bool:
@@ -122,14 +143,70 @@ def prepare(cfg: Any) -> Placement:
     reproducibility.seed_all(cfg.seed)
     if device == "cpu":
         _keep_freed_memory()
+    _check_attention(cfg, device)
+    if hasattr(cfg, "optimizer") and cfg.optimizer.name == SCHEDULE_FREE:
+        _check_schedule_free(cfg)
     train = cfg.global_train_batch_size
-    evaluate = cfg.evaluation.global_batch_size or train
+    # A recipe without labels has no evaluation of its own.
+    evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
+    share = _share(train, "global_train_batch_size")
+    if cfg.run.parallelism == SHARDED:
+        _check_sharding(cfg)
+    if cfg.run.compile:
+        _check_compile(cfg, share)
     return Placement(
         device=device,
         world_size=dist.get_world_size(),
-        device_train_batch_size=_share(train, "global_train_batch_size"),
+        device_train_batch_size=share,
         device_eval_batch_size=_share(evaluate, "evaluation.global_batch_size"),
     )
+
+
+def _check_attention(cfg: Any, device: str) -> None:
+    require(
+        device == "gpu" or cfg.run.attention_backends is None,
+        "run.attention_backends",
+        "null on a CPU, which has one kernel",
+        cfg.run.attention_backends,
+        "Leave it out.",
+    )
+
+
+def _check_compile(cfg: Any, device_batch_size: int) -> None:
+    micro = cfg.run.device_train_microbatch_size
+    require(
+        micro is None or device_batch_size % micro == 0 or micro > device_batch_size,
+        "run.device_train_microbatch_size",
+        f"a divisor of the {device_batch_size} images of a rank with run.compile, which makes a graph for every size",
+        micro,
+        "Choose a divisor, or set run.compile=false.",
+    )
+
+
+def _check_sharding(cfg: Any) -> None:
+    clipping = cfg.algorithms.get("GradientClipping", {})
+    for holds, key, rule, given in (
+        (dist.get_world_size() > 1, "run.parallelism", "ddp on one rank, which has nobody to share with", SHARDED),
+        (not cfg.run.compile, "run.compile", "false, since it takes no part of a graph from another rank", True),
+        (cfg.optimizer.name in ELEMENTWISE, "optimizer.name", " or ".join(ELEMENTWISE), cfg.optimizer.name),
+        ("SAM" not in cfg.algorithms, "algorithms.SAM", "left out, since it moves whole tensors", "SAM"),
+        (clipping.get("clipping_type", "norm") == "norm", "algorithms.GradientClipping", "of type norm", clipping),
+    ):
+        require(holds, key, f"{rule} (with run.parallelism={SHARDED})", given, "Or set run.parallelism=ddp.")
+
+
+def _check_schedule_free(cfg: Any) -> None:
+    remedy = "Set schedule.alpha_f=1; schedule.t_warmup stays its warm-up."
+    rule = f"1 with optimizer.name={SCHEDULE_FREE}, which averages instead of lowering the learning rate"
+    require(cfg.schedule.alpha_f == 1, "schedule.alpha_f", rule, cfg.schedule.alpha_f, remedy)
+    for name in ("EMA", "SAM"):
+        require(
+            name not in cfg.algorithms,
+            f"algorithms.{name}",
+            f"left out with optimizer.name={SCHEDULE_FREE}, whose weights are an average already",
+            dict(cfg.algorithms.get(name, {})),
+            f"Drop algorithms.{name}, or use optimizer.name=adamw.",
+        )
 
 
 def _keep_freed_memory() -> None:
@@ -168,7 +245,7 @@ def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval:
     return [Evaluator(label=lb, dataloader=val, metric_names=names, eval_interval=interval) for lb in labels]
 
 
-def build_trainer(
+def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     cfg: Any,
     placement: Placement,
     *,
@@ -177,18 +254,30 @@ def build_trainer(
     evaluators: Sequence[Evaluator],
     optimizer: Optimizer,
     algorithms: Sequence[Algorithm],
+    train_flops_per_image: Callable[[int], float],
+    callbacks: Sequence[Callback] = (),
 ) -> Trainer:
-    """The Trainer of every recipe: it resumes from the run folder by itself and leaves its story there."""
+    """The Trainer of every recipe: it resumes from the run folder by itself and leaves its story there.
+
+    Args:
+        evaluators: May be empty: a task without labels has nothing to evaluate by itself.
+        train_flops_per_image: FLOPs of one training image at a step.
+        callbacks: The recipe's own, after those of every run.
+    """
     folder = run_folder(cfg)
     peak_lr = cfg.optimizer.peak_lr(cfg.global_train_batch_size)
-    flops = forward_flops(task.get_submodule("model"), cfg.model.image_size)
-    throughput = Throughput(train_flops_per_image=3 * flops, precision=cfg.precision)
+    throughput = Throughput(train_flops_per_image=train_flops_per_image, precision=cfg.precision)
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
-    callbacks = [throughput, Preemption(), StepSeed(cfg.seed)]
+    every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed)]
     if cfg.run.progress_bar:
-        callbacks.append(Progress(throughput))
+        every.append(Progress(throughput))
     record = RunRecord(folder, config.to_yaml(cfg), facts, throughput=throughput, log_interval=cfg.run.log_interval)
     schedule = cfg.schedule
+    if cfg.optimizer.name == SCHEDULE_FREE:
+        algorithms = [*algorithms, ScheduleFreeWeights()]
+    if cfg.run.compile:
+        compile_forward(task)
+    sharding = _shard_blocks(task) if cfg.run.parallelism == SHARDED else None
     if dist.get_global_rank() == 0:
         print(
             f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
@@ -197,7 +286,7 @@ def build_trainer(
     return Trainer(
         model=task,
         train_dataloader=train,
-        eval_dataloader=list(evaluators),
+        eval_dataloader=list(evaluators) or None,
         optimizers=optimizer,
         schedulers=optim.CosineWithWarmup(
             schedule.t_warmup,
@@ -207,13 +296,13 @@ def build_trainer(
             global_train_batch_size=cfg.global_train_batch_size,
         ),
         algorithms=list(algorithms),
-        callbacks=callbacks,
-        loggers=[record, *_loggers(cfg, folder)],
+        callbacks=[*every, *callbacks],
+        loggers=[record, *build_loggers(cfg, folder)],
         max_duration=cfg.max_duration,
         precision=cfg.precision,
         device=placement.device,
         device_train_microbatch_size=cfg.run.device_train_microbatch_size or placement.device_train_batch_size,
-        compile_config={"dynamic": False} if cfg.run.compile else None,
+        parallelism_config=sharding,
         seed=cfg.seed,
         deterministic_mode=cfg.run.deterministic,
         run_name=cfg.run.name,
@@ -228,6 +317,37 @@ def build_trainer(
     )
 
 
+def _shard_blocks(task: ComposerModel) -> ParallelismConfig:
+    """Every transformer block is gathered by itself, in float32: autocast then computes what it does under DDP.
+
+    A checkpoint is one file with whole tensors, as DDP writes it, so a run may go on with either and on more ranks.
+    """
+    network = task.model if isinstance(task, Classification) else None
+    require(
+        network is not None and any(isinstance(module, Block) for module in network.modules()),
+        "run.parallelism",
+        "ddp but for the supervised training of a ViT or ConViT",
+        SHARDED,
+        "Set run.parallelism=ddp.",
+    )
+    setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, Block))  # noqa: B010 (no attribute of nn.Module)
+    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", mixed_precision="FULL"))
+
+
+def compile_forward(module: nn.Module) -> None:
+    """Compile the forward pass of a module in place, whole, with a graph for every shape and no dynamic ones.
+
+    A graph break is an error, and so is a shape more than ``GRAPH_LIMIT``: nothing falls back to eager in silence, and
+    nothing compiles without end. Names in the state dict stay.
+
+    Composer's ``compile_config`` compiles around DDP and so leaves evaluation in eager mode on several ranks. Here DDP
+    lies around the compiled forward; its buckets still split the captured graph, so gradients travel while the
+    backward pass goes on.
+    """
+    torch._dynamo.config.recompile_limit = GRAPH_LIMIT  # torch's own value; importing timm.optim makes it a million
+    module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+
+
 def _latest_checkpoint(folder: Path) -> str | None:
     """Where rank 0 sees the run's last checkpoint, if there is one.
 
@@ -239,7 +359,7 @@ def _latest_checkpoint(folder: Path) -> str | None:
     return found[0]
 
 
-def _loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
+def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
     make = {
         "tensorboard": lambda: TensorboardLogger(log_dir=str(folder / "tensorboard")),
         "wandb": lambda: WandBLogger(name=cfg.run.name),
@@ -257,10 +377,20 @@ def _loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
 
 
 def fit(trainer: Trainer, cfg: Any) -> int:
-    """Train to the end. Returns 0, or 143 when a signal stopped the run after a checkpoint."""
+    """Train to the end, or measure where a recipe has no step.
+
+    Returns:
+        0, or 143 when a signal stopped the run after a checkpoint.
+    """
     stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
     try:
-        trainer.fit()
+        with attention_order(cfg.run.attention_backends):
+            if cfg.max_duration == NO_STEP:
+                # Composer refuses to fit; what there is to do is done by callbacks at the start.
+                trainer.engine.run_event(Event.FIT_START)
+                trainer.engine.run_event(Event.FIT_END)
+            else:
+                trainer.fit()
         _end_workers(trainer)
         trainer.close()
     except BaseException:
@@ -269,6 +399,13 @@ def fit(trainer: Trainer, cfg: Any) -> int:
         trainer.engine.close()
         raise
     return STOPPED_BY_SIGNAL if stopped.stopped else 0
+
+
+def attention_order(names: Sequence[str] | None) -> AbstractContextManager[Any]:
+    """Within it fused attention uses only the named backends, the first that can run the call; None changes nothing."""
+    if names is None:
+        return nullcontext()
+    return sdpa_kernel([ATTENTION_BACKENDS[name] for name in names], set_priority=True)
 
 
 def _end_workers(trainer: Trainer) -> None:
