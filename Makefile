@@ -5,14 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 NGPU ?= 1
 ARGS ?=
-RECIPES := $(filter-out demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
+RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup demo test lint $(RECIPES)
+.PHONY: list setup demo swav_demo test lint $(RECIPES)
 
 list:
-	@echo "make setup | demo | test | lint    (each does the set-up it needs)"
+	@echo "make setup | demo | swav_demo | test | lint    (each does the set-up it needs)"
 	@echo "make RECIPE [NGPU=8] [ARGS=\"key=value ...\"]"
-	@for name in demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
+	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
 setup: $(VENV)/installed
 
@@ -28,6 +28,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
 	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/demo.yaml $(ARGS)
+
+# The same images without their labels: SwAV with multi-crop, judged by nearest neighbours while it trains.
+swav_demo: setup
+	$(BIN)/vitcomposer convert digits datasets/digits
+	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/swav_demo.yaml $(ARGS)
 
 # One torch thread a worker: two pytest workers share two cores.
 test: setup

@@ -1,5 +1,13 @@
 """The only table from a recipe's name in a yaml to code. A recipe's ``build(cfg)`` returns a ready composer.Trainer."""
 
-from recipes import supervised
+from recipes import dino, knn, moco, probe, simclr, supervised, swav
 
-RECIPES = {"supervised": supervised}
+RECIPES = {
+    "supervised": supervised,
+    "probe": probe,
+    "knn": knn,
+    "swav": swav,
+    "simclr": simclr,
+    "moco": moco,
+    "dino": dino,
+}

@@ -162,9 +162,11 @@ def test_swav_counts_all_crops_and_its_head(tmp_path: Path, capsys: pytest.Captu
     crops = ["crops.total_num_crops=8", "crops.num_crops=[2,6]", "crops.size_crops=[224,96]"]
     found = planned(tmp_path, "swav_demo", *trunk, "model.num_heads=6", *crops, "precision=amp_bf16")
     assert found["train_flops_per_image"] == pytest.approx(84e9, rel=0.01)
+    small = ["head.dims=[384,256,32]", "head.num_clusters=[64]"]
+    found = planned(tmp_path, "swav_demo", *trunk, "model.num_heads=6", *crops, "precision=amp_bf16", *small)
     head = ["head.dims=[384,2048,128]", "head.num_clusters=[3000]"]
     with_head = planned(tmp_path, "swav_demo", *trunk, "model.num_heads=6", *crops, "precision=amp_bf16", *head)
-    added = 3 * 8 * 2 * (384 * 2048 + 2048 * 128 + 128 * 3000 - 64 * 256 - 256 * 32 - 32 * 64)
+    added = 3 * 8 * 2 * (384 * 2048 + 2048 * 128 + 128 * 3000 - 384 * 256 - 256 * 32 - 32 * 64)
     assert with_head["train_flops_per_image"] - found["train_flops_per_image"] == added
     assert with_head["hours"] > found["hours"]
     assert "crops, 2 of 224 px and 6 of 96 px" in capsys.readouterr().out

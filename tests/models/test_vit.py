@@ -335,7 +335,7 @@ def test_runs_in_bfloat16_with_and_without_autocast(name: str) -> None:
     [
         ("deit_smal_patch16", {}, r"model\.name .*'deit_smal_patch16'. Did you mean 'deit_small_patch16'\?"),
         ("deit_small_patch16_224", {}, r"Did you mean 'deit_small_patch16'\?"),
-        ("wide_resnet", {}, r"model\.name .*'wide_resnet'\. Known: convit_base, "),
+        ("xception", {}, r"model\.name .*'xception'\. Known: convit_base, "),
         ("vit_tiny_patch16", {"drop_path": 0.1}, r"model\.drop_path is not .*Did you mean 'drop_path_"),
         ("vit_tiny_patch16", {"dist_token": True}, r"model\.dist_token is not an option of vit_tiny_patch16"),
         ("vit_tiny_patch16", {"locality_strength": 1.0}, r"model\.locality_strength is an option of the convit models"),

@@ -9,6 +9,8 @@ from composer.algorithms.ema.ema import EMAParameters
 from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 EMA_LABEL = "ema"  # the Evaluator that measures the averaged weights
@@ -26,7 +28,8 @@ class EvaluationEMA(EMA):
     The average starts as a copy of the weights after the first batch (or epoch, by ``update_interval``) at or after
     ``ema_start``, then ``average <- smoothing * average + (1 - smoothing) * weights`` every ``update_interval``.
     Floating-point buffers are averaged too; integer buffers, which Composer's EMA rounds down, are copied. Names are
-    those of the model without its DDP wrapper, so a run can be resumed on another number of ranks.
+    those of the model without its DDP wrapper, and the checkpoint holds whole tensors, so a run can be resumed on
+    another number of ranks. Under FSDP2 every rank averages the share of the weights that it keeps.
 
     Args:
         half_life: Time string in ep or ba; with ``update_interval`` it gives
@@ -70,9 +73,14 @@ class EvaluationEMA(EMA):
             self.ema_model = EMAParameters(model)  # a checkpoint loads into it
             return
         assert self.ema_model is not None, "Event.INIT runs before every other event"
-        # A loaded average lies where the checkpoint was read to.
+        # After an evaluation FSDP2 still holds some weights whole, as copies that a change of the shards would miss.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        # A loaded average lies, whole, where the checkpoint was read to.
         if event in (Event.FIT_START, Event.EVAL_START):
             self.ema_model.move_params_to_device(destination_model=model)
+            self._shard(model)
         averaged = event == Event.EVAL_START and state.dataloader_label == EMA_LABEL and self.ema_started
         if averaged != self.ema_weights_active:
             self.ema_model.swap_params(model)
@@ -91,10 +99,26 @@ class EvaluationEMA(EMA):
             current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             floating = [name for name in average if average[name].is_floating_point()]
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                [average[name] for name in floating], [current[name] for name in floating], 1 - self.smoothing
+                [_of_this_rank(average[name]) for name in floating],
+                [_of_this_rank(current[name]) for name in floating],
+                1 - self.smoothing,
             )
             for name in average.keys() - set(floating):
                 average[name].copy_(current[name])
+
+    def _shard(self, model: nn.Module) -> None:
+        assert isinstance(self.ema_model, EMAParameters)
+        average = self.ema_model.named_parameters_dict
+        for name, weight in model.named_parameters():
+            if isinstance(weight, DTensor) and name in average and not isinstance(average[name], DTensor):
+                average[name] = distribute_tensor(average[name], weight.device_mesh, weight.placements)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        average = state["ema_model"]["named_parameters_dict"]
+        # All ranks come here: each gives its part.
+        whole = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in average.items()}
+        return {**state, "ema_model": {**state["ema_model"], "named_parameters_dict": whole}}
 
 
 def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -111,6 +135,10 @@ def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     average = {**ema["ema_model"]["named_parameters_dict"], **ema["ema_model"]["named_buffers_dict"]}
     # Frozen parameters are not averaged, and buffers that are not saved have no place in a state dict.
     return {name: average.get(name, raw) for name, raw in checkpoint["state"]["model"].items()}
+
+
+def _of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _without_ddp(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -69,8 +69,8 @@ class MomentumEncoder(Algorithm):
 
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> None:
         self.momentum = momentum
-        self.averages = [p for average, _ in pairs for p in average.parameters()]
-        self.sources = [p for _, source in pairs for p in source.parameters()]
+        self.averages: list[Tensor] = [p for average, _ in pairs for p in average.parameters()]
+        self.sources: list[Tensor] = [p for _, source in pairs for p in source.parameters()]
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.BATCH_END
@@ -79,7 +79,7 @@ class MomentumEncoder(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         done = state.timestamp.batch.value / _total_steps(state)
         rate = (1 - self.momentum) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-        torch._foreach_lerp_(self.averages, self.sources, rate)
+        torch._foreach_lerp_(self.averages, self.sources, rate)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class CosineWeightDecay(Algorithm):

@@ -246,7 +246,9 @@ class Run:
 
     ``compile`` makes one graph of the whole forward pass for every image size; what would fall back to eager is an
     error. ``attention_backends`` are what fused attention may use on a GPU, the first that can run the call is taken
-    (null: PyTorch's own order); benchmarks/gpu.py measures which order is fastest.
+    (null: PyTorch's own order); benchmarks/gpu.py measures which order is fastest. ``parallelism: fsdp2`` has each rank
+    keep a share of the weights, their average and the optimizer's state, where ``ddp`` has each rank keep them all; it
+    trains the same, saves memory and costs communication.
     """
 
     name: str  # config.load fills in the name of the yaml
@@ -258,6 +260,7 @@ class Run:
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     progress_bar: bool = True
     device_train_microbatch_size: int | None = None  # null: the device's share of the batch
+    parallelism: Literal["ddp", "fsdp2"] = "ddp"
     compile: bool = False
     attention_backends: list[Literal["cudnn", "flash", "efficient", "math"]] | None = None
     deterministic: bool = False

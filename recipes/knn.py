@@ -1,0 +1,27 @@
+"""Weighted nearest neighbours in the features of a trunk (arXiv:1805.01978; DINO's protocol, 2104.14294)."""
+
+from functools import partial
+
+from composer import Trainer
+
+from vitcomposer.callbacks import build_knn_monitor
+from vitcomposer.data.evaluation import build_centre_crops, open_images
+from vitcomposer.measurement import build_measurement
+from vitcomposer.schema import Neighbors
+from vitcomposer.tasks import Embedding
+from vitcomposer.trainer import build_network, prepare
+
+
+def build(cfg: Neighbors) -> Trainer:
+    """A Trainer without a step: the monitor's measurement before the first one is all that happens.
+
+    Raises:
+        ConfigError: A value or a combination that cannot run, before any image is read.
+    """
+    run = prepare(cfg)
+    size = run.device_eval_batch_size
+    task = Embedding(build_network(cfg.model))
+    crops = partial(build_centre_crops, cfg, mean=cfg.mean, std=cfg.std, device_batch_size=size)
+    train = crops(open_images(cfg, "train", batch_size=size), num_samples=cfg.knn.train_samples)
+    val = crops(open_images(cfg, "val", batch_size=size))
+    return build_measurement(cfg, run, task=task, data=train, callbacks=[build_knn_monitor(cfg.knn, task, train, val)])

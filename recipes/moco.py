@@ -1,0 +1,36 @@
+"""MoCo-v3 (arXiv:2104.02057): each view of an image finds the key that a momentum encoder makes of the other."""
+
+from composer import Trainer
+
+from vitcomposer.algorithms import MomentumEncoder
+from vitcomposer.models import MLPHead
+from vitcomposer.pretraining import build_pretraining, build_trunk, prepare_pretraining
+from vitcomposer.schema import MoCo, require
+from vitcomposer.tasks import MoCo as Task
+from vitcomposer.tasks.moco import freeze_patch_projection
+
+
+def build(cfg: MoCo) -> Trainer:
+    """Check the whole configuration, then build encoders, heads, loss and data into a Trainer.
+
+    Raises:
+        ConfigError: A value or a combination that cannot run, before any image is read.
+    """
+    run = prepare_pretraining(cfg)
+    task = build_task(cfg)
+    pairs = [(task.momentum_trunk, task.trunk), (task.momentum_projector, task.projector)]
+    return build_pretraining(cfg, run, task, [MomentumEncoder(pairs, cfg.loss.momentum)])
+
+
+def build_task(cfg: MoCo) -> Task:
+    """Both trunks, their heads and the loss."""
+    head = cfg.head
+    trunk, momentum_trunk = (build_trunk(cfg, cfg.model, head.projector_dims, "head.projector_dims") for _ in range(2))
+    if cfg.loss.freeze_patch_projection:
+        has_patches = hasattr(trunk, "patch_embed")
+        remedy = "Set it to false."
+        require(has_patches, "loss.freeze_patch_projection", f"false with {cfg.model.name}", True, remedy)
+        freeze_patch_projection(trunk)
+    projector = MLPHead(head.projector_dims, True, last_batch_norm=True)
+    predictor = MLPHead(head.predictor_dims, True, last_batch_norm=True)
+    return Task(trunk, momentum_trunk, projector, predictor, temperature=cfg.loss.temperature)

@@ -1,0 +1,41 @@
+"""Linear classifiers on features, as SwAV (arXiv:2006.09882), DINO (2104.14294) and MoCo-v3 (2104.02057) report."""
+
+import itertools
+from dataclasses import replace
+
+from composer import Trainer
+
+from vitcomposer import optim
+from vitcomposer.data.loader import build_dataspec
+from vitcomposer.flops import forward_flops
+from vitcomposer.schema import Probe
+from vitcomposer.tasks import Head, LinearProbe
+from vitcomposer.trainer import build_evaluators, build_network, build_trainer, prepare
+
+
+def build(cfg: Probe) -> Trainer:
+    """Check the whole configuration, then put every head on one frozen trunk, into a Trainer.
+
+    Raises:
+        ConfigError: A value or a combination that cannot run, before any image is read.
+    """
+    optim.check_schedule(cfg.max_duration, cfg.schedule)
+    run = prepare(cfg)
+    trunk = build_network(replace(cfg.model, num_classes=0))
+    flops = forward_flops(trunk, cfg.model.image_size)
+    combinations = itertools.product(cfg.heads.features, cfg.heads.lr_factors, cfg.heads.batch_norm)
+    task = LinearProbe(trunk, [Head(*each) for each in combinations], num_classes=cfg.model.num_classes)
+    optimizer = optim.build_optimizer(task, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size)
+    task.apply_lr_factors(optimizer)
+    train = build_dataspec(cfg, "train", seed=cfg.seed, device_batch_size=run.device_train_batch_size)
+    val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=run.device_eval_batch_size)
+    return build_trainer(
+        cfg,
+        run,
+        task=task,
+        train=train,
+        evaluators=build_evaluators(val, task, ema=False, interval=cfg.run.eval_interval),
+        optimizer=optimizer,
+        algorithms=[],
+        train_flops_per_image=lambda step: flops,  # no backward pass through the trunk; the heads are small
+    )

@@ -1,0 +1,24 @@
+"""SimCLR (arXiv:2002.05709): two views of an image find each other among the views of all others."""
+
+from composer import Trainer
+
+from vitcomposer.models import MLPHead
+from vitcomposer.pretraining import build_pretraining, build_trunk, prepare_pretraining
+from vitcomposer.schema import SimCLR
+from vitcomposer.tasks import SimCLR as Task
+
+
+def build(cfg: SimCLR) -> Trainer:
+    """Check the whole configuration, then build trunk, head, loss and data into a Trainer.
+
+    Raises:
+        ConfigError: A value or a combination that cannot run, before any image is read.
+    """
+    run = prepare_pretraining(cfg)
+    return build_pretraining(cfg, run, build_task(cfg), [])
+
+
+def build_task(cfg: SimCLR) -> Task:
+    """Trunk, head and loss."""
+    trunk = build_trunk(cfg, cfg.model, cfg.head.dims)
+    return Task(trunk, MLPHead(cfg.head.dims, cfg.head.batch_norm), temperature=cfg.loss.temperature)

@@ -1,0 +1,225 @@
+"""SwAV, SimCLR, MoCo-v3 and DINO through their recipes: resuming, two ranks, frozen parameters, averages, bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Callback
+
+from recipes import RECIPES
+from tests.conftest import ROOT, run_train
+from vitcomposer import config
+from vitcomposer.trainer import fit
+
+METHODS = ("swav", "simclr", "moco", "dino")
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mds") / "digits"
+    command = [sys.executable, "-m", "vitcomposer", "convert", "digits", str(out)]
+    subprocess.run(command, check=True, cwd=ROOT, timeout=120, capture_output=True)
+    return out
+
+
+def page(method: str) -> str:
+    return str(ROOT / ("yamls/swav_demo.yaml" if method == "swav" else f"tests/self_supervised/{method}_digits.yaml"))
+
+
+def tiny(method: str, digits: Path, runs: Path, name: str) -> list[str]:
+    """A few steps of a network of one block; an epoch has 89 of them."""
+    overrides = [
+        f"data.local={digits}",
+        "data.num_workers=0",
+        "global_train_batch_size=16",
+        "optimizer.lr_scaling=none",
+        f"max_duration={STEPS}ba",
+        "schedule.t_warmup=1ba",
+        "model.depth=1",
+        "model.image_size=16",
+        "monitor=null",
+        f"run.folder={runs}",
+        f"run.name={name}",
+        "run.log_interval=1ba",
+        "run.save_interval=3ba",
+        "run.progress_bar=false",
+        "sync_bn=global",
+    ]
+    if method == "swav":
+        queue = ["loss.queue_length=32", "loss.queue_start_epoch=0", f"loss.freeze_prototypes_epochs={3 / 89}"]
+        overrides += ["crops.size_crops=[16,8]", f"loss.hard_assignment_epochs={1 / 89}", *queue]
+    return overrides
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss/train/total"] for row in rows if "loss/train/total" in row]
+
+
+class Stopped(Exception):
+    pass
+
+
+class Watch(Callback):
+    """Keeps copies of what a task holds after every step, and may end the run like a kill."""
+
+    def __init__(self, prefixes: tuple[str, ...] = (), stop_after: int | None = None) -> None:
+        self.prefixes, self.stop_after = prefixes, stop_after
+        self.kept: list[dict[str, torch.Tensor]] = []
+
+    def fit_start(self, state, logger):
+        self.keep(state)
+
+    def batch_end(self, state, logger):
+        self.keep(state)
+        if self.stop_after is not None and state.timestamp.batch == self.stop_after:
+            raise Stopped
+
+    def keep(self, state) -> None:
+        tensors = state.model.state_dict().items()
+        self.kept.append({name: t.clone() for name, t in tensors if name.startswith(self.prefixes)})
+
+
+def train_watched(argv: list[str], watch: Watch) -> None:
+    cfg = config.load(argv[0], argv[1:])
+    trainer = RECIPES[cfg.recipe].build(cfg)
+    trainer.state.callbacks.append(watch)
+    fit(trainer, cfg)
+
+
+@pytest.fixture(scope="module")
+def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of every method on one rank."""
+    runs = tmp_path_factory.mktemp("runs")
+    for method in METHODS:
+        assert run_train([page(method), *tiny(method, digits, runs, method)]) == 0
+    return runs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_run_goes_on_with_the_same_losses(method: str, reference: Path, digits: Path, tmp_path: Path) -> None:
+    """Stopped after step 4, it starts again from the checkpoint of step 3: queue, center, averages and moments."""
+    argv = [page(method), *tiny(method, digits, tmp_path, method)]
+    with pytest.raises(Stopped):
+        train_watched(argv, Watch(stop_after=4))
+    assert run_train(argv) == 0
+    assert len(losses(tmp_path / method)) == STEPS
+    assert losses(tmp_path / method) == losses(reference / method)
+
+
+def test_two_ranks_have_the_losses_of_one(reference: Path, digits: Path, tmp_path: Path) -> None:
+    argv = [str(tmp_path / "runs"), str(digits)]
+    command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "-m", "tests.self_supervised.two_ranks"]
+    done = subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for method in METHODS:
+        assert losses(tmp_path / "runs" / method) == pytest.approx(losses(reference / method), abs=1e-5), method
+
+
+def test_prototypes_are_frozen_bit_for_bit_then_learn(digits: Path, tmp_path: Path) -> None:
+    watch = Watch(("head.prototypes0",))
+    train_watched([page("swav"), *tiny("swav", digits, tmp_path, "frozen")], watch)
+    weights = [kept["head.prototypes0.weight"] for kept in watch.kept]  # before step 0, after it, ...
+    assert all(torch.equal(weight, weights[0]) for weight in weights[:4]), "frozen for 3 steps"
+    assert not torch.equal(weights[4], weights[3])
+    torch.testing.assert_close(weights[0].norm(dim=1), torch.ones(len(weights[0])))
+
+
+def test_last_layer_of_dino_is_frozen_then_learns(digits: Path, tmp_path: Path) -> None:
+    watch = Watch(("head.last_layer",))
+    overrides = [f"loss.freeze_last_layer_epochs={2 / 89}", "max_duration=4ba"]
+    train_watched([page("dino"), *tiny("dino", digits, tmp_path, "frozen"), *overrides], watch)
+    weights = [kept["head.last_layer.direction"] for kept in watch.kept]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], weights[3])
+
+
+@pytest.mark.parametrize(("method", "average"), [("moco", "momentum_trunk"), ("dino", "teacher_trunk")])
+def test_average_follows_the_trunk_along_the_cosine(method: str, average: str, digits: Path, tmp_path: Path) -> None:
+    watch = Watch(("trunk.", f"{average}."))
+    train_watched([page(method), *tiny(method, digits, tmp_path, "average"), "loss.momentum=0.9"], watch)
+    names = [name.removeprefix("trunk.") for name in watch.kept[0] if name.startswith("trunk.")]
+    for name in names:
+        expected = watch.kept[0][f"trunk.{name}"].double()
+        for step, kept in enumerate(watch.kept[1:], start=1):
+            momentum = 1 - 0.1 * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS)).item()) / 2
+            expected = momentum * expected + (1 - momentum) * kept[f"trunk.{name}"].double()
+            torch.testing.assert_close(kept[f"{average}.{name}"].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_momentum_encoder_is_in_no_optimizer(digits: Path, tmp_path: Path) -> None:
+    cfg = config.load(page("moco"), tiny("moco", digits, tmp_path, "parts"))
+    trainer = RECIPES["moco"].build(cfg)
+    held = {id(p) for group in trainer.state.optimizers[0].param_groups for p in group["params"]}
+    parameters = dict(trainer.state.model.named_parameters())
+    frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    assert {name for name, p in parameters.items() if id(p) not in held} == frozen
+    patch = {"trunk.patch_embed.proj.weight", "trunk.patch_embed.proj.bias"}
+    assert {name for name in frozen if not name.startswith("momentum_")} == patch
+    trainer.close()
+
+
+WITHOUT_LABELS = re.compile(rf"^recipe: ({'|'.join(METHODS)})$", re.M)
+YAMLS = [path for path in sorted((ROOT / "yamls").glob("*.yaml")) if WITHOUT_LABELS.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_yaml_header_states_the_counted_flops(path: Path) -> None:
+    cfg = config.load(path)
+    with torch.device("meta"):
+        flops = RECIPES[cfg.recipe].build_task(cfg).train_flops_per_image(cfg.crops.sizes)
+    stated = re.search(r"Cost: ([\d.]+) GFLOP an image", path.read_text())
+    assert stated is not None
+    assert float(stated[1]) == pytest.approx(flops / 1e9, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", METHODS)
+def test_digits_are_told_apart_without_labels(method: str, digits: Path, tmp_path: Path) -> None:
+    overrides = [f"data.local={digits}", f"run.folder={tmp_path}", "run.name=demo", "run.progress_bar=false"]
+    assert run_train([page(method), *overrides]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "demo/metrics.jsonl").read_text().splitlines()]
+    top1 = [row["knn/top1_k20"] for row in rows if "knn/top1_k20" in row]
+    assert top1[-1] >= top1[0] + 0.15
+    if method == "swav":
+        assert rows[-1]["swav/prototype_usage"] > 0.8
+
+
+BAD = {
+    "sum of crops": ("swav", ["crops.total_num_crops=5"], ["crops.total_num_crops", "6", "5"]),
+    "one size short": ("swav", ["crops.size_crops=[16]"], ["crops.size_crops", "2", "1"]),
+    "empty scale": ("swav", ["crops.crop_scales=[[0.4,1.0],[0.5,0.2]]"], ["crops.crop_scales", "[0.5, 0.2]"]),
+    "size off the patch grid": ("swav", ["crops.size_crops=[16,10]"], ["crops.size_crops", "4", "10"]),
+    "queue off the batch": ("swav", ["loss.queue_length=30"], ["loss.queue_length", "16", "30"]),
+    "crop without code": ("swav", ["loss.crops_for_assign=[0,6]"], ["loss.crops_for_assign", "6"]),
+    "codes of two sizes": ("swav", ["loss.crops_for_assign=[0,2]"], ["loss.crops_for_assign", "one size"]),
+    "head of another width": ("swav", ["head.dims=[384,128]"], ["head.dims", "64", "384"]),
+    "microbatch": ("swav", ["run.device_train_microbatch_size=8"], ["run.device_train_microbatch_size", "16", "8"]),
+    "ranks that no group divides": ("swav", ["sync_bn=2"], ["sync_bn", "1", "2"]),
+    "group by no name": ("swav", ["sync_bn=all"], ["sync_bn", "global", "all"]),
+    "classes": ("simclr", ["model.num_classes=10"], ["model.num_classes", "0", "10"]),
+    "three views": ("simclr", ["crops.num_crops=[3]", "crops.total_num_crops=3"], ["crops.num_crops", "two crops"]),
+    "predictor of another width": ("moco", ["head.predictor_dims=[32,64,32]"], ["head.predictor_dims", "64"]),
+    "teacher's crops of two sizes": (
+        "dino",
+        ["crops.num_crops=[1,5]"],
+        ["crops.size_crops", "[16, 8]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda c: c.replace(" ", "-"))
+def test_bad_input_ends_with_one_clear_error(
+    case: str, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    method, overrides, words = BAD[case]
+    assert run_train([page(method), *tiny(method, digits, tmp_path, "bad"), *overrides]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0], f"{word!r} is not in {errors[0]!r}"

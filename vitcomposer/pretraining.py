@@ -1,0 +1,97 @@
+"""Around the task of a recipe without labels: its trunk, crops, optimizer, k-NN monitor and Trainer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from composer import Trainer
+from composer.core import Algorithm, Callback, DataSpec
+from torch import nn
+
+from vitcomposer import optim
+from vitcomposer.algorithms import BeginStep, build_algorithms
+from vitcomposer.callbacks import build_knn_monitor
+from vitcomposer.data.evaluation import build_centre_crops, open_images
+from vitcomposer.data.multicrop_loader import build_multicrop_dataspec
+from vitcomposer.models import convert_sync_bn
+from vitcomposer.schema import Model, SelfSupervised, require
+from vitcomposer.tasks import SelfSupervisedTask
+from vitcomposer.trainer import Placement, build_network, build_trainer, prepare
+
+
+def prepare_pretraining(cfg: SelfSupervised) -> Placement:
+    """Check what no single block can, then start the process group and share the batch out.
+
+    Raises:
+        ConfigError: A schedule, a batch or a group of ranks that cannot run here.
+    """
+    optim.check_schedule(cfg.max_duration, cfg.schedule)
+    run = prepare(cfg)
+    size = cfg.sync_bn
+    rule = f"a divisor of the {run.world_size} ranks"
+    fits = isinstance(size, str) or run.world_size % size == 0
+    require(fits, "sync_bn", rule, size, "Use global, node or another number of ranks.")
+    return run
+
+
+def build_trunk(
+    cfg: SelfSupervised, model: Model, dims: Sequence[int] | None = None, key: str = "head.dims"
+) -> nn.Module:
+    """The network of the block ``model``, which takes every size of the crops.
+
+    Args:
+        dims: Widths of the head above it, which begin with that of the features; None if the head follows by itself.
+
+    Raises:
+        ConfigError: A network that is not there, or does not fit its crops or its head.
+    """
+    trunk = build_network(model)
+    patch = getattr(trunk, "patch_size", 1)
+    fits = all(size % patch == 0 for size in cfg.crops.size_crops)
+    remedy = f"A patch has {patch} pixels: use multiples of it."
+    require(fits, "crops.size_crops", f"divisible by {patch}", cfg.crops.size_crops, remedy)
+    width = getattr(trunk, "num_features")  # noqa: B009 (nn.Module says it may be a tensor)
+    fits = dims is None or dims[0] == width
+    require(fits, key, f"widths that begin with {width}, that of {model.name}", dims, f"Write {width} first.")
+    return trunk
+
+
+def build_pretraining(
+    cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, algorithms: Sequence[Algorithm]
+) -> Trainer:
+    """The Trainer of a task.
+
+    Args:
+        algorithms: The method's own. They come after those of the yaml, and so before them in the AFTER events.
+    """
+    convert_sync_bn(task, cfg.sync_bn)  # pyright: ignore[reportArgumentType] (the schema has checked its words)
+    flops = task.train_flops_per_image(cfg.crops.sizes)
+    chosen = build_algorithms(cfg.algorithms, loss=cfg.recipe, precision=cfg.precision, label_smoothing=0.0)
+    train = build_multicrop_dataspec(cfg, device_batch_size=run.device_train_batch_size)
+    return build_trainer(
+        cfg,
+        run,
+        task=task,
+        train=train,
+        evaluators=[],
+        optimizer=optim.build_optimizer(task, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size),
+        algorithms=[BeginStep(task), *chosen, *algorithms],
+        train_flops_per_image=lambda step: flops,
+        callbacks=_monitor(cfg, run, task, train),
+    )
+
+
+def _monitor(cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, train: DataSpec) -> list[Callback]:
+    if cfg.monitor is None:
+        return []
+    size = run.device_eval_batch_size
+    loader: Any = train.dataloader
+    neighbours, queries = (
+        build_centre_crops(
+            cfg, images, mean=cfg.crops.mean, std=cfg.crops.std, device_batch_size=size, num_samples=samples
+        )
+        for images, samples in (
+            (loader.dataset, cfg.monitor.train_samples),
+            (open_images(cfg, "val", batch_size=size), None),
+        )
+    )
+    return [build_knn_monitor(cfg.monitor, task, neighbours, queries)]

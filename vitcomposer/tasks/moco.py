@@ -1,0 +1,71 @@
+"""MoCo-v3 (arXiv:2104.02057) as a ComposerModel, written from the paper."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitcomposer.losses import moco_contrastive
+from vitcomposer.models import MLPHead
+from vitcomposer.tasks.self_supervised import (
+    CROPS,
+    SelfSupervisedTask,
+    encode,
+    frozen_copy,
+    multi_crop_flops,
+)
+
+Outputs = tuple[list[Tensor], list[Tensor]]  # queries and keys of the two views
+
+
+class MoCo(SelfSupervisedTask):
+    """The queries of one view find the keys of the other, which a momentum encoder makes, and the other way round.
+
+    ``momentum_trunk`` and ``momentum_projector`` have no gradients; ``algorithms.MomentumEncoder`` moves them. Heads
+    see one view at a time, so their batch norms do too (Algorithm 1).
+    """
+
+    def __init__(
+        self, trunk: nn.Module, momentum_trunk: nn.Module, projector: MLPHead, predictor: MLPHead, *, temperature: float
+    ) -> None:
+        super().__init__(trunk)
+        self.projector = projector
+        self.predictor = predictor
+        self.momentum_trunk = frozen_copy(momentum_trunk, trunk)
+        self.momentum_projector = frozen_copy(copy.deepcopy(projector), projector)
+        self.temperature = temperature
+
+    def forward(self, batch: dict[str, Any]) -> Outputs:
+        features = encode(self.trunk, batch[CROPS])
+        queries = [self.predictor(self.projector(view)) for view in features.chunk(2)]
+        with torch.no_grad():
+            features = encode(self.momentum_trunk, batch[CROPS])
+            keys = [self.momentum_projector(view) for view in features.chunk(2)]
+        return queries, keys
+
+    def loss(self, outputs: Outputs, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        (query_0, query_1), (key_0, key_1) = outputs
+        first = moco_contrastive(query_0, key_1, temperature=self.temperature)
+        return first + moco_contrastive(query_1, key_0, temperature=self.temperature)
+
+    def train_flops_per_image(self, crop_sizes: Sequence[int]) -> float:
+        student = nn.Sequential(self.trunk, self.projector, self.predictor)
+        keys = nn.Sequential(self.momentum_trunk, self.momentum_projector)
+        return 3 * multi_crop_flops(student, crop_sizes) + multi_crop_flops(keys, crop_sizes)
+
+
+@torch.no_grad()
+def freeze_patch_projection(trunk: nn.Module) -> None:
+    """Fix the patch projection of a ViT at random weights (section 4, "a trick for improving stability").
+
+    Xavier-uniform ones over the pixels of a patch and the width, as that of a linear layer.
+    """
+    projection = trunk.get_submodule("patch_embed.proj")
+    weight, bias = projection.get_parameter("weight"), projection.get_parameter("bias")
+    bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
+    nn.init.uniform_(weight, -bound, bound)
+    nn.init.zeros_(bias)
+    projection.requires_grad_(False)
