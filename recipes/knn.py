@@ -24,4 +24,5 @@ def build(cfg: Neighbors) -> Trainer:
     crops = partial(build_centre_crops, cfg, mean=cfg.mean, std=cfg.std, device_batch_size=size)
     train = crops(open_images(cfg, "train", batch_size=size), num_samples=cfg.knn.train_samples)
     val = crops(open_images(cfg, "val", batch_size=size))
-    return build_measurement(cfg, run, task=task, data=train, callbacks=[build_knn_monitor(cfg.knn, task, train, val)])
+    monitor = build_knn_monitor(cfg.knn, task, train, val, key="knn")
+    return build_measurement(cfg, run, task=task, data=train, callbacks=[monitor])

@@ -1,9 +1,11 @@
 """Features by name, linear heads on a frozen trunk, the k-NN monitor and low-shot splits, through the real Trainer."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from composer.core import Callback, DataSpec, State
 from composer.loggers import Logger, LoggerDestination
 from composer.models import ComposerModel
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.callbacks import tiny_run
@@ -173,6 +176,23 @@ def test_linear_probe_reports_each_head_and_the_best(photo_mds: Path, tmp_path: 
     assert len(heads) == 3 * 2 * 2 and "metrics/eval/top1_concatCLS4_bn_lr10" in heads
     summary = json.loads((tmp_path / "linear/summary.json").read_text())
     assert summary["recipe"] == "probe" and summary["top1"] == max(heads.values()) > 2 / len(PHOTOS)
+
+
+def test_compiled_probe_is_one_graph_with_the_same_accuracies(
+    photo_mds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    found = {}
+    for compiled in ("false", "true"):
+        torch._dynamo.reset()
+        counters.clear()
+        page = [*LINEAR, *overrides(photo_mds, tmp_path, compiled), *SHORT, "max_duration=1ep"]
+        assert run_train([*page, f"run.compile={compiled}"]) == 0
+        found[compiled] = json.loads((tmp_path / compiled / "summary.json").read_text())["top1"]
+    assert counters["stats"]["unique_graphs"] == 2, "training and evaluation"
+    assert found["true"] == found["false"]
+    torch._dynamo.reset()
 
 
 class _Task(tiny_run.TinyTask):

@@ -1,14 +1,17 @@
 """SwAV, SimCLR, MoCo-v3 and DINO through their recipes: resuming, two ranks, frozen parameters, averages, bad input."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from composer import Callback
+from torch._dynamo.utils import counters
 
 from recipes import RECIPES
 from tests.conftest import ROOT, run_train
@@ -121,6 +124,24 @@ def test_two_ranks_have_the_losses_of_one(reference: Path, digits: Path, tmp_pat
         assert losses(tmp_path / "runs" / method) == pytest.approx(losses(reference / method), abs=1e-5), method
 
 
+@pytest.mark.parametrize(("method", "graphs"), [("swav", 2), ("dino", 3)])
+def test_compiled_trunks_have_a_graph_for_each_crop_size(
+    method: str, graphs: int, reference: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DINO's teacher has one more. The monitor, whose batches have other sizes, adds none."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # Listening to torch's trace of its own compiler takes longer than the compiler.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    torch._dynamo.reset()
+    counters.clear()
+    overrides = [each for each in tiny(method, digits, tmp_path, "compiled") if each != "monitor=null"]
+    monitor = ["monitor.interval=4ba", "monitor.train_samples=40"]
+    assert run_train([page(method), *overrides, *monitor, "run.compile=true"]) == 0
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(reference / method), rel=1e-5)
+    torch._dynamo.reset()
+
+
 def test_prototypes_are_frozen_bit_for_bit_then_learn(digits: Path, tmp_path: Path) -> None:
     watch = Watch(("head.prototypes0",))
     train_watched([page("swav"), *tiny("swav", digits, tmp_path, "frozen")], watch)
@@ -202,6 +223,7 @@ BAD = {
     "microbatch": ("swav", ["run.device_train_microbatch_size=8"], ["run.device_train_microbatch_size", "16", "8"]),
     "ranks that no group divides": ("swav", ["sync_bn=2"], ["sync_bn", "1", "2"]),
     "group by no name": ("swav", ["sync_bn=all"], ["sync_bn", "global", "all"]),
+    "neighbours of no image": ("swav", ["monitor={k:[0],temperature:0.07}"], ["monitor.k", "1", "[0]"]),
     "classes": ("simclr", ["model.num_classes=10"], ["model.num_classes", "0", "10"]),
     "three views": ("simclr", ["crops.num_crops=[3]", "crops.total_num_crops=3"], ["crops.num_crops", "two crops"]),
     "predictor of another width": ("moco", ["head.predictor_dims=[32,64,32]"], ["head.predictor_dims", "64"]),

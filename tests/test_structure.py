@@ -25,6 +25,7 @@ LAYERS = {
     "vitcomposer.curriculum": 2,
     "vitcomposer.knn": 2,
     "vitcomposer.costs": 3,
+    "vitcomposer.execution": 3,
     "vitcomposer.tasks": 3,
     "vitcomposer.algorithms": 3,
     "vitcomposer.callbacks": 3,

@@ -13,6 +13,7 @@ from vitcomposer.callbacks import build_knn_monitor
 from vitcomposer.data.evaluation import build_centre_crops, open_images
 from vitcomposer.data.multicrop_loader import build_multicrop_dataspec
 from vitcomposer.models import convert_sync_bn
+from vitcomposer.models.batch_norm import SyncBatchNorm
 from vitcomposer.schema import Model, SelfSupervised, require
 from vitcomposer.tasks import SelfSupervisedTask
 from vitcomposer.trainer import Placement, build_network, build_trainer, prepare
@@ -64,6 +65,7 @@ def build_pretraining(
         algorithms: The method's own. They come after those of the yaml, and so before them in the AFTER events.
     """
     convert_sync_bn(task, cfg.sync_bn)  # pyright: ignore[reportArgumentType] (the schema has checked its words)
+    _check_compile(cfg, task)
     flops = task.train_flops_per_image(cfg.crops.sizes)
     chosen = build_algorithms(cfg.algorithms, loss=cfg.recipe, precision=cfg.precision, label_smoothing=0.0)
     train = build_multicrop_dataspec(cfg, device_batch_size=run.device_train_batch_size)
@@ -77,7 +79,15 @@ def build_pretraining(
         algorithms=[BeginStep(task), *chosen, *algorithms],
         train_flops_per_image=lambda step: flops,
         callbacks=_monitor(cfg, run, task, train),
+        # Heads and losses talk to the other ranks, which no graph can.
+        compiled=task.trunks,
     )
+
+
+def _check_compile(cfg: SelfSupervised, task: SelfSupervisedTask) -> None:
+    synced = any(isinstance(module, SyncBatchNorm) for trunk in task.trunks for module in trunk.modules())
+    rule = f"false with sync_bn={cfg.sync_bn} and {cfg.model.name}, whose batch norms take no part in a graph"
+    require(not (cfg.run.compile and synced), "run.compile", rule, True, "Or set sync_bn=none.")
 
 
 def _monitor(cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, train: DataSpec) -> list[Callback]:
@@ -94,4 +104,4 @@ def _monitor(cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, trai
             (open_images(cfg, "val", batch_size=size), None),
         )
     )
-    return [build_knn_monitor(cfg.monitor, task, neighbours, queries)]
+    return [build_knn_monitor(cfg.monitor, task, neighbours, queries, key="monitor")]

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from composer.core import Callback, DataSpec, Event
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.models import ComposerModel
 from composer.utils import MissingConditionalImportError, dist, reproducibility
-from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from composer.utils.parallelism import ParallelismConfig
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from vitcomposer import config, optim
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
+from vitcomposer.execution import SHARDED, attention_order, check_execution, compile_forward, shard_blocks
 from vitcomposer.models import build_model, load_weights
-from vitcomposer.models.layers import Block
 from vitcomposer.schema import ConfigError, Model, require
 from vitcomposer.tasks import Classification
 
@@ -33,16 +31,7 @@ FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation")
 LATEST = "latest-rank{rank}.pt"
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
-GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few stages of patch dropout
 SCHEDULE_FREE = "adamw_schedulefree"
-SHARDED = "fsdp2"
-ELEMENTWISE = ("adamw", "sgd")  # optimizers that do to the shards of a tensor what they do to the tensor
-ATTENTION_BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -143,56 +132,19 @@ def prepare(cfg: Any) -> Placement:
     reproducibility.seed_all(cfg.seed)
     if device == "cpu":
         _keep_freed_memory()
-    _check_attention(cfg, device)
     if hasattr(cfg, "optimizer") and cfg.optimizer.name == SCHEDULE_FREE:
         _check_schedule_free(cfg)
     train = cfg.global_train_batch_size
     # A recipe without labels has no evaluation of its own.
     evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
     share = _share(train, "global_train_batch_size")
-    if cfg.run.parallelism == SHARDED:
-        _check_sharding(cfg)
-    if cfg.run.compile:
-        _check_compile(cfg, share)
+    check_execution(cfg.run, device=device, device_batch_size=share)
     return Placement(
         device=device,
         world_size=dist.get_world_size(),
         device_train_batch_size=share,
         device_eval_batch_size=_share(evaluate, "evaluation.global_batch_size"),
     )
-
-
-def _check_attention(cfg: Any, device: str) -> None:
-    require(
-        device == "gpu" or cfg.run.attention_backends is None,
-        "run.attention_backends",
-        "null on a CPU, which has one kernel",
-        cfg.run.attention_backends,
-        "Leave it out.",
-    )
-
-
-def _check_compile(cfg: Any, device_batch_size: int) -> None:
-    micro = cfg.run.device_train_microbatch_size
-    require(
-        micro is None or device_batch_size % micro == 0 or micro > device_batch_size,
-        "run.device_train_microbatch_size",
-        f"a divisor of the {device_batch_size} images of a rank with run.compile, which makes a graph for every size",
-        micro,
-        "Choose a divisor, or set run.compile=false.",
-    )
-
-
-def _check_sharding(cfg: Any) -> None:
-    clipping = cfg.algorithms.get("GradientClipping", {})
-    for holds, key, rule, given in (
-        (dist.get_world_size() > 1, "run.parallelism", "ddp on one rank, which has nobody to share with", SHARDED),
-        (not cfg.run.compile, "run.compile", "false, since it takes no part of a graph from another rank", True),
-        (cfg.optimizer.name in ELEMENTWISE, "optimizer.name", " or ".join(ELEMENTWISE), cfg.optimizer.name),
-        ("SAM" not in cfg.algorithms, "algorithms.SAM", "left out, since it moves whole tensors", "SAM"),
-        (clipping.get("clipping_type", "norm") == "norm", "algorithms.GradientClipping", "of type norm", clipping),
-    ):
-        require(holds, key, f"{rule} (with run.parallelism={SHARDED})", given, "Or set run.parallelism=ddp.")
 
 
 def _check_schedule_free(cfg: Any) -> None:
@@ -256,6 +208,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     algorithms: Sequence[Algorithm],
     train_flops_per_image: Callable[[int], float],
     callbacks: Sequence[Callback] = (),
+    compiled: Sequence[nn.Module] = (),
 ) -> Trainer:
     """The Trainer of every recipe: it resumes from the run folder by itself and leaves its story there.
 
@@ -263,6 +216,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         evaluators: May be empty: a task without labels has nothing to evaluate by itself.
         train_flops_per_image: FLOPs of one training image at a step.
         callbacks: The recipe's own, after those of every run.
+        compiled: Whose forward passes ``run.compile`` is about; none is the whole task's.
     """
     folder = run_folder(cfg)
     peak_lr = cfg.optimizer.peak_lr(cfg.global_train_batch_size)
@@ -276,8 +230,9 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     if cfg.optimizer.name == SCHEDULE_FREE:
         algorithms = [*algorithms, ScheduleFreeWeights()]
     if cfg.run.compile:
-        compile_forward(task)
-    sharding = _shard_blocks(task) if cfg.run.parallelism == SHARDED else None
+        for module in compiled or [task]:
+            compile_forward(module)
+    sharding = _sharding(task, cfg) if cfg.run.parallelism == SHARDED else None
     if dist.get_global_rank() == 0:
         print(
             f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
@@ -317,35 +272,13 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     )
 
 
-def _shard_blocks(task: ComposerModel) -> ParallelismConfig:
-    """Every transformer block is gathered by itself, in float32: autocast then computes what it does under DDP.
-
-    A checkpoint is one file with whole tensors, as DDP writes it, so a run may go on with either and on more ranks.
-    """
-    network = task.model if isinstance(task, Classification) else None
-    require(
-        network is not None and any(isinstance(module, Block) for module in network.modules()),
-        "run.parallelism",
-        "ddp but for the supervised training of a ViT or ConViT",
-        SHARDED,
-        "Set run.parallelism=ddp.",
-    )
-    setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, Block))  # noqa: B010 (no attribute of nn.Module)
-    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", mixed_precision="FULL"))
-
-
-def compile_forward(module: nn.Module) -> None:
-    """Compile the forward pass of a module in place, whole, with a graph for every shape and no dynamic ones.
-
-    A graph break is an error, and so is a shape more than ``GRAPH_LIMIT``: nothing falls back to eager in silence, and
-    nothing compiles without end. Names in the state dict stay.
-
-    Composer's ``compile_config`` compiles around DDP and so leaves evaluation in eager mode on several ranks. Here DDP
-    lies around the compiled forward; its buckets still split the captured graph, so gradients travel while the
-    backward pass goes on.
-    """
-    torch._dynamo.config.recompile_limit = GRAPH_LIMIT  # torch's own value; importing timm.optim makes it a million
-    module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+def _sharding(task: ComposerModel, cfg: Any) -> ParallelismConfig:
+    if not isinstance(task, Classification):
+        raise ConfigError(
+            f"run.parallelism must be ddp in the recipe {cfg.recipe}, which reaches into its networks between the "
+            f"steps, got {SHARDED!r}. Set run.parallelism=ddp."
+        )
+    return shard_blocks(task.model, cfg, world_size=dist.get_world_size())
 
 
 def _latest_checkpoint(folder: Path) -> str | None:
@@ -399,13 +332,6 @@ def fit(trainer: Trainer, cfg: Any) -> int:
         trainer.engine.close()
         raise
     return STOPPED_BY_SIGNAL if stopped.stopped else 0
-
-
-def attention_order(names: Sequence[str] | None) -> AbstractContextManager[Any]:
-    """Within it fused attention uses only the named backends, the first that can run the call; None changes nothing."""
-    if names is None:
-        return nullcontext()
-    return sdpa_kernel([ATTENTION_BACKENDS[name] for name in names], set_priority=True)
 
 
 def _end_workers(trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ def images(size: int = 64) -> torch.Tensor:
 
 
 def perturb(model: nn.Module) -> None:
-    """Zero gammas and heads would hide differences."""
+    """Gammas of one and heads of zero would hide differences."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter) * max(0.1, parameter.std(correction=0).item()))
@@ -59,13 +59,13 @@ def test_every_size_is_accepted(size):
     assert build_model("resnet18", num_classes=0, image_size=224).eval()(images(size)).shape == (2, 512)
 
 
-def test_new_head_is_zero_and_residual_branches_start_at_zero():
+def test_new_head_is_zero_and_gammas_start_at_one():
     model = build_model("resnet50", num_classes=5, image_size=64)
     assert (model(images()) == 0).all()
     model.reset_classifier(3)
     assert (model(images()) == 0).all() and model(images()).shape == (2, 3)
     last_gammas = [parameter for name, parameter in model.named_parameters() if name.endswith("bn3.weight")]
-    assert len(last_gammas) == 16 and all((gamma == 0).all() for gamma in last_gammas)
+    assert len(last_gammas) == 16 and all((gamma == 1).all() for gamma in last_gammas)
     assert model.no_weight_decay() == set()
 
 

@@ -80,7 +80,8 @@ class KNNMonitor(Callback):
         modes = [(module, module.training) for module in task.modules()]
         task.eval()
         try:
-            with torch.no_grad():
+            # Not compiled: a graph for each of the few sizes of a batch here would take longer than it saves.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 bank, queries = (_extract(task.features, data, state) for data in (self.train, self.val))
                 return knn_accuracy(bank, queries, k=self.k, temperature=self.temperature)
         finally:
@@ -88,15 +89,15 @@ class KNNMonitor(Callback):
                 module.training = mode
 
 
-def build_knn_monitor(knn: KNN, task: ComposerModel, train: DataSpec, val: DataSpec) -> KNNMonitor:
-    """The monitor that a yaml's block ``knn`` describes.
+def build_knn_monitor(knn: KNN, task: ComposerModel, train: DataSpec, val: DataSpec, *, key: str) -> KNNMonitor:
+    """The monitor that a block of a yaml describes, whose name is ``key``.
 
     Raises:
         ConfigError: More neighbours than there are training samples.
     """
     size = train.num_samples
     assert size is not None, "our loaders know their length"
-    require(max(knn.k) <= size, "knn.k", f"at most {size}, the number of training samples", knn.k, "Lower it.")
+    require(max(knn.k) <= size, f"{key}.k", f"at most {size}, the number of training samples", knn.k, "Lower it.")
     return KNNMonitor(task, train, val, k=knn.k, temperature=knn.temperature, interval=knn.interval)
 
 

@@ -15,7 +15,10 @@ _STRIDE = 32
 
 
 class ResNet(resnet.ResNet):
-    """A ResNet whose residual branches and head start at zero.
+    """A ResNet whose head starts at zero.
+
+    The last gamma of every residual branch starts at one, as in torchvision and unlike timm: LARS gives a parameter of
+    norm zero the whole learning rate. No source says what the recipes with a ResNet did.
 
     ``forward_features`` gives (B, num_features, H / 32, W / 32), ``forward`` of a model without classes their mean.
     Every image size from 32 pixels on is accepted.
@@ -31,7 +34,7 @@ class ResNet(resnet.ResNet):
         if image_size < _STRIDE:
             raise ValueError(f"model.image_size must be at least {_STRIDE} for {name}, got {image_size}; use {_STRIDE}")
         block, layers = VARIANTS[name]
-        super().__init__(block, layers, num_classes=num_classes)
+        super().__init__(block, layers, num_classes=num_classes, zero_init_last=False)
         self.image_size = image_size
         self.reset_classifier(num_classes)
 

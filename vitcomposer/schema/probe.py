@@ -29,12 +29,14 @@ class KNN:
     train_samples: int | None = None  # a random subset of the training split as neighbours; null: all of it
     interval: str = "10ep"  # of the monitor, which also measures before the first step and at the end
 
-    def __post_init__(self) -> None:
-        require(bool(self.k) and min(self.k) >= 1, "knn.k", "numbers of 1 or more", self.k, "Use [10, 20, 100, 200].")
-        require(self.temperature > 0, "knn.temperature", "above 0", self.temperature, "Use 0.07.")
+    def check(self, key: str) -> None:
+        """Refuse values that no measurement has; ``key`` is what the yaml calls this block."""
+        fits, remedy = bool(self.k) and min(self.k) >= 1, "Use [10, 20, 100, 200]."
+        require(fits, f"{key}.k", "numbers of 1 or more", self.k, remedy)
+        require(self.temperature > 0, f"{key}.temperature", "above 0", self.temperature, "Use 0.07.")
         size = self.train_samples
         rule, remedy = f"at least {max(self.k)}, the largest k", "null takes the whole split."
-        require(size is None or size >= max(self.k), "knn.train_samples", rule, size, remedy)
+        require(size is None or size >= max(self.k), f"{key}.train_samples", rule, size, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class Neighbors:
     run: Run
 
     def __post_init__(self) -> None:
+        self.knn.check("knn")
         size, remedy = self.evaluation.global_batch_size, "There is no training batch to follow: use 256."
         require(size is not None, "evaluation.global_batch_size", "a number of images", size, remedy)
         given, remedy = self.model.num_classes, "The features before the head are compared."

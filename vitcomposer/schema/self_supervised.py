@@ -109,6 +109,8 @@ class SelfSupervised:
         require(given == 0, "model.num_classes", "0", given, remedy)
         named = self.sync_bn in ("none", "global", "node") or (isinstance(self.sync_bn, int) and self.sync_bn >= 1)
         require(named, "sync_bn", "none, global, node or a number of ranks", self.sync_bn, "Use global.")
+        if self.monitor is not None:
+            self.monitor.check("monitor")
 
 
 @dataclass(frozen=True, kw_only=True)

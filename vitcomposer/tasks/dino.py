@@ -54,6 +54,10 @@ class DINO(SelfSupervisedTask):
         self.teacher_temperature_warmup_epochs = teacher_temperature_warmup_epochs
         self._temperature = teacher_temperature_start
 
+    @property
+    def trunks(self) -> list[nn.Module]:
+        return [self.trunk, self.teacher_trunk]
+
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, D) of the teacher's trunk."""
         return self.teacher_trunk(images)

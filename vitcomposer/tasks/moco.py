@@ -38,6 +38,10 @@ class MoCo(SelfSupervisedTask):
         self.momentum_projector = frozen_copy(copy.deepcopy(projector), projector)
         self.temperature = temperature
 
+    @property
+    def trunks(self) -> list[nn.Module]:
+        return [self.trunk, self.momentum_trunk]
+
     def forward(self, batch: dict[str, Any]) -> Outputs:
         features = encode(self.trunk, batch[CROPS])
         queries = [self.predictor(self.projector(view)) for view in features.chunk(2)]

@@ -29,6 +29,11 @@ class SelfSupervisedTask(ComposerModel):
         super().__init__()
         self.trunk = trunk
 
+    @property
+    def trunks(self) -> list[nn.Module]:
+        """The networks that nearly all of the time goes to, each called once for a crop size."""
+        return [self.trunk]
+
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (B, D) of images (B, 3, S, S)."""
         return self.trunk(images)

@@ -1,5 +1,6 @@
 """SwAV (arXiv:2006.09882) as a ComposerModel."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead
+from vitcomposer.ranks import all_reduce
 from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, multi_crop_flops
 
 _USAGE_STEPS = 100  # over which the use of the prototypes is averaged
@@ -17,7 +19,7 @@ class SwAV(SelfSupervisedTask):
     """Trunk, head and the swapped prediction of codes.
 
     Logs ``swav/prototype_usage``: the entropy of how often each prototype of the first set is the nearest one of a crop
-    with codes, over about 100 steps of one rank, as a share of its maximum. A collapse shows as a low value.
+    with codes, over about the last 100 global batches, as a share of its maximum. A collapse shows as a low value.
 
     Args:
         freeze_prototypes_epochs: So long the prototypes are not normalised either, which could change their last bits;
@@ -73,10 +75,11 @@ class SwAV(SelfSupervisedTask):
     @torch.no_grad()
     def _log_usage(self, scores: Tensor) -> None:
         by_crop = scores.view(self.objective.num_crops, -1, scores.shape[-1])
-        nearest = by_crop[list(self.objective.crops_for_assign)].argmax(dim=-1).flatten()
+        # A list as an index would be copied to the device in every step.
+        nearest = torch.cat([by_crop[crop].argmax(dim=-1) for crop in self.objective.crops_for_assign])
         counts = torch.zeros_like(self.usage).index_add_(0, nearest, torch.ones_like(nearest, dtype=self.usage.dtype))
-        self.usage.lerp_(counts, 1 / _USAGE_STEPS)
+        self.usage.lerp_(all_reduce(counts), 1 / _USAGE_STEPS)
         if self.logger is not None:
             shares = self.usage / self.usage.sum()
-            entropy = torch.special.entr(shares).sum() / torch.tensor(float(len(shares))).log()
+            entropy = torch.special.entr(shares).sum() / math.log(len(shares))
             self.logger.log_metrics({"swav/prototype_usage": entropy})
