@@ -40,7 +40,7 @@ MODEL = {
 DATA: dict[str, dict[str, Any]] = {
     "digits": {
         "model.image_size": 24,
-        "max_duration": "24ep",
+        "max_duration": "30ep",
         "schedule.t_warmup": "3ep",
         "optimizer.lr": 2e-3,
     },
@@ -56,14 +56,15 @@ DATA: dict[str, dict[str, Any]] = {
         "augment.crop_scale": "[0.5,1.0]",
     },
 }
-SIZES = {"digits": [12, 16, 20, 24], "fashion": [16, 20, 24, 28]}
+SIZES = {"digits": [16, 20, 24], "fashion": [16, 20, 28]}
+COMPUTE = [0.55, 0.2, 0.25]
 
 
 def variants(data: str) -> dict[str, dict[str, Any]]:
     """Overrides of each variant beside the baseline's."""
     sizes = SIZES[data]
-    curriculum = f"{{image_sizes: {sizes}, compute: [0.2, 0.4, 0.2, 0.2], rand_augment_from: 1.0}}"
-    low_high = f"{{image_sizes: [{sizes[1]}, {sizes[-1]}], compute: [0.8, 0.2], rand_augment_from: 1.0}}"
+    curriculum = f"{{image_sizes: {sizes}, compute: {COMPUTE}, rand_augment_from: 1.0}}"
+    low_high = f"{{image_sizes: [{sizes[0]}, {sizes[-1]}], compute: [0.8, 0.2], rand_augment_from: 1.0}}"
     return {
         "baseline": {},
         "curriculum": {"algorithms.Curriculum": curriculum},
@@ -114,7 +115,8 @@ def train(name: str, seed: int, overrides: dict[str, Any], runs: Path) -> dict[s
     """One run; its summary."""
     run = f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     folder = runs / run
-    if not (folder / "summary.json").exists():
+    if not is_finished(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         changes = [f"{key}={value}" for key, value in overrides.items()]
         command = [sys.executable, "train.py", YAML, *changes, f"seed={seed}", f"run.name={run}", f"run.folder={runs}"]
         done = subprocess.run(
@@ -125,6 +127,11 @@ def train(name: str, seed: int, overrides: dict[str, Any], runs: Path) -> dict[s
     summary = json.loads((folder / "summary.json").read_text())
     training_seconds = summary["images_seen"] / summary["images_per_sec"]
     return {**{key: summary[key] for key in ("top1", "top1_ema", "train_flops")}, "seconds": training_seconds}
+
+
+def is_finished(folder: Path) -> bool:
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["finished"]
 
 
 def summarize(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

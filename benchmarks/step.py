@@ -44,6 +44,7 @@ MODELS = {
     "convit_s": ("convit_small", "convit_small"),
     "convit_b": ("convit_base", "convit_base"),
 }
+SWAV = "swav"  # DeiT-S; its two sides are in step_swav.py
 DROP_MODEL, DROP_RATE = "vit_small_patch16", 0.4
 RULE_RATES, RULE_BATCH = (0.05, 0.1, 0.2, 0.3, 0.4), 20
 
@@ -159,11 +160,15 @@ def random_batch(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def measure_model(name: str, batch: int, rounds: int, device: torch.device, compiled: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    data = random_batch(batch, device)
-    steps = {
-        who: TrainingStep(model, *data, classify, device=device, compiled=compiled)
-        for who, model in against_timm(name).items()
-    }
+    data, loss = random_batch(batch, device), classify
+    if name == SWAV:
+        # Our task is a ComposerModel, and Composer takes 6 seconds to import.
+        from step_swav import both_sides, loss_itself
+
+        sides, loss = both_sides(batch, device), loss_itself
+    else:
+        sides = against_timm(name)
+    steps = {who: TrainingStep(model, *data, loss, device=device, compiled=compiled) for who, model in sides.items()}
     row = compare(take_turns(dict(steps), rounds, device), "timm", "vitcomposer", batch)
     return {"model": name, "batch": batch, **row, "peak_bytes": {w: peak_bytes(s, device) for w, s in steps.items()}}
 
@@ -263,7 +268,9 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}; empty for none")
+    parser.add_argument(
+        "--models", default=",".join([*MODELS, SWAV]), help=f"of {', '.join([*MODELS, SWAV])}; empty for none"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -274,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON; a Markdown table is written beside it")
     args = parser.parse_args(arguments)
     names = [name for name in args.models.split(",") if name]
-    if unknown := sorted(set(names) - MODELS.keys()):
-        parser.error(f"--models must be of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    if unknown := sorted(set(names) - {*MODELS, SWAV}):
+        parser.error(f"--models must be of {', '.join([*MODELS, SWAV])}, got {', '.join(unknown)}")
     torch.set_num_threads(1)
     device = torch.device(args.device)
     report: dict[str, Any] = {
