@@ -157,13 +157,13 @@ def test_one_line_of_a_yaml_chooses_an_optimizer_that_learns(name):
         optimizer.train()
     images, labels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(4)
     losses = []
-    for _ in range(4):
+    for _ in range(20):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.97 * losses[0], losses
+    assert max(losses[-5:]) < min(losses[:5]), losses
 
 
 def test_weight_decay_moves_only_the_decayed_group():

@@ -142,13 +142,16 @@ def schedule_free(mds: Path, runs: Path, name: str, algorithms: str = "{}") -> l
         "optimizer.name=adamw_schedulefree",
         "optimizer.options={}",
         "schedule.alpha_f=1",
+        "max_duration=4ba",
+        "run.eval_interval=2ba",
     ]
 
 
-def test_run_stopped_between_epochs_ends_with_the_losses_of_one(photo_mds: Path, tmp_path: Path) -> None:
+def test_run_stopped_after_an_evaluation_ends_with_the_losses_of_one(photo_mds: Path, tmp_path: Path) -> None:
     assert run_train([*schedule_free(photo_mds, tmp_path, "whole")]) == 0
-    for epochs in (1, 2):
-        assert run_train([*schedule_free(photo_mds, tmp_path, "parts"), f"max_duration={epochs}ep"]) == 0
+    for steps in (2, 4):
+        assert run_train([*schedule_free(photo_mds, tmp_path, "parts"), f"max_duration={steps}ba"]) == 0
+    assert len(losses(tmp_path / "parts")) == 4
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
