@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vitcomposer import config
-from vitcomposer.schema import ConfigError, Supervised
+from vitcomposer.schema import CONFIGS, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = ROOT / "yamls/deit_s.yaml"
@@ -15,7 +15,7 @@ DEIT = ROOT / "yamls/deit_s.yaml"
 @pytest.mark.parametrize("path", sorted((ROOT / "yamls").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_yaml_loads_and_its_saved_form_is_equal(path: Path, tmp_path: Path) -> None:
     cfg = config.load(path)
-    assert isinstance(cfg, Supervised)
+    assert isinstance(cfg, CONFIGS[cfg.recipe])
     assert cfg.run.name == path.stem
     saved = tmp_path / "config.yaml"
     saved.write_text(config.to_yaml(cfg))

@@ -21,8 +21,9 @@ class KNNMonitor(Callback):
     """Classifies held-out images by the nearest training images in the space of ``task.features``.
 
     Measures before the first step, every ``interval`` and at the end of training, in evaluation mode. No random number
-    is drawn and every module gets its mode back, so training goes on as it would have done. Logs ``knn/top1_k<k>``,
-    ``knn/top5_k<k>`` and ``knn/top1``, the highest of the former over ``k``.
+    is drawn and every module gets its mode back, so training goes on as it would have done. Its loader workers are
+    forked before the first step and stay: later there are threads, whose locks a fork would copy. Logs
+    ``knn/top1_k<k>``, ``knn/top5_k<k>`` and ``knn/top1``, the highest of the former over ``k``.
 
     Args:
         task: A ComposerModel with ``features(images) -> (B, D)``.
@@ -52,6 +53,9 @@ class KNNMonitor(Callback):
         self._max_duration = state.max_duration
         if state.timestamp.batch == 0:
             self._measure(state, logger)
+            return
+        for data in (self.train, self.val):
+            iter(data.dataloader)  # has the workers forked
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._measure_if_due(state, logger, Event.BATCH_END)
@@ -59,8 +63,15 @@ class KNNMonitor(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         self._measure_if_due(state, logger, Event.EPOCH_END)
 
+    def close(self, state: State, logger: Logger) -> None:
+        for data in (self.train, self.val):
+            iterator = getattr(data.dataloader, "_iterator", None)  # of workers that stay
+            if iterator is not None:
+                iterator._shutdown_workers()
+
     def _measure_if_due(self, state: State, logger: Logger, event: Event) -> None:
-        stopped = state.max_duration != self._max_duration  # by a signal: the scheduler grants no time for this
+        # By a signal: the scheduler grants no time for this. Composer cannot compare a step with an epoch.
+        stopped = state.max_duration is not self._max_duration
         if not stopped and self._measured_at != state.timestamp.batch.value and self._due(state, event):
             self._measure(state, logger)
 

@@ -54,6 +54,9 @@ class ChosenSamples(IterableDataset):
         for begin in range(first * size, len(self._ids), workers * size):
             for at in self._ids[begin : begin + size]:
                 yield self._images[int(at)]
+        if isinstance(self._images, ImageStream) and self._images.cache_limit:
+            # This worker stays, and a shard that it has mapped stays on the disk when it is evicted.
+            self._images._rows.forget(np.ones(self._images.num_shards, bool))
 
 
 def choose_samples(num_samples: int, count: int | None, seed: int) -> NDArray[np.int64]:
@@ -97,6 +100,7 @@ def build_centre_crops(
         ),
         num_workers=workers,
         prefetch_factor=cfg.data.prefetch_factor if workers else None,
+        persistent_workers=workers > 0,  # made before there is anything to disturb, see KNNMonitor
         timeout=cfg.data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # an iterator draws a seed, which must not come from the training's generator

@@ -1,35 +1,30 @@
 """Training and evaluation samples from MDS shards, on disk or on an object store."""
 
-import itertools
 import multiprocessing
 import os
 import resource
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from ctypes import c_bool, c_char
 from dataclasses import dataclass
-from pathlib import Path
 from time import time_ns
 from typing import Any, NoReturn, cast
 
 import numpy as np
-import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.constant import CACHE_FILELOCK
 from streaming.base.dataset import _ShardState
-from streaming.base.distributed import get_local_rank
 from streaming.base.format.mds.reader import MDSReader
-from streaming.base.shared import prefix
 from streaming.base.world import World
 
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange, steps_before
 from vitcomposer.data.rows import Image, RowReader, ShardError
 from vitcomposer.data.shards import INDEX, ShardStream
+from vitcomposer.data.start import one_start_at_a_time
 from vitcomposer.schema import ConfigError
 
 _LOCAL = int(_ShardState.LOCAL)
@@ -109,31 +104,6 @@ class _FetchAhead:
             done = max(done, end)
             if done < len(self._shards):
                 self._wake.wait()
-
-
-@contextmanager
-def one_start_at_a_time() -> Iterator[None]:
-    """Let the runs of a machine set up their StreamingDatasets one after the other.
-
-    Streaming looks for a free name in shared memory and takes it in a second step, so two runs that start together can
-    choose the same. Its ranks look on their own: they wait until their leader holds the lock. After a minute it goes
-    on without, since two runs that share several nodes could wait for each other. Each node of a run looks from a
-    number of its own, so that two nodes can also be two launchers on one machine.
-    """
-    node = World.detect().node
-    lock = FileLock(Path(tempfile.gettempdir(), f"vitcomposer-{os.getuid()}-{node}.lock"), timeout=60)
-    numbers = prefix._each_prefix_int
-    prefix._each_prefix_int = lambda: itertools.count(10_000 * node)
-    if get_local_rank() == 0:
-        with suppress(Timeout):
-            lock.acquire()
-    try:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        yield
-    finally:
-        prefix._each_prefix_int = numbers
-        lock.release()
 
 
 class ImageStream(StreamingDataset):
