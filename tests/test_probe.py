@@ -1,4 +1,4 @@
-"""Features by name, linear heads on a frozen trunk, the k-NN monitor and low-shot splits, through the real Trainer."""
+"""Features by name, linear heads on a frozen trunk, k-NN and low-shot splits, through the real Trainer."""
 
 import json
 import logging
@@ -14,20 +14,15 @@ import pytest
 import timm
 import torch
 from composer import Trainer
-from composer.core import Callback, DataSpec, State
-from composer.loggers import Logger, LoggerDestination
 from composer.models import ComposerModel
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.callbacks import tiny_run
 from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, run_train
 from vitcomposer import optim
-from vitcomposer.callbacks import KNNMonitor, StepSeed
-from vitcomposer.data.evaluation import ChosenSamples, choose_samples
+from vitcomposer.callbacks import StepSeed
 from vitcomposer.data.subset import write_subset
-from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.features import FrozenFeatures
 from vitcomposer.schema import ConfigError
@@ -194,109 +189,6 @@ def test_compiled_probe_is_one_graph_with_the_same_accuracies(
     assert counters["stats"]["unique_graphs"] == 2, "training and evaluation"
     assert found["compiled"] == found["eager"]
     torch._dynamo.reset()
-
-
-class _Task(tiny_run.TinyTask):
-    """The tiny classifier with features, dropout and a module that stays in evaluation mode on its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model.insert(3, torch.nn.Dropout(0.5))
-        self.model.append(torch.nn.BatchNorm1d(2))
-        self.still = torch.nn.Dropout(0.5)
-
-    def train(self, mode: bool = True) -> "_Task":
-        super().train(mode)
-        self.still.eval()
-        return self
-
-    def features(self, images: Tensor) -> Tensor:
-        assert not self.model.training
-        return self.model[:3](images)
-
-
-class _Curve(Callback):
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.modes: list[tuple[bool, ...]] = []
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        assert isinstance(state.loss, Tensor)
-        self.losses.append(float(state.loss))
-        self.modes.append(tuple(module.training for module in state.model.modules()))
-
-
-class _Log(LoggerDestination):
-    def __init__(self) -> None:
-        self.seen: list[tuple[int | None, float]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "knn/top1" in metrics:
-            assert metrics["knn/top1"] == max(metrics["knn/top1_k1"], metrics["knn/top1_k3"])
-            self.seen.append((step, metrics["knn/top1"]))
-
-
-class _Stop(Callback):
-    """Ends training as a signal does."""
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch == 5:
-            state.stop_training()
-
-
-def tiny_training(monitored: bool, *first: Callback) -> tuple[_Curve, _Log]:
-    """Eight steps whose dropout draws from the global generator, in order: no seed per step hides a draw too many."""
-    task, curve, log = _Task(), _Curve(), _Log()
-    split = DataSpec(DataLoader(tiny_run.Images(), batch_size=6, generator=torch.Generator()))
-    monitor = KNNMonitor(task, split, split, k=[1, 3], temperature=0.07, interval="3ba")
-    trainer = Trainer(
-        model=task,
-        train_dataloader=DataLoader(tiny_run.Images(), batch_size=tiny_run.BATCH, generator=torch.Generator()),
-        optimizers=torch.optim.AdamW(task.parameters(), lr=1e-2),
-        callbacks=[*first, *([monitor] if monitored else []), curve],
-        loggers=[log],
-        max_duration="2ep",
-        device="cpu",
-        seed=0,
-        progress_bar=False,
-    )
-    trainer.fit()
-    trainer.close()
-    return curve, log
-
-
-def test_monitor_leaves_the_loss_curve_bitwise_unchanged() -> None:
-    (without, nothing), (with_it, log) = tiny_training(False), tiny_training(True)
-    assert with_it.losses == without.losses and len(set(without.losses)) == 8
-    assert with_it.modes == without.modes and True in with_it.modes[-1] and False in with_it.modes[-1]
-    assert nothing.seen == [] and [step for step, _ in log.seen] == [0, 3, 6, 8]
-    assert log.seen[-1][1] == 1.0, "every image is its own nearest neighbour"
-
-
-def test_monitor_takes_no_time_of_a_run_that_a_signal_ends() -> None:
-    curve, log = tiny_training(True, _Stop())
-    assert len(curve.losses) == 5 and [step for step, _ in log.seen] == [0, 3]
-
-
-def test_samples_are_drawn_once_each_and_shared_by_seed() -> None:
-    ids = choose_samples(1000, 100, seed=3)
-    assert len(set(ids.tolist())) == 100 and ids.min() >= 0 and ids.max() < 1000
-    assert ids.tolist() == sorted(ids.tolist()) == choose_samples(1000, 100, seed=3).tolist()
-    assert ids.tolist() != choose_samples(1000, 100, seed=4).tolist()
-    assert choose_samples(10, None, seed=0).tolist() == choose_samples(10, 99, seed=0).tolist() == list(range(10))
-
-
-def test_chosen_samples_do_not_move_the_epochs_on() -> None:
-    def epoch(images: SyntheticImages) -> list[int]:
-        return [sample["sample_id"] for sample in images]
-
-    first, second = (
-        SyntheticImages(num_samples=20, num_classes=4, batch_size=4, shuffle=True, seed=0) for _ in range(2)
-    )
-    chosen = ChosenSamples(second, choose_samples(20, 6, seed=0), batch_size=4)
-    assert epoch(first) == epoch(second)
-    assert [sample["sample_id"] for sample in chosen] == choose_samples(20, 6, seed=0).tolist()
-    assert epoch(first) == epoch(second)
 
 
 def knn_of(photos: Path, tmp_path: Path, name: str, *more: str) -> dict[str, Any]:
