@@ -45,7 +45,7 @@ class TrainerSteps:
         overrides += [f"run.folder={folder}", "run.name=step", f"run.save_interval={NEVER}", "run.progress_bar=false"]
         cfg = config.load(yaml, [*overrides, f"precision={'amp_bf16' if images.is_cuda else 'fp32'}"])
         placement = prepare(cfg)
-        network = build_network(cfg.model)
+        network = build_network(cfg.model, cfg.init)
         self.targets = F.one_hot(labels, cfg.model.num_classes).float()
         batches = [{"image": images, "label": labels, "target": self.targets}] * 1000
         self._clock = StepClock()

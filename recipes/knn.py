@@ -20,7 +20,7 @@ def build(cfg: Neighbors) -> Trainer:
     """
     run = prepare(cfg)
     size = run.device_eval_batch_size
-    task = Embedding(build_network(cfg.model))
+    task = Embedding(build_network(cfg.model, cfg.init))
     crops = partial(build_centre_crops, cfg, mean=cfg.mean, std=cfg.std, device_batch_size=size)
     train = crops(open_images(cfg, "train", batch_size=size), num_samples=cfg.knn.train_samples)
     val = crops(open_images(cfg, "val", batch_size=size))

@@ -21,7 +21,7 @@ def build(cfg: Probe) -> Trainer:
     """
     optim.check_schedule(cfg.max_duration, cfg.schedule)
     run = prepare(cfg)
-    trunk = build_network(replace(cfg.model, num_classes=0))
+    trunk = build_network(replace(cfg.model, num_classes=0), cfg.init)
     flops = forward_flops(trunk, cfg.model.image_size)
     combinations = itertools.product(cfg.heads.features, cfg.heads.lr_factors, cfg.heads.batch_norm)
     task = LinearProbe(trunk, [Head(*each) for each in combinations], num_classes=cfg.model.num_classes)

@@ -31,7 +31,7 @@ def build(cfg: Supervised) -> Trainer:
     check(cfg)
     run = prepare(cfg)
     check_mixing(cfg, run)
-    model = build_network(cfg.model)
+    model = build_network(cfg.model, cfg.init)
     options, others = split_options(cfg.algorithms)
     check_network(options, model, image_size=cfg.model.image_size, rand_augment=cfg.augment.rand_augment)
     algorithms = build_algorithms(

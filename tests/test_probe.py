@@ -269,7 +269,7 @@ def trunk_in(path: Path, prefix: str) -> dict[str, Tensor]:
 def test_checkpoint_of_a_run_goes_into_each_recipe_with_one_override(
     pretrained: Path, photo_mds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = f"model.weights={pretrained}"
+    weights = f"init.weights={pretrained}"
     new = knn_of(photo_mds, tmp_path, "new")["knn"]
     assert knn_of(photo_mds, tmp_path, "knn", weights)["knn"] != new
     assert "54 tensors loaded, 100.0% of the model without its head" in capsys.readouterr().out
@@ -291,9 +291,9 @@ def test_weights_of_another_model_are_refused(
     pretrained: Path, photo_mds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = [*LINEAR, *overrides(photo_mds, tmp_path, "other"), *SHORT]
-    assert run_train([*page, f"model.weights={pretrained}", "model.depth=6"]) == 2
+    assert run_train([*page, f"init.weights={pretrained}", "model.depth=6"]) == 2
     assert "latest-rank0.pt fills" in capsys.readouterr().err
-    assert run_train([*page, "model.weights=runs/absent.pt"]) == 2
+    assert run_train([*page, "init.weights=runs/absent.pt"]) == 2
     assert "absent.pt" in capsys.readouterr().err
 
 

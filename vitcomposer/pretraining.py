@@ -45,7 +45,7 @@ def build_trunk(
     Raises:
         ConfigError: A network that is not there, or does not fit its crops or its head.
     """
-    trunk = build_network(model)
+    trunk = build_network(model, cfg.init)
     patch = getattr(trunk, "patch_size", 1)
     fits = all(size % patch == 0 for size in cfg.crops.size_crops)
     remedy = f"A patch has {patch} pixels: use multiples of it."

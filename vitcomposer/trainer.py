@@ -23,7 +23,7 @@ from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
 from vitcomposer.execution import SHARDED, attention_order, check_execution, compile_forward, shard_blocks
 from vitcomposer.models import build_model, load_weights
-from vitcomposer.schema import ConfigError, Model, require
+from vitcomposer.schema import ConfigError, Init, Model, require
 from vitcomposer.tasks import Classification
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
@@ -50,17 +50,16 @@ def run_folder(cfg: Any) -> Path:
     return Path(cfg.run.folder) / cfg.run.name
 
 
-def build_network(model: Model) -> nn.Module:
+def build_network(model: Model, init: Init) -> nn.Module:
     """The network of the ``model`` block; what the yaml leaves out keeps the published value of the name.
 
     Raises:
-        ConfigError: A name, an option or a size that no network has; ``weights`` that cannot be read or do not fit.
+        ConfigError: A name, an option or a size that no network has; weights that cannot be read or do not fit.
     """
     options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
-    weights = options.pop("weights", None)
     try:
         network = build_model(options.pop("name"), **options)
-        report = load_weights(network, weights) if weights else None
+        report = load_weights(network, init.weights, min_matched=init.min_matched) if init.weights else None
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     if report is not None and dist.get_global_rank() == 0:

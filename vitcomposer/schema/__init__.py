@@ -12,6 +12,7 @@ from vitcomposer.schema.blocks import (
     ConfigError,
     Data,
     Evaluation,
+    Init,
     Mixing,
     Model,
     Optimizer,
@@ -20,6 +21,7 @@ from vitcomposer.schema.blocks import (
     did_you_mean,
     require,
 )
+from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
 from vitcomposer.schema.self_supervised import DINO, Crops, MoCo, SelfSupervised, SimCLR, SwAV
 from vitcomposer.schema.supervised import Supervised
@@ -34,8 +36,11 @@ __all__ = [
     "ConfigError",
     "Crops",
     "Data",
+    "Distill",
+    "Distillation",
     "Evaluation",
     "Heads",
+    "Init",
     "Mixing",
     "MoCo",
     "Model",
@@ -48,12 +53,15 @@ __all__ = [
     "SimCLR",
     "Supervised",
     "SwAV",
+    "Teacher",
+    "TeacherCache",
     "did_you_mean",
     "require",
 ]
 
 CONFIGS: dict[str, type] = {
     "supervised": Supervised,
+    "distill": Distill,
     "swav": SwAV,
     "simclr": SimCLR,
     "moco": MoCo,

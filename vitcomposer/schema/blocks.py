@@ -38,7 +38,6 @@ class Model:
     num_classes: int
     image_size: int  # pixels
     drop_path_rate: float
-    weights: str | None = None  # checkpoint to start from: of a run, or a file of timm, DeiT, DINO, MoCo-v3
     drop_rate: float = 0.0
     attn_drop_rate: float | None = None
     drop_path_mode: Literal["linear", "constant"] | None = None
@@ -49,8 +48,10 @@ class Model:
     num_heads: int | None = None
     mlp_ratio: float | None = None
     init_values: float | None = None  # LayerScale
+    qkv_bias: bool | None = None
     class_token: bool | None = None  # ViT only
     position_embedding: Literal["learned", "sincos"] | None = None  # ViT only
+    combine_heads: Literal["logits", "probabilities"] | None = None  # distilled only: of what evaluation takes the mean
     local_up_to_layer: int | None = None  # ConViT only: the number of GPSA layers
     locality_strength: float | None = None  # ConViT only
     use_local_init: bool | None = None  # ConViT only
@@ -60,6 +61,26 @@ class Model:
         require(self.image_size >= 1, "model.image_size", "a number of pixels", self.image_size, "Use 224.")
         _fraction("model.drop_path_rate", self.drop_path_rate, "Use 0 to switch stochastic depth off.")
         _fraction("model.drop_rate", self.drop_rate, "Use 0 to switch dropout off.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """What training starts from, and which part of the network it changes.
+
+    ``weights`` is a checkpoint of a run or a file of timm, DeiT, ConViT, DINO, MoCo-v3 or SwAV, read without running
+    code in it.
+    """
+
+    weights: str | None = None  # null: as the model initialises itself
+    min_matched: float = 0.9  # least share of the network, heads aside, that the file has to fill
+    train_blocks: int | None = None  # the last blocks that learn, beside final norm and head; 0: the head; null: all
+
+    def __post_init__(self) -> None:
+        remedy = "0.9 refuses the file of another network; 1 takes nothing but the whole."
+        _fraction("init.min_matched", self.min_matched, remedy)
+        blocks = self.train_blocks
+        fits = blocks is None or blocks >= 0
+        require(fits, "init.train_blocks", "0 or more", blocks, "0 trains the head alone, null everything.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +230,15 @@ class Optimizer:
     lr_scaling: Literal["linear", "sqrt", "none"]  # Goyal et al., arXiv:1706.02677
     weight_decay: float
     decay_all: bool = False  # norms and biases too, as SwAV's LARS does, which adapts only what it decays
+    layer_decay: float = 1.0  # factor of the learning rate from each block to the one below it; 1 is off
     options: dict[str, Any] = field(default_factory=dict)  # betas, eps, momentum, ...: of that optimizer
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optimizer.lr", "above 0", self.lr, "DeiT uses 5e-4 at 512 images.")
         require(self.lr_batch_size >= 1, "optimizer.lr_batch_size", "1 or more", self.lr_batch_size, "DeiT uses 512.")
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay, "DeiT uses 0.05.")
+        remedy = "0.75 is usual for fine-tuning, 1 switches it off."
+        require(0 < self.layer_decay <= 1, "optimizer.layer_decay", "in (0, 1]", self.layer_decay, remedy)
 
     def peak_lr(self, global_train_batch_size: int) -> float:
         """The highest learning rate of the run."""

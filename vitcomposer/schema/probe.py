@@ -1,6 +1,6 @@
 """The yamls that evaluate features: of the recipes ``probe`` and ``knn``, and of the k-NN monitor in pre-training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vitcomposer.schema.blocks import (
@@ -9,6 +9,7 @@ from vitcomposer.schema.blocks import (
     Augment,
     Data,
     Evaluation,
+    Init,
     Mixing,
     Model,
     Optimizer,
@@ -73,6 +74,7 @@ class Probe:
     evaluation: Evaluation
     optimizer: Optimizer
     schedule: Schedule
+    init: Init = field(default_factory=Init)
     run: Run
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ class Neighbors:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     knn: KNN
+    init: Init = field(default_factory=Init)
     run: Run
 
     def __post_init__(self) -> None:

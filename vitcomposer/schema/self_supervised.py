@@ -8,6 +8,7 @@ from vitcomposer.schema.blocks import (
     IMAGENET_STD,
     Data,
     Evaluation,
+    Init,
     Model,
     Optimizer,
     Run,
@@ -99,6 +100,7 @@ class SelfSupervised:
     evaluation: Evaluation  # how the monitor sees images
     monitor: KNN | None  # nearest neighbours in the features of the trunk while it trains; null: none
     algorithms: dict[str, dict[str, Any]] = field(default_factory=dict)  # Composer's names
+    init: Init = field(default_factory=Init)
     run: Run
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from vitcomposer.schema.blocks import (
     Augment,
     Data,
     Evaluation,
+    Init,
     Mixing,
     Model,
     Optimizer,
@@ -34,6 +35,7 @@ class Supervised:
     optimizer: Optimizer
     schedule: Schedule
     algorithms: dict[str, dict[str, Any]] = field(default_factory=dict)  # Composer's names
+    init: Init = field(default_factory=Init)
     run: Run
 
     def __post_init__(self) -> None:
