@@ -50,6 +50,15 @@ def test_convit_is_a_little_slower_for_each_flop_than_a_vit(tmp_path: Path) -> N
     assert convit["basis"] == "roofline estimate, not measured"
 
 
+def test_blocks_that_do_not_learn_cost_their_forward_pass_alone(tmp_path: Path) -> None:
+    per_image = "train_flops_per_image"
+    whole, head, third = (
+        planned(tmp_path, "deit_s", f"init.train_blocks={blocks}", "init.weights=x")[per_image]
+        for blocks in ("null", 0, 4)
+    )
+    assert (head / whole, third / whole) == (pytest.approx(1 / 3), pytest.approx((1 + 2 / 3) / 3))
+
+
 def test_curriculum_costs_its_equal_compute_epochs(tmp_path: Path) -> None:
     found = planned(tmp_path, "vit_s_hot")
     stages = found["stages"]

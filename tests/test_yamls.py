@@ -14,11 +14,14 @@ from vitcomposer.costs import costs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPERVISED = [p for p in sorted((ROOT / "yamls").glob("*.yaml")) if "recipe: supervised\n" in p.read_text()]
-IMAGENET_YAMLS = [p for p in SUPERVISED if p.stem != "demo"]
+IMAGENET_YAMLS = [p for p in SUPERVISED if p.stem not in ("demo", "finetune_photos")]
+FROM_SCRATCH = [p for p in IMAGENET_YAMLS if not p.stem.startswith("finetune_")]  # the others: test_finetune.py
+
+LIVE_TEACHER = sorted((ROOT / "yamls").glob("deit_*_distilled.yaml"))  # built with small teachers in test_distill.py
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", IMAGENET_YAMLS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FROM_SCRATCH, ids=lambda p: p.stem)
 def test_yaml_trains_two_batches_from_the_loss_of_a_uniform_guess(path: Path, tmp_path: Path) -> None:
     overrides = ["data.source=synthetic", "data.local=null", "data.synthetic_samples=4", "data.num_workers=0"]
     overrides += ["precision=fp32", "global_train_batch_size=2", "max_duration=2ba", "schedule.t_warmup=1ba"]
@@ -42,7 +45,7 @@ def test_yaml_trains_two_batches_from_the_loss_of_a_uniform_guess(path: Path, tm
     assert summary["train_flops"] > 0 and summary["mfu"] is None and 0 <= summary["top1"] <= 1
 
 
-@pytest.mark.parametrize("path", IMAGENET_YAMLS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*IMAGENET_YAMLS, *LIVE_TEACHER], ids=lambda p: p.stem)
 def test_yaml_header_states_the_counted_flops_and_the_planned_hours(path: Path, tmp_path: Path) -> None:
     found = costs_of(config.load(path), gpu="h200", gpus=1, images=1_281_167, results=tmp_path)
     stated = re.search(r"Cost: ([\d.]+) GFLOP an image, ([\d.]+) EFLOP; (?:([\d.]+) H200-hours)?", path.read_text())

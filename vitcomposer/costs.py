@@ -16,6 +16,7 @@ import torch
 
 from vitcomposer import curriculum, flops, optim
 from vitcomposer.models import build_model
+from vitcomposer.models.teachers import build_teacher_network
 from vitcomposer.schema import ConfigError, did_you_mean, require
 
 ROOFLINE = "roofline estimate, not measured"
@@ -214,7 +215,12 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
         heads = cfg.crops.total_num_crops * _head_flops(cfg.head)
         return flops.multi_crop_flops(module, cfg.crops.num_crops, cfg.crops.size_crops) + heads + extra
 
-    count: Any = network.forward_flops if crops is None else of_all_crops
+    def with_teacher(module: Any, image_size: int, **kept: float) -> float:
+        # What is counted here is multiplied by TRAIN_FACTOR, but a teacher runs forward alone, at its own size.
+        student = network.forward_flops(module, image_size, **kept) * flops.train_factor(module, cfg.init.train_blocks)
+        return (student + _teacher_flops(cfg)) / flops.TRAIN_FACTOR
+
+    count: Any = with_teacher if crops is None else of_all_crops
     return curriculum.build_plan(
         options,
         network.module,
@@ -224,6 +230,22 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
         images_per_step=cfg.global_train_batch_size,
         forward_flops=count,
     )
+
+
+def _teacher_flops(cfg: Any) -> int:
+    """Of one image through the teacher that runs beside the student, if there is one."""
+    if not hasattr(cfg, "distillation") or cfg.cache is not None:
+        return 0
+    teacher = cfg.teacher
+    size = teacher.image_size or cfg.model.image_size
+    try:
+        with torch.device("meta"):
+            network = build_teacher_network(
+                teacher.name, num_classes=cfg.model.num_classes, image_size=size, **teacher.options
+            )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return flops.forward_flops(network, size)
 
 
 def _head_flops(head: Any) -> int:

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcomposer.models.convit import ConViT
-from vitcomposer.models.vit import ImageTransformer
+from vitcomposer.models.transformer import ImageTransformer
 
 TRAIN_FACTOR = 3  # a training step: the backward pass computes the gradients of inputs and of weights
 
@@ -42,6 +42,16 @@ def forward_flops(model: nn.Module, image_size: int, *, patch_keep_rate: float =
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         measured(image)
     return counter.get_total_flops()
+
+
+def train_factor(model: nn.Module, train_blocks: int | None) -> float:
+    """What a training image costs in forward passes, where the last ``train_blocks`` blocks learn; None is all of them.
+
+    The backward pass stops at the first block that learns. Embedding and head are counted as nothing.
+    """
+    if train_blocks is None:
+        return TRAIN_FACTOR
+    return 1 + (TRAIN_FACTOR - 1) * train_blocks / len(cast(nn.ModuleList, model.blocks))
 
 
 def multi_crop_flops(trunk: nn.Module, num_crops: Sequence[int], size_crops: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -27,7 +27,9 @@ OUR_OPTIMIZERS: dict[str, type[Optimizer]] = {
 timm_optim: Any = timm.optim  # it does not declare what it exports
 
 
-def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = False) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, *, decay_all: bool = False, layer_lrs: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: with ``weight_decay`` and, ``weight_decay: 0``, without.
 
     Without are one-dimensional parameters (norms, gates), everything named ``bias`` and what the model lists in
@@ -36,6 +38,8 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = Fal
 
     Args:
         decay_all: All of them in the first group.
+        layer_lrs: Learning rate of each layer, as :func:`layer_lrs` gives them. Then every layer has its own two
+            groups, the highest layer first.
 
     Raises:
         ValueError: A listed name that fits no parameter; the model lists it wrongly.
@@ -48,14 +52,33 @@ def param_groups(model: nn.Module, weight_decay: float, *, decay_all: bool = Fal
             f"{type(model).__name__}.no_weight_decay() must name parameters of the model, got {lost}, which fit none. "
             f"Mend the method."
         )
-    decayed, exempt = [], []
+    layer_of = (lambda name: 0) if layer_lrs is None else cast(Callable[[str], int], model.layer_of)
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for full, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
         free = parameter.ndim <= 1 or _ends_with(full, "bias") or any(_ends_with(full, name) for name in listed)
-        (exempt if free and not decay_all else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        members.setdefault((layer_of(full), free and not decay_all), []).append(parameter)
+    groups = []
+    for layer, exempt in sorted(members, key=lambda key: (-key[0], key[1])):
+        group = {"params": members[layer, exempt], "weight_decay": 0.0 if exempt else weight_decay}
+        groups.append(group if layer_lrs is None else {**group, "lr": layer_lrs[layer]})
+    return groups
+
+
+def layer_lrs(model: nn.Module, lr: float, layer_decay: float) -> list[float]:
+    """``lr * layer_decay ** (depth + 1 - layer)`` of a transformer's layers 0 .. depth + 1: embedding, blocks, head.
+
+    As in BEiT (arXiv:2106.08254) and MAE (2111.06377, appendix A.2): norm and head learn at ``lr``.
+
+    Raises:
+        ConfigError: A model without layers in a row.
+    """
+    remedy = "Set optimizer.layer_decay=1, or train a ViT, DeiT or ConViT."
+    rule = f"1 for {type(model).__name__}, whose parameters are in no row of blocks"
+    require(hasattr(model, "layer_of"), "optimizer.layer_decay", rule, layer_decay, remedy)
+    top = len(cast(nn.ModuleList, model.blocks)) + 1
+    return [lr * layer_decay ** (top - layer) for layer in range(top + 1)]
 
 
 def _ends_with(full: str, name: str) -> bool:
@@ -82,12 +105,14 @@ def build_optimizer(model: nn.Module, optimizer: schema.Optimizer, *, global_tra
         options["fused"] = True
     if name == "sgd":
         options.setdefault("momentum", 0.9)
-    groups = param_groups(model, optimizer.weight_decay, decay_all=optimizer.decay_all)
+    lr = optimizer.peak_lr(global_train_batch_size)
+    lrs = None if optimizer.layer_decay == 1 else layer_lrs(model, lr, optimizer.layer_decay)
+    groups = param_groups(model, optimizer.weight_decay, decay_all=optimizer.decay_all, layer_lrs=lrs)
     if name.endswith("muon"):
-        groups[-1]["use_fallback"] = True
+        for group in groups:
+            group["use_fallback"] = any(parameter.ndim <= 1 for parameter in group["params"])
     make: Any = cls if name in OUR_OPTIMIZERS else partial(timm_optim.create_optimizer_v2, opt=name)
     try:
-        lr = optimizer.peak_lr(global_train_batch_size)
         return make(groups, lr=lr, weight_decay=optimizer.weight_decay, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(

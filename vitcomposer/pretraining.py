@@ -9,14 +9,14 @@ from torch import nn
 
 from vitcomposer import optim
 from vitcomposer.algorithms import BeginStep, build_algorithms
-from vitcomposer.callbacks import build_knn_monitor
+from vitcomposer.callbacks import build_attention_monitor, build_knn_monitor
 from vitcomposer.data.evaluation import build_centre_crops, open_images
 from vitcomposer.data.multicrop_loader import build_multicrop_dataspec
 from vitcomposer.models import convert_sync_bn
 from vitcomposer.models.batch_norm import SyncBatchNorm
 from vitcomposer.schema import Model, SelfSupervised, require
 from vitcomposer.tasks import SelfSupervisedTask
-from vitcomposer.trainer import Placement, build_network, build_trainer, prepare
+from vitcomposer.trainer import Placement, build_network, build_trainer, prepare, starting_point
 
 
 def prepare_pretraining(cfg: SelfSupervised) -> Placement:
@@ -45,7 +45,7 @@ def build_trunk(
     Raises:
         ConfigError: A network that is not there, or does not fit its crops or its head.
     """
-    trunk = build_network(model, cfg.init)
+    trunk = build_network(model, starting_point(cfg))
     patch = getattr(trunk, "patch_size", 1)
     fits = all(size % patch == 0 for size in cfg.crops.size_crops)
     remedy = f"A patch has {patch} pixels: use multiples of it."
@@ -78,7 +78,7 @@ def build_pretraining(
         optimizer=optim.build_optimizer(task, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size),
         algorithms=[BeginStep(task), *chosen, *algorithms],
         train_flops_per_image=lambda step: flops,
-        callbacks=_monitor(cfg, run, task, train),
+        callbacks=_monitors(cfg, run, task, train),
         # Heads and losses talk to the other ranks, which no graph can.
         compiled=task.trunks,
     )
@@ -90,18 +90,20 @@ def _check_compile(cfg: SelfSupervised, task: SelfSupervisedTask) -> None:
     require(not (cfg.run.compile and synced), "run.compile", rule, True, "Or set sync_bn=none.")
 
 
-def _monitor(cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, train: DataSpec) -> list[Callback]:
-    if cfg.monitor is None:
+def _monitors(cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, train: DataSpec) -> list[Callback]:
+    if cfg.monitor is None and cfg.run.attention_interval is None:
         return []
-    size = run.device_eval_batch_size
+    size, crops = run.device_eval_batch_size, cfg.crops
+    val = open_images(cfg, "val", batch_size=size)
+    attention = build_attention_monitor(cfg, task.trunk, val, mean=crops.mean, std=crops.std)
+    if cfg.monitor is None:
+        return attention
     loader: Any = train.dataloader
     neighbours, queries = (
-        build_centre_crops(
-            cfg, images, mean=cfg.crops.mean, std=cfg.crops.std, device_batch_size=size, num_samples=samples
-        )
+        build_centre_crops(cfg, images, mean=crops.mean, std=crops.std, device_batch_size=size, num_samples=samples)
         for images, samples in (
             (loader.dataset, cfg.monitor.train_samples),
-            (open_images(cfg, "val", batch_size=size), None),
+            (val, None),
         )
     )
-    return [build_knn_monitor(cfg.monitor, task, neighbours, queries, key="monitor")]
+    return [*attention, build_knn_monitor(cfg.monitor, task, neighbours, queries, key="monitor")]

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer import Algorithm, Evaluator, Trainer
@@ -23,11 +23,13 @@ from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
 from vitcomposer.execution import SHARDED, attention_order, check_execution, compile_forward, shard_blocks
 from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.checkpoints import check_harmless
+from vitcomposer.models.transformer import ImageTransformer
 from vitcomposer.schema import ConfigError, Init, Model, require
 from vitcomposer.tasks import Classification
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
-FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation")
+FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "cache.remote")
 LATEST = "latest-rank{rank}.pt"
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
@@ -50,21 +52,45 @@ def run_folder(cfg: Any) -> Path:
     return Path(cfg.run.folder) / cfg.run.name
 
 
+def starting_point(cfg: Any) -> Init:
+    """``cfg.init``, without its file where a run goes on: a checkpoint holds every weight, and the file may be gone.
+
+    Raises:
+        ConfigError: Blocks that do not learn, in a network that starts from nothing.
+    """
+    init: Init = cfg.init
+    remedy = "Set init.weights=FILE, or leave init.train_blocks out."
+    rule = "null without init.weights: what does not learn must have been trained"
+    starts = init.train_blocks is None or init.weights is not None
+    require(starts, "init.train_blocks", rule, init.train_blocks, remedy)
+    return init if _latest_checkpoint(run_folder(cfg)) is None else dataclasses.replace(init, weights=None)
+
+
 def build_network(model: Model, init: Init) -> nn.Module:
     """The network of the ``model`` block; what the yaml leaves out keeps the published value of the name.
 
     Raises:
-        ConfigError: A name, an option or a size that no network has; weights that cannot be read or do not fit.
+        ConfigError: A name, an option or a size that no network has; weights that cannot be read or do not fit; blocks
+            that it does not have.
     """
     options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
     try:
         network = build_model(options.pop("name"), **options)
         report = load_weights(network, init.weights, min_matched=init.min_matched) if init.weights else None
+        if init.train_blocks is not None:
+            _freeze(network, init.train_blocks, model.name)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     if report is not None and dist.get_global_rank() == 0:
         print(report)
     return network
+
+
+def _freeze(network: nn.Module, train_blocks: int, name: str) -> None:
+    remedy = "Leave it out, or choose a ViT, DeiT or ConViT."
+    rule = f"null for {name}, which has no transformer blocks"
+    require(isinstance(network, ImageTransformer), "init.train_blocks", rule, train_blocks, remedy)
+    cast(ImageTransformer, network).freeze_below(train_blocks)
 
 
 def already_finished(cfg: Any) -> bool:
@@ -109,7 +135,7 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") ->
     changed = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or (not prefix and key in FREE_ON_RESUME):
+        if before == after or f"{prefix}{key}" in FREE_ON_RESUME:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             changed += _changed_keys(before, after, f"{prefix}{key}.")
@@ -267,7 +293,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         save_num_checkpoints_to_keep=cfg.run.keep_checkpoints,
         # A kill between a checkpoint and its `latest` link leaves a file that the resumed run writes again.
         save_overwrite=True,
-        load_path=_latest_checkpoint(folder),
+        load_path=_harmless_checkpoint(folder),
     )
 
 
@@ -289,6 +315,28 @@ def _latest_checkpoint(folder: Path) -> str | None:
     found = [str(latest) if latest.exists() else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def _harmless_checkpoint(folder: Path) -> str | None:
+    """:func:`_latest_checkpoint` after a look into it: Composer unpickles it as a whole, which would run code in it.
+
+    Raises:
+        ConfigError: It would.
+    """
+    path = _latest_checkpoint(folder)
+    problem: list[str | None] = [None]
+    if path is not None and dist.get_global_rank() == 0:  # which hands it to the ranks that cannot see it
+        try:
+            check_harmless(path)
+        except ValueError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ConfigError(
+            f"run.folder must hold checkpoints of weights and numbers to go on from: {problem[0]}. "
+            f"Set run.name to start another run, or put a checkpoint that you trust in its place."
+        )
+    return path
 
 
 def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:

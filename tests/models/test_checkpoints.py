@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from vitcomposer.models import build_model, load_weights
-from vitcomposer.models.vit import ImageTransformer
 
 OPTIONS = {"depth": 2, "embed_dim": 32, "num_heads": 4}
 CONVIT = {**OPTIONS, "local_up_to_layer": 1}
@@ -228,17 +226,27 @@ def test_official_deit3_names_are_mapped() -> None:
     assert_same_function(source, target)
 
 
-def test_checkpoint_without_qkv_bias_is_tolerated_and_reported() -> None:
-    source, target = (
-        small(seed=1, depth=12),
-        build_model("deit_tiny_patch16", num_classes=5, image_size=224, **{**OPTIONS, "depth": 12}),
-    )
-    state = {key: value for key, value in source.state_dict().items() if not key.endswith("qkv.bias")}
-    report = load_weights(target, state)
-    assert report.missing == tuple(f"blocks.{index}.attn.qkv.bias" for index in range(12))
-    assert not target.state_dict()["blocks.0.attn.qkv.bias"].any()
-    assert "left as initialised, not in the source: blocks.0.attn.qkv.bias" in str(report)
-    assert "and 6 more" in str(report)
+@pytest.mark.parametrize("name", ["deit_tiny_patch16", "convit_tiny"])
+def test_source_without_qkv_bias_gets_zeros_and_says_so(name: str) -> None:
+    source, target = small(name, seed=1, qkv_bias=False), small(name, seed=2, qkv_bias=True)
+    report = load_weights(target, source.state_dict())
+    expected = {key for key in target.state_dict() if key.endswith(("qkv.bias", "qk.bias", ".v.bias"))}
+    assert set(report.zeroed) == expected and not report.missing and report.matched == 1.0
+    assert "zero, trained without: blocks.0.attn.q" in str(report)
+    assert_same_function(source, target)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16", "convit_tiny"])
+def test_qkv_bias_is_dropped_only_where_it_is_zero(name: str) -> None:
+    source, target = small(name, seed=1, qkv_bias=True), small(name, seed=2, qkv_bias=False)
+    with pytest.raises(ValueError, match=r"the model has no blocks\.0\.attn\.q\w+\.bias.*; set model\.qkv_bias=true"):
+        load_weights(target, source.state_dict())
+    with torch.no_grad():
+        for key, value in source.state_dict().items():
+            if key.endswith(("qkv.bias", "qk.bias", ".v.bias")):
+                value.zero_()
+    assert "blocks.1.attn.qkv.bias" in load_weights(target, source.state_dict()).unexpected
+    assert_same_function(source, target)
 
 
 def test_too_little_matched_names_file_and_share(tmp_path: Path) -> None:
@@ -256,10 +264,3 @@ def test_too_little_matched_names_file_and_share(tmp_path: Path) -> None:
 def test_other_architecture_names_the_shapes() -> None:
     with pytest.raises(ValueError, match=r"30 of 30 tensors have another shape \(.*\(1, 1, 64\) for \(1, 1, 32\)"):
         load_weights(small(), small(embed_dim=64).state_dict())
-
-
-def test_weights_of_timm_load() -> None:
-    reference = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
-    model: ImageTransformer = build_model("vit_tiny_patch16", num_classes=7, image_size=224).eval()
-    assert load_weights(model, reference.state_dict()).matched == 1.0
-    assert_same_function(model, reference)

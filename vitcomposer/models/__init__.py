@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 from typing import Any
 
-from vitcomposer.models import convit, resnet, vit
+from vitcomposer.models import convit, resnet, transformer, vit
 from vitcomposer.models.batch_norm import convert_sync_bn
 from vitcomposer.models.checkpoints import LoadReport, load_weights
 from vitcomposer.models.heads import DINOHead, MLPHead, SwAVHead
@@ -34,8 +34,8 @@ def model_names() -> list[str]:
 
 def build_model(
     name: str, *, num_classes: int, image_size: int, **options: Any
-) -> vit.ImageTransformer | resnet.ResNet | MeanColor:
-    """Build a model with new weights; all but ``mean_color`` have timm's feature interface (``vit.ImageTransformer``).
+) -> transformer.ImageTransformer | resnet.ResNet | MeanColor:
+    """Build a model with new weights; all but ``mean_color`` have timm's feature interface (``ImageTransformer``).
 
     The head starts at zero, so the first loss is exactly ln(num_classes).
 

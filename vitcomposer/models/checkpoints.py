@@ -1,33 +1,31 @@
-"""Weights from files of others and of our own into a model: names mapped, positions resized, everything reported.
+"""Weights from files of others and of our own into a model: positions resized, heads replaced, everything reported."""
 
-Read are flat state dicts (timm, ConViT), ``{"model": ...}`` (DeiT, DeiT III), ``{"state_dict": ...}`` (timm training,
-MoCo-v3), ``{"teacher": ...}`` (DINO) and Composer checkpoints (``{"state": {"model": ...}}``) of classifiers and of
-pre-training, as .safetensors or as torch files without code in them. Of pre-training the trunk that is meant to be used
-is taken: DINO's teacher, MoCo's encoder (not its momentum encoder), SwAV's and SimCLR's trunk.
-"""
-
-import argparse
-import datetime
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.models.checkpoint_files import check_harmless, model_tensors, read_checkpoint
 from vitcomposer.models.positions import resize_positions
-from vitcomposer.models.vit import ImageTransformer
+from vitcomposer.models.transformer import ImageTransformer
 
-_WRAPPER_PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
-# DeiT III's own names of what timm calls LayerScale.
-_RENAMED = ((re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),)
+__all__ = ["LoadReport", "check_harmless", "load_weights", "read_checkpoint"]
+
 _HEAD = re.compile(r"^(head(_dist)?|fc)\.")
-# Where pre-training keeps the trunk, the first that occurs: ours, then MoCo-v3's and DINO's own.
-_TRUNKS = ("teacher_trunk.", "trunk.", "base_encoder.", "backbone.")
+_ATTENTION_BIAS = re.compile(r"\.attn\.(qkv|qk|v)\.bias$")
+# What a network computes with. Without it the rest is another function; tokens and heads may go.
+_NEEDED = re.compile(r"^(pos_embed|reg_token)$|^(patch_embed|blocks|conv1|bn1|layer\d|norm|norm_pre|fc_norm)\.")
+_REMEDIES = (
+    (_ATTENTION_BIAS, "set model.qkv_bias=true"),
+    (re.compile(r"\.ls[12]\.gamma$"), "set model.init_values=1e-4, or another value above 0"),
+    (re.compile(r"^pos_embed$"), "set model.position_embedding=learned"),
+    (re.compile(""), "choose the model.name and options it was made with"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,9 @@ class LoadReport:
 
     Attributes:
         source: The file, or ``state dict``.
-        loaded: Filled from the source, the resized ones included.
+        loaded: Filled from the source, the resized and the zero ones included.
         resized: Position embedding whose rows had to be fitted to the model.
+        zeroed: Biases of queries, keys and values, which the source was trained without: zero is the same function.
         replaced_heads: Heads with another number of classes in the source; they keep their initial values.
         missing: In the model but not in the source; they keep their initial values.
         unexpected: In the source but not in the model.
@@ -46,6 +45,7 @@ class LoadReport:
     source: str
     loaded: tuple[str, ...]
     resized: tuple[str, ...]
+    zeroed: tuple[str, ...]
     replaced_heads: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -61,9 +61,10 @@ class LoadReport:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded, {self.matched:.1%} of the model without its head"]
         for title, names in (
             ("resized to the model's grid", self.resized),
+            ("zero, trained without", self.zeroed),
             ("left as initialised, other number of classes", self.replaced_heads),
             ("left as initialised, not in the source", self.missing),
-            ("in the source but not in the model", self.unexpected),
+            ("left out, in the source but not in the model", self.unexpected),
         ):
             if names:
                 lines.append(f"  {title}: {_shorten(names)}")
@@ -77,7 +78,8 @@ def load_weights(
 
     Position embeddings of another image size are resized (bicubic), rows of tokens the source does not have are zero,
     and a row of a token that has no position in ``model`` is added to the token, which is the same function. A head
-    with another number of classes and biases the source lacks keep their initial values and are reported.
+    with another number of classes and what the source lacks keep their initial values and are reported: into a
+    distilled model from a plain one, the distillation token and its head.
 
     Args:
         source: File, or what ``torch.load`` made of one. Files are read without running code from them.
@@ -85,15 +87,18 @@ def load_weights(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not safe or not readable, too little of it matches, or a shape differs that cannot be
-            adapted.
+        ValueError: if the file is not safe or not readable, too little of it matches, a shape differs that cannot be
+            adapted, or the source has more blocks, biases or scales than the model.
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else _read(Path(source))
-    found, others = _tensors_of_model(_state_dict_in(content))
+    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    found, others = model_tensors(content)
     wanted = model.state_dict()
 
-    resized = _fit_positions(model, found) if isinstance(model, ImageTransformer) and "pos_embed" in wanted else ()
+    resized = (
+        _fit_positions(model, found, name) if isinstance(model, ImageTransformer) and "pos_embed" in wanted else ()
+    )
+    zeroed = _add_missing_biases(found, wanted)
     replaced = {
         key for key in found.keys() & wanted.keys() if _HEAD.match(key) and found[key].shape != wanted[key].shape
     }
@@ -105,95 +110,31 @@ def load_weights(
         source=name,
         loaded=tuple(loaded),
         resized=resized,
+        zeroed=zeroed,
         replaced_heads=tuple(sorted(replaced)),
         missing=tuple(key for key in wanted if key not in found and key not in replaced),
         unexpected=tuple(sorted({*(found.keys() - wanted.keys()), *others})),
     )
     _check_shapes(name, loaded, wanted)
-    if report.matched < min_matched:
-        raise ValueError(
-            f"{name} fills {report.matched:.1%} of the model, at least {min_matched:.1%} is required; is it the "
-            f"checkpoint of another model? Missing: {_shorten(report.missing)}. "
-            f"Not used: {_shorten(report.unexpected)}"
-        )
+    _check_matched(report, min_matched)
+    _check_nothing_lost(name, found, wanted)
     model.load_state_dict(loaded, strict=False)
     return report
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # only needed for such files
-
-            return load_file(path)
-        with torch.serialization.safe_globals(_harmless_types()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch and safetensors have no exception in common for a file they cannot read
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked is None:
-            raise ValueError(f"{path} could not be read, is it a whole checkpoint? {_first_line(error)}") from error
-        raise ValueError(
-            f"{path} was not loaded: it needs {blocked[1]}, and loading that can run any code. If you trust where it "
-            f"comes from, keep its weights alone, once: torch.save(torch.load({str(path)!r}, weights_only=False)"
-            "['model'], 'weights.pt'), and load weights.pt"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    return detail[1].strip() if detail else f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-def _harmless_types() -> list[Any]:
-    """Types without side effects that Composer (clock, random state) and DeiT (arguments) store beside the weights."""
-    import numpy as np  # Composer needs numpy; a machine without it has no such files
-
-    reconstruct = np.empty(0).__reduce__()[0]  # its module has two names, by numpy version
-    numpy_types = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("u4", "i8", "f4", "f8")}]
-    renamed = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    return [*numpy_types, *renamed, datetime.timedelta, type(torch.__version__), argparse.Namespace]
-
-
-def _state_dict_in(content: Any) -> Mapping[str, Any]:
-    """The state dict inside a checkpoint, under whichever wrapper."""
-    for key in ("state", "model", "state_dict", "teacher"):
-        inner = content.get(key) if isinstance(content, Mapping) else None
-        if isinstance(inner, Mapping):
-            return _state_dict_in(inner)
-    return content if isinstance(content, Mapping) else {}
-
-
-def _tensors_of_model(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by the names of a model, those of the trunk where there is one, and the names of the others."""
-    found = {_WRAPPER_PREFIX.sub("", key): value for key, value in state.items() if isinstance(value, Tensor)}
-    trunk = next((prefix for prefix in _TRUNKS if any(key.startswith(prefix) for key in found)), "")
-    chosen = {key: value for key, value in found.items() if key.startswith(trunk)}
-    # A head of pre-training is none of the model, also where it has the same name.
-    others = [key for key in found if key not in chosen]
-    return {_model_name(key.removeprefix(trunk)): value for key, value in chosen.items()}, others
-
-
-def _model_name(key: str) -> str:
-    key = _WRAPPER_PREFIX.sub("", key)
-    for pattern, replacement in _RENAMED:
-        key = pattern.sub(replacement, key)
-    return key
-
-
-def _fit_positions(model: ImageTransformer, found: dict[str, Tensor]) -> tuple[str, ...]:
+def _fit_positions(model: ImageTransformer, found: dict[str, Tensor], name: str) -> tuple[str, ...]:
     """Bring ``found["pos_embed"]`` to the rows of the model; returns the names that were changed."""
     positions, own = found.get("pos_embed"), model.pos_embed
     if positions is None or positions.shape == own.shape or positions.ndim != 3:
         return ()
     rows = positions.shape[1]
     # Two squares are never 1 or 2 apart beyond a grid of one patch, so the token count names the prefix rows.
-    prefix_rows = next(
-        (prefix for prefix in (1, 0, 2) if math.isqrt(max(0, rows - prefix)) ** 2 == rows - prefix), None
-    )
+    prefix_rows = next((p for p in (1, 0, 2) if rows > p and math.isqrt(rows - p) ** 2 == rows - p), None)
     if prefix_rows is None:
-        return ()
+        raise ValueError(
+            f"{name} has {rows} rows of positions, which are no square grid of patches with up to two tokens before "
+            "it: resize its pos_embed to a square grid first (timm.layers.resample_abs_pos_embed)"
+        )
     side = math.isqrt(rows - prefix_rows)
     prefix, patches = positions[:, :prefix_rows], positions[:, prefix_rows:]
     patches = resize_positions(patches, old_grid=(side, side), new_grid=model.grid_size, num_prefix_rows=0)
@@ -209,6 +150,17 @@ def _fit_positions(model: ImageTransformer, found: dict[str, Tensor]) -> tuple[s
     return ("pos_embed",)
 
 
+def _add_missing_biases(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Zeros where the source has a projection to queries, keys or values without bias; returns their names."""
+    names = [
+        key
+        for key in wanted
+        if _ATTENTION_BIAS.search(key) and key not in found and f"{key.removesuffix('bias')}weight" in found
+    ]
+    found.update({key: torch.zeros_like(wanted[key]) for key in names})
+    return tuple(names)
+
+
 def _check_shapes(name: str, loaded: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     different = [key for key in loaded if loaded[key].shape != wanted[key].shape]
     if different:
@@ -217,6 +169,27 @@ def _check_shapes(name: str, loaded: dict[str, Tensor], wanted: Mapping[str, Ten
             f"{name} is of another architecture: {len(different)} of {len(loaded)} tensors have another shape "
             f"({shapes}); choose the model.name and options it was made with"
         )
+
+
+def _check_matched(report: LoadReport, min_matched: float) -> None:
+    if report.matched < min_matched:
+        raise ValueError(
+            f"{report.source} fills {report.matched:.1%} of the model, at least {min_matched:.1%} is required; is it "
+            f"the checkpoint of another model? Missing: {_shorten(report.missing)}. "
+            f"Not used: {_shorten(report.unexpected)}"
+        )
+
+
+def _check_nothing_lost(name: str, found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse to drop what the source computes with; biases of zero compute nothing."""
+    lost = [
+        key
+        for key in found
+        if key not in wanted and _NEEDED.match(key) and not (key.endswith(".bias") and not found[key].any())
+    ]
+    if lost:
+        remedy = next(remedy for pattern, remedy in _REMEDIES if all(pattern.search(key) for key in lost))
+        raise ValueError(f"{name} is of another architecture: the model has no {_shorten(tuple(lost), 3)}; {remedy}")
 
 
 def _shorten(names: tuple[str, ...], limit: int = 6) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitcomposer.models.layers import Block, SelfAttention, drop_path_rates, merge_heads, split_heads
 from vitcomposer.models.positions import axis_offsets
-from vitcomposer.models.vit import ImageTransformer, TransformerConfig
+from vitcomposer.models.transformer import ImageTransformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class ConViTConfig(TransformerConfig):
     """Architecture of a ConViT.
 
     Args:
+        qkv_bias: Off, as in the paper.
         local_up_to_layer: Number of blocks with gated positional self-attention, before the class token joins.
         locality_strength: alpha of eq. 7: how narrow the convolution is that attention starts as.
         use_local_init: Start as a convolution; ``num_heads`` then has to be a square. Off is the ablation of Table 3.
     """
 
+    qkv_bias: bool = False
     local_up_to_layer: int = 10
     locality_strength: float = 1.0
     use_local_init: bool = True
@@ -58,11 +60,19 @@ class GPSA(nn.Module):
     Kronecker product of a softmax over rows and one over columns, and is applied to V one axis after the other.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, drop_rate: float = 0.0, attn_drop_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qk = nn.Linear(embed_dim, 2 * embed_dim, bias=False)
-        self.v = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.qk = nn.Linear(embed_dim, 2 * embed_dim, bias=qkv_bias)
+        self.v = nn.Linear(embed_dim, embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.pos_proj = nn.Linear(3, num_heads)
         self.gating_param = nn.Parameter(torch.ones(num_heads))
@@ -192,11 +202,14 @@ class ConViT(ImageTransformer):
 
     @staticmethod
     def _block(config: ConViTConfig, index: int, drop_path_rate: float) -> Block:
-        dropout = {"drop_rate": config.drop_rate, "attn_drop_rate": config.attn_drop_rate}
-        if index < config.local_up_to_layer:
-            attention = GPSA(config.embed_dim, config.num_heads, **dropout)
-        else:
-            attention = SelfAttention(config.embed_dim, config.num_heads, qkv_bias=False, **dropout)
+        attention_class = GPSA if index < config.local_up_to_layer else SelfAttention
+        attention = attention_class(
+            config.embed_dim,
+            config.num_heads,
+            qkv_bias=config.qkv_bias,
+            drop_rate=config.drop_rate,
+            attn_drop_rate=config.attn_drop_rate,
+        )
         return Block(
             attention,
             config.embed_dim,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitcomposer.models.vit import ImageTransformer
+from vitcomposer.models.transformer import ImageTransformer
 from vitcomposer.schema import ConfigError
 
 _CONCAT = re.compile(r"concatCLS([1-9]\d*)")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcomposer.models.vit import INIT_STD, check_choice
+from vitcomposer.models.transformer import INIT_STD, check_choice
 
 Activation = Literal["relu", "gelu"]
 # The width of DINO's hidden layers and of the unit vectors before its last layer, in all of its published runs.

@@ -82,6 +82,12 @@ class Init:
         fits = blocks is None or blocks >= 0
         require(fits, "init.train_blocks", "0 or more", blocks, "0 trains the head alone, null everything.")
 
+    def check_no_blocks(self, recipe: str) -> None:
+        """Refuse ``train_blocks`` in a recipe that decides by itself what learns."""
+        rule = f"null in the recipe {recipe}, which decides by itself what learns"
+        remedy = "Leave it out, or fine-tune with recipe: supervised."
+        require(self.train_blocks is None, "init.train_blocks", rule, self.train_blocks, remedy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -281,6 +287,7 @@ class Run:
     save_interval: str = "1ep"
     keep_checkpoints: int = 2
     log_interval: str = "10ba"
+    attention_interval: str | None = None  # of measuring non-locality and gates of a transformer; null: not at all
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     progress_bar: bool = True
     device_train_microbatch_size: int | None = None  # null: the device's share of the batch

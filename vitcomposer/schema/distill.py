@@ -1,7 +1,7 @@
 """The yaml of the recipe ``distill``: that of ``supervised``, a teacher and what is learned from it."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from vitcomposer.schema.blocks import IMAGENET_MEAN, IMAGENET_STD, require
 from vitcomposer.schema.supervised import Supervised
@@ -13,7 +13,8 @@ class Teacher:
 
     name: str
     weights: str  # file with all of its weights, read without running code in it
-    image_size: int | None = None  # pixels; null: the student's
+    image_size: int | None = None  # pixels; null: model.image_size
+    options: dict[str, Any] = field(default_factory=dict)  # what differs from the published network, as in model
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] | None = None  # null: the run's

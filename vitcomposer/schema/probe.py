@@ -21,6 +21,11 @@ from vitcomposer.schema.blocks import (
 NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)
 
 
+def _refuse_attention(run: Run) -> None:
+    given, remedy = run.attention_interval, "Draw its attention with `vitcomposer attention`."
+    require(given is None, "run.attention_interval", "null for a trunk that does not learn", given, remedy)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KNN:
     """Weighted nearest neighbours (Wu et al., arXiv:1805.01978; DINO, arXiv:2104.14294): weights exp(cosine / T)."""
@@ -79,8 +84,10 @@ class Probe:
 
     def __post_init__(self) -> None:
         size = self.global_train_batch_size
+        self.init.check_no_blocks(self.recipe)
         require(size >= 1, "global_train_batch_size", "1 or more", size, "DINO uses 1024.")
         require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
+        _refuse_attention(self.run)
 
     @property
     def mixing(self) -> Mixing:
@@ -106,10 +113,12 @@ class Neighbors:
 
     def __post_init__(self) -> None:
         self.knn.check("knn")
+        self.init.check_no_blocks(self.recipe)
         size, remedy = self.evaluation.global_batch_size, "There is no training batch to follow: use 256."
         require(size is not None, "evaluation.global_batch_size", "a number of images", size, remedy)
         given, remedy = self.model.num_classes, "The features before the head are compared."
         require(given == 0, "model.num_classes", "0", given, remedy)
+        _refuse_attention(self.run)
 
     @property
     def global_train_batch_size(self) -> int:

@@ -107,6 +107,7 @@ class SelfSupervised:
         size = self.global_train_batch_size
         require(size >= 1, "global_train_batch_size", "1 or more", size, "SwAV uses 4096.")
         require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
+        self.init.check_no_blocks(self.recipe)
         given, remedy = self.model.num_classes, "The head without labels is in the block head."
         require(given == 0, "model.num_classes", "0", given, remedy)
         named = self.sync_bn in ("none", "global", "node") or (isinstance(self.sync_bn, int) and self.sync_bn >= 1)

@@ -1,0 +1,148 @@
+"""Checkpoint files of others and of our own: read without running code in them, their tensors by the names of a model.
+
+Layouts are flat state dicts (timm, ConViT, SwAV), ``{"model": ...}`` (DeiT, DeiT III), ``{"state_dict": ...}`` (timm
+training, MoCo-v3), ``{"teacher": ..., "student": ...}`` (DINO), ``{"classy_state_dict": ...}`` (VISSL) and Composer's
+``{"state": {"model": ...}}``, as .safetensors or as torch files.
+"""
+
+import argparse
+import datetime
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WRAPPERS = ("state", "classy_state_dict", "base_model", "model", "state_dict", "teacher", "student")
+_WRAPPER_PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
+# Where pre-training keeps the trunk, the first that occurs: ours and VISSL's, then MoCo-v3's and DINO's own.
+_TRUNKS = ("teacher_trunk.", "trunk.", "base_encoder.", "backbone.")
+# DeiT III's names of what timm calls LayerScale; VISSL's of a ResNet and of a ConViT.
+_RENAMED = (
+    (re.compile(r"\.gamma_([12])$"), r".ls\1.gamma"),
+    (re.compile(r"^_feature_blocks\."), ""),
+    (re.compile(r"^class_token$"), "cls_token"),
+    (re.compile(r"^pos_embedding$"), "pos_embed"),
+    (re.compile(r"\.attn\.alpha$"), ".attn.gating_param"),
+    (re.compile(r"\.mlp\.linear_([12])\."), r".mlp.fc\1."),
+)
+
+
+def read_checkpoint(path: str | PathLike[str]) -> Any:
+    """The content of a .safetensors or torch file, read without running code from it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not safe or not readable.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # only needed for such files
+
+        try:
+            return load_file(path)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise _unreadable(path, error) from error
+    try:
+        return _load(path, mmap=False)
+    except _UnsafeError as error:
+        raise ValueError(
+            f"{path} was not loaded: it needs {error}, and loading that can run any code. If you trust where it comes "
+            f"from, keep its weights alone, once: torch.save(torch.load({str(path)!r}, weights_only=False)['model'], "
+            "'weights.pt') with the key that they are under, and load weights.pt"
+        ) from error
+
+
+def check_harmless(path: str | PathLike[str]) -> None:
+    """Refuse a torch file that would run code when it is unpickled as a whole; no tensor of it is read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It would, or it is no file that ``torch.save`` writes today.
+    """
+    try:
+        _load(Path(path), mmap=True)
+    except _UnsafeError as error:
+        raise ValueError(f"{path} needs {error}, and loading that can run any code") from error
+
+
+class _UnsafeError(Exception):
+    """Names what a pickle wants to call."""
+
+
+def _load(path: Path, *, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals(_harmless_types()):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch has no exception of its own for a file that it cannot read
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        raise (_unreadable(path, error) if blocked is None else _UnsafeError(blocked[1])) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    line = detail[1].strip() if detail else f"{type(error).__name__}: {error}".split("\n")[0]
+    return ValueError(f"{path} could not be read, is it a whole checkpoint? {line}")
+
+
+def _harmless_types() -> list[Any]:
+    """Types without side effects that Composer (clock, random state) and DeiT (arguments) store beside the weights."""
+    import numpy as np  # Composer needs numpy; a machine without it has no such files
+
+    reconstruct = np.empty(0).__reduce__()[0]  # its module has two names, by numpy version
+    numpy_types = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("u4", "i8", "f4", "f8")}]
+    renamed = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    return [*numpy_types, *renamed, datetime.timedelta, type(torch.__version__), argparse.Namespace]
+
+
+def model_tensors(content: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a checkpoint's content by the names of a model, and the names of those that are none of the model.
+
+    Of pre-training the trunk that is meant to be used is taken: DINO's teacher, MoCo's encoder (not its momentum
+    encoder), SwAV's and SimCLR's trunk.
+    """
+    state = _state_dict_in(content)
+    found = {_WRAPPER_PREFIX.sub("", key): value for key, value in state.items() if isinstance(value, Tensor)}
+    trunk = next((prefix for prefix in _TRUNKS if any(key.startswith(prefix) for key in found)), "")
+    chosen = {key: value for key, value in found.items() if key.startswith(trunk)}
+    # A head of pre-training is none of the model, also where it has the same name.
+    others = [key for key in found if key not in chosen]
+    named = ((_model_name(key.removeprefix(trunk)), value) for key, value in chosen.items())
+    return {name: _as_ours(name, value) for name, value in named}, others
+
+
+def _state_dict_in(content: Any) -> Mapping[str, Any]:
+    """The state dict inside a checkpoint, under whichever wrapper."""
+    if not isinstance(content, Mapping):
+        return {}
+    inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    if inner is not None:
+        return _state_dict_in(inner)
+    # VISSL keeps a dict for each part, trunk and heads.
+    parts = [
+        (part, inner) for part, inner in content.items() if part in ("trunk", "heads") and isinstance(inner, Mapping)
+    ]
+    return {f"{part}.{key}": value for part, inner in parts for key, value in inner.items()} or content
+
+
+def _model_name(key: str) -> str:
+    key = _WRAPPER_PREFIX.sub("", key)
+    for pattern, replacement in _RENAMED:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def _as_ours(name: str, value: Tensor) -> Tensor:
+    """VISSL's ConViT has gates of shape (1, h, 1, 1), and repeats each relative position n times and divides by n."""
+    if name.endswith(".attn.gating_param"):
+        return value.flatten()
+    if name.endswith(".attn.pos_proj.weight") and value.ndim == 2 and value.shape[1] > 3 and value.shape[1] % 3 == 0:
+        return value.unflatten(1, (-1, 3)).mean(dim=1)
+    return value

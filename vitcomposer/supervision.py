@@ -1,0 +1,138 @@
+"""Around the task of a recipe with labels: checks, data, stages, optimizer, evaluations and Trainer."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from composer import Trainer
+from composer.core import DataSpec
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vitcomposer import losses, optim
+from vitcomposer.algorithms import build_algorithms, build_stage_algorithms
+from vitcomposer.callbacks import build_attention_monitor
+from vitcomposer.curriculum import Options, Plan, build_plan, check_network, split_options
+from vitcomposer.data.loader import build_dataspec, set_view
+from vitcomposer.data.teacher_cache import CachedTeacher
+from vitcomposer.flops import TRAIN_FACTOR, forward_flops, train_factor
+from vitcomposer.schema import Supervised, require
+from vitcomposer.tasks import Classification
+from vitcomposer.trainer import Placement, build_evaluators, build_trainer, prepare
+
+LOSSES = {
+    "soft_target_cross_entropy": losses.soft_target_cross_entropy,
+    "binary_cross_entropy": losses.binary_cross_entropy,
+}
+
+
+def prepare_supervision(cfg: Supervised) -> Placement:
+    """Check what no single block can, then start the process group and share the batch out.
+
+    Raises:
+        ConfigError: Choices that exclude each other, or a batch that cannot run here.
+    """
+    optim.check_schedule(cfg.max_duration, cfg.schedule)
+    require(
+        cfg.loss != "binary_cross_entropy" or cfg.mixing.label_smoothing == 0,
+        "mixing.label_smoothing",
+        "0 with loss: binary_cross_entropy, which counts every class with a target above 0 as present",
+        cfg.mixing.label_smoothing,
+        "Set mixing.label_smoothing=0.",
+    )
+    require(
+        "LabelSmoothing" not in cfg.algorithms or "distilled" not in cfg.model.name,
+        "algorithms.LabelSmoothing",
+        "left out with a distilled model, which has two outputs",
+        cfg.model.name,
+        "Set mixing.label_smoothing instead, which does the same.",
+    )
+    run = prepare(cfg)
+    _check_mixing(cfg, run)
+    return run
+
+
+def build_supervision(
+    cfg: Supervised,
+    run: Placement,
+    task: Classification,
+    *,
+    teacher_flops: float = 0.0,
+    keep_unmixed: bool = False,
+    cache: CachedTeacher | None = None,
+    compiled: Sequence[nn.Module] = (),
+) -> Trainer:
+    """The Trainer of a classifier.
+
+    Args:
+        teacher_flops: Of another network's forward pass, for each training image.
+        keep_unmixed: As ``TrainTransform``.
+        cache: Decides the training views and brings a teacher's answers to them.
+        compiled: As ``build_trainer``.
+
+    Raises:
+        ConfigError: Algorithms or data that do not fit the network.
+    """
+    model = task.model
+    options, others = split_options(cfg.algorithms)
+    check_network(options, model, image_size=cfg.model.image_size, rand_augment=cfg.augment.rand_augment)
+    algorithms = build_algorithms(
+        others, loss=cfg.loss, precision=cfg.precision, label_smoothing=cfg.mixing.label_smoothing
+    )
+    train = build_dataspec(
+        cfg,
+        "train",
+        seed=cfg.seed,
+        device_batch_size=run.device_train_batch_size,
+        keep_unmixed=keep_unmixed,
+        teacher=cache,
+    )
+    plan = _plan_stages(cfg, options, model, train, teacher_flops)
+    set_view(train, plan.view)
+    val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=run.device_eval_batch_size)
+    val_loader: Any = val.dataloader
+    augment = cfg.augment
+    return build_trainer(
+        cfg,
+        run,
+        task=task,
+        train=train,
+        evaluators=build_evaluators(val, task, ema="EMA" in cfg.algorithms, interval=cfg.run.eval_interval),
+        optimizer=optim.build_optimizer(model, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size),
+        algorithms=[*algorithms, *build_stage_algorithms(options, plan, model)],
+        train_flops_per_image=plan.train_flops_per_image,
+        callbacks=build_attention_monitor(cfg, model, val_loader.dataset, mean=augment.mean, std=augment.std),
+        compiled=compiled,
+    )
+
+
+def _plan_stages(
+    cfg: Supervised, options: Options | None, model: nn.Module, train: DataSpec, teacher_flops: float
+) -> Plan:
+    """What each step of the run sees and costs; the length of the loader is that of an epoch."""
+
+    def flops(network: nn.Module, image_size: int, **kept: float) -> float:
+        # What is counted here is multiplied by TRAIN_FACTOR, but a teacher runs forward alone.
+        student = forward_flops(network, image_size, **kept) * train_factor(network, cfg.init.train_blocks)
+        return (student + teacher_flops) / TRAIN_FACTOR
+
+    return build_plan(
+        options,
+        model,
+        image_size=cfg.model.image_size,
+        max_duration=cfg.max_duration,
+        steps_per_epoch=len(cast(DataLoader, train.dataloader)),
+        images_per_step=cfg.global_train_batch_size,
+        forward_flops=flops,
+    )
+
+
+def _check_mixing(cfg: Supervised, run: Placement) -> None:
+    """Mixing pairs the images of a device's batch."""
+    mixes = cfg.mixing.mixup_alpha > 0 or cfg.mixing.cutmix_alpha > 0
+    require(
+        not mixes or run.device_train_batch_size % 2 == 0,
+        "global_train_batch_size",
+        f"an even number of images for each of the {run.world_size} ranks, since mixing pairs images",
+        cfg.global_train_batch_size,
+        f"Use {2 * run.world_size * -(-run.device_train_batch_size // 2)}.",
+    )
