@@ -49,7 +49,6 @@ DATA: dict[str, dict[str, Any]] = {
         "model.embed_dim": 96,
         "max_duration": "12ep",
         "schedule.t_warmup": "1ep",
-        "optimizer.name": "adamw",
         "optimizer.lr": 2e-3,
         "evaluation.global_batch_size": 250,
         "augment.flip_prob": 0.5,
@@ -58,13 +57,11 @@ DATA: dict[str, dict[str, Any]] = {
 }
 SIZES = {"digits": [16, 20, 24], "fashion": [16, 20, 28]}
 COMPUTE = {"digits": [0.55, 0.2, 0.25], "fashion": [0.35, 0.3, 0.35]}
-OTHER_OPTIMIZER = {"digits": ("AdamW", "adamw"), "fashion": ("NAdamW", "nadamw")}
 
 
 def variants(data: str) -> dict[str, dict[str, Any]]:
     """Overrides of each variant beside the baseline's."""
     sizes = SIZES[data]
-    other, name = OTHER_OPTIMIZER[data]
     curriculum = f"{{image_sizes: {sizes}, compute: {COMPUTE[data]}, rand_augment_from: 1.0}}"
     low_high = f"{{image_sizes: [{sizes[0]}, {sizes[-1]}], compute: [0.8, 0.2], rand_augment_from: 1.0}}"
     return {
@@ -73,7 +70,7 @@ def variants(data: str) -> dict[str, dict[str, Any]]:
         "train low, test high": {"algorithms.Curriculum": low_high},
         "patch dropout": {"algorithms.PatchDropout": "{keep_rates: [0.5, 0.75, 1.0], until: [0.4, 0.8, 1.0]}"},
         "SAM every 5 steps": {"algorithms.SAM": "{rho: 0.05, interval: 5}"},
-        other: {"optimizer.name": name},
+        "AdamW": {"optimizer.name": "adamw"},
         "LAMB": {"optimizer.name": "lamb", "optimizer.lr": 8e-3},
         "curriculum, SAM every 5": {
             "algorithms.Curriculum": curriculum,

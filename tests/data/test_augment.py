@@ -120,8 +120,18 @@ def test_train_transform_normalizes_erases_and_then_mixes() -> None:
     np.random.set_state(state)
     torch.testing.assert_close(result["image"], images, rtol=0, atol=1e-6)
     torch.testing.assert_close(result["target"], target)
-    assert set(result) == {"image", "label", "sample_id", "target"}
+    assert set(result) == {"image", "label", "sample_id", "target", MIX_LAM}
     assert result["target"].dtype == torch.float32 and device.ERASE_BOX in batch, "the input is left as it was"
+
+
+def test_train_transform_keeps_the_images_that_it_mixes() -> None:
+    batch = train_batch(6)
+    kept = device.TrainTransform(DEIT, MIXING, num_classes=7, keep_unmixed=True)(batch)
+    alone = device.TrainTransform(DEIT, NO_MIXING, num_classes=7)(
+        {key: value for key, value in batch.items() if key not in (MIX_LAM, MIX_BOX)}
+    )
+    assert torch.equal(kept[device.UNMIXED], alone["image"]) and not torch.equal(kept["image"], alone["image"])
+    assert torch.equal(kept[MIX_LAM], batch[MIX_LAM])
 
 
 def test_train_transform_without_erasing_or_mixing_only_normalizes() -> None:

@@ -22,6 +22,7 @@ OP_CODES = "op_codes"  # int8 (B, L)
 OP_VALUES = "op_values"  # float32 (B, L)
 ERASE_BOX = "erase_box"  # int32 (B, 4); an empty box erases nothing
 ERASE_SEED = "erase_seed"  # int64 (B,)
+UNMIXED = "unmixed"  # float32 (B, 3, H, W): what was mixed
 
 _GOLDEN = 0x9E3779B97F4A7C15  # increment and multipliers of splitmix64
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -30,15 +31,19 @@ _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 class TrainTransform:
     """A collated training batch on its device to ``image`` float32, ``target`` float32 (B, num_classes).
 
-    ``label`` and ``sample_id`` stay; what the loader drew for the device is used up.
+    ``label``, ``sample_id`` and ``mix_lam`` stay; what else the loader drew for the device is used up.
+
+    Args:
+        keep_unmixed: Leave the images as they were before they were mixed, normalised and erased, in ``unmixed``.
     """
 
-    def __init__(self, augment: Augment, mixing: Mixing, *, num_classes: int) -> None:
+    def __init__(self, augment: Augment, mixing: Mixing, *, num_classes: int, keep_unmixed: bool = False) -> None:
         self._fill = fill_colour(augment.mean)
         self._normalize = Normalize(augment.mean, augment.std)
         self._erases = augment.random_erasing > 0
         self._num_classes = num_classes
         self._label_smoothing = mixing.label_smoothing
+        self._keep_unmixed = keep_unmixed
 
     def __call__(self, batch: Batch) -> Batch:
         batch = dict(batch)
@@ -48,7 +53,9 @@ class TrainTransform:
         images = self._normalize(images)
         if self._erases:
             images = erase(images, batch.pop(ERASE_BOX), batch.pop(ERASE_SEED))
-        lam = batch.pop(MIX_LAM, None)
+        if self._keep_unmixed:
+            batch[UNMIXED] = images
+        lam = batch.get(MIX_LAM)
         if lam is not None:
             images = mix_images(images, lam, batch.pop(MIX_BOX))
         target = soft_targets(batch["label"], self._num_classes, self._label_smoothing, lam)

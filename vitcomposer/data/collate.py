@@ -8,7 +8,7 @@ so a run is the same with any number of workers and after a resume.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from vitcomposer.data.augment import ERASE_BOX, ERASE_SEED, OP_CODES, OP_VALUES
 from vitcomposer.data.batch_memory import empty_batch
 from vitcomposer.data.crops import (
+    Box,
     centre_box,
     random_erasing_box,
     random_resized_box,
@@ -26,7 +27,7 @@ from vitcomposer.data.crops import (
 from vitcomposer.data.jpeg import Interpolation, decode_rgb, read_size, resize_into
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, draw_mixing
-from vitcomposer.data.ops import apply_program
+from vitcomposer.data.ops import FLIP, apply_program
 from vitcomposer.data.policies import Policies, build_policies
 from vitcomposer.data.views import decode_views
 from vitcomposer.schema import Augment, Mixing
@@ -37,12 +38,27 @@ _MASK64 = (1 << 64) - 1
 _SAMPLE, _MIXING = 0, 1  # separate streams: the first sample of a batch must not share its numbers with the mixing
 
 
+class Views(Protocol):
+    """Decides which view of a sample is made, where that is not (seed, epoch, sample_id, copy)."""
+
+    def seed(self, sample: Sample) -> int:
+        """Of the sample's view, see ``view_seed``."""
+        ...
+
+    def columns(self, samples: list[Sample], seeds: list[int], boxes: list[Box], flips: NDArray[np.bool_]) -> Batch:
+        """What the batch gets beside its images, given how these were cut and whether they were flipped."""
+        ...
+
+
 class TrainCollate:
     """Training samples to ``image`` uint8 (B, 3, S, S), ``label``, ``sample_id`` and the draws for the device.
 
     ``image`` lies in channels-last memory. The batch holds ``op_codes`` and ``op_values`` with
     ``augment_on_device``, ``erase_box`` and ``erase_seed`` when ``augment.random_erasing`` is above 0, ``mix_lam`` and
     ``mix_box`` when one of the alphas of ``mixing`` is. Neighbours that are copies of one sample share its decode.
+
+    Args:
+        views: Whose views are made, and what it adds to the batch; ``seed`` then decides the mixing alone.
 
     Attributes:
         view: From the step of a batch to its image size and the factor on RandAugment's magnitude; None leaves them at
@@ -62,6 +78,7 @@ class TrainCollate:
         num_classes: int,
         seed: int,
         augment_on_device: bool = False,
+        views: Views | None = None,
     ) -> None:
         self._augment = augment
         self._mixing = mixing
@@ -71,6 +88,7 @@ class TrainCollate:
         self._num_classes = num_classes
         self._seed = seed
         self._augment_on_device = augment_on_device
+        self._views = views
         self._policies = build_policies(augment, image_size)
 
     def __call__(self, samples: list[Sample]) -> Batch:
@@ -81,18 +99,22 @@ class TrainCollate:
             )
         image_size = self._look_up(samples)
         batch = batch_head(samples, image_size, self._num_classes)
-        rngs = [random.Random(self._key(sample, _SAMPLE)) for sample in samples]
+        seeds = [self._view_seed(sample) for sample in samples]
+        rngs = [random.Random(seed) for seed in seeds]
+        boxes: list[Box] = []
         for first, end in _runs(samples):
             with naming(samples[first]):
-                self._decode(samples[first]["image"], rngs[first:end], batch["image"][first:end])
+                boxes += self._decode(samples[first]["image"], rngs[first:end], batch["image"][first:end])
         codes, values = draw_programs(self._policies, rngs)
+        if self._views is not None:
+            batch.update(self._views.columns(samples, seeds, boxes, codes[:, 0] == FLIP))
         if self._augment_on_device:
             batch[OP_CODES], batch[OP_VALUES] = codes, values
         else:
             run_programs(batch["image"], codes, values, self._policies.fill)
         if self._augment.random_erasing > 0:
-            boxes = [random_erasing_box(rng, image_size, self._augment.random_erasing) for rng in rngs]
-            batch[ERASE_BOX] = torch.tensor(boxes, dtype=torch.int32)
+            erased = [random_erasing_box(rng, image_size, self._augment.random_erasing) for rng in rngs]
+            batch[ERASE_BOX] = torch.tensor(erased, dtype=torch.int32)
             batch[ERASE_SEED] = torch.tensor([rng.getrandbits(63) for rng in rngs])
         if self._mixes:
             batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples, image_size)
@@ -108,16 +130,24 @@ class TrainCollate:
                 self._made_for, self._policies = view, build_policies(self._augment, *view)
         return self._made_for[0]
 
-    def _decode(self, encoded: bytes | memoryview, rngs: Sequence[random.Random], outs: Tensor) -> None:
-        """One random view of the image for each generator."""
+    def _view_seed(self, sample: Sample) -> int:
+        if self._views is not None:
+            return self._views.seed(sample)
+        return view_seed(self._seed, sample["epoch"], sample["sample_id"], sample["copy"])
+
+    def _decode(self, encoded: bytes | memoryview, rngs: Sequence[random.Random], outs: Tensor) -> list[Box]:
+        """One random view of the image for each generator, and their boxes."""
         augment = self._augment
         height, width = read_size(encoded)
         boxes = [random_resized_box(rng, height, width, augment.crop_scale, augment.crop_ratio) for rng in rngs]
         decode_views(encoded, boxes, outs.unbind(), augment.interpolation, augment.decode_scale)
+        return boxes
 
     def _draw_mixing(self, samples: list[Sample], image_size: int) -> tuple[Tensor, Tensor]:
         # RandomState, because numpy promises its stream for ever; that of Generator may change between versions.
-        rng = np.random.RandomState(self._key(samples[0], _MIXING) >> 32)
+        first = samples[0]
+        key = random_key(self._seed, first["epoch"], first["sample_id"], first["copy"], _MIXING)
+        rng = np.random.RandomState(key >> 32)
         mixing = self._mixing
         lam, boxes = draw_mixing(
             rng,
@@ -130,9 +160,6 @@ class TrainCollate:
             mode=mixing.mode,
         )
         return torch.from_numpy(lam), torch.from_numpy(boxes)
-
-    def _key(self, sample: Sample, stream: int) -> int:
-        return random_key(self._seed, sample["epoch"], sample["sample_id"], sample["copy"], stream)
 
 
 class EvalCollate:
@@ -162,6 +189,11 @@ class EvalCollate:
         resize_into(pixels, resized, self._interpolation)
         top, left, size, _ = centre_box(height, width, self._image_size)
         out.copy_(resized[:, top : top + size, left : left + size])
+
+
+def view_seed(seed: int, epoch: int, sample_id: int, copy: int) -> int:
+    """Of all draws that make a view of a sample."""
+    return random_key(seed, epoch, sample_id, copy, _SAMPLE)
 
 
 def random_key(*parts: int) -> int:

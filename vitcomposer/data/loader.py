@@ -21,6 +21,7 @@ from vitcomposer.data.mixing import Batch, split_batch
 from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.data.teacher_cache import CachedTeacher
 from vitcomposer.schema import ConfigError, Data, Probe, Supervised, require
 
 Split = Literal["train", "val"]
@@ -28,7 +29,15 @@ Split = Literal["train", "val"]
 SYNTHETIC_VAL_SAMPLES = 50_000  # ImageNet's
 
 
-def build_dataspec(cfg: Supervised | Probe, split: Split, *, seed: int, device_batch_size: int) -> DataSpec:
+def build_dataspec(
+    cfg: Supervised | Probe,
+    split: Split,
+    *,
+    seed: int,
+    device_batch_size: int,
+    keep_unmixed: bool = False,
+    teacher: CachedTeacher | None = None,
+) -> DataSpec:
     """Loader and device-side transforms of a split, checked against the model before anything is read.
 
     Training drops the last batch where it is short. In evaluation every sample comes once over all ranks; those
@@ -36,9 +45,12 @@ def build_dataspec(cfg: Supervised | Probe, split: Split, *, seed: int, device_b
 
     Args:
         device_batch_size: Images per batch and rank.
+        keep_unmixed: As ``TrainTransform``.
+        teacher: Decides the views of a training split and puts its answers into the batches.
 
     Raises:
-        ConfigError: Data that cannot be found or do not fit the model or batch; a shard on disk missing or cut.
+        ConfigError: Data that cannot be found or do not fit the model, the batch or the teacher's answers; a shard on
+            disk missing or cut.
         ShardError: Later, in the loader: a shard that cannot be had or whose hash is wrong.
     """
     try:
@@ -51,6 +63,8 @@ def build_dataspec(cfg: Supervised | Probe, split: Split, *, seed: int, device_b
     if train:
         ops.warm_up()
         check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
+        if teacher is not None:
+            teacher.check_data(dataset)
         collate = TrainCollate(
             cfg.augment,
             cfg.mixing,
@@ -58,8 +72,11 @@ def build_dataspec(cfg: Supervised | Probe, split: Split, *, seed: int, device_b
             num_classes=cfg.model.num_classes,
             seed=seed,
             augment_on_device=augments_on_device(cfg.data, rand_augment=cfg.augment.rand_augment is not None),
+            views=teacher,
         )
-        transform = TrainTransform(cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes)
+        transform = TrainTransform(
+            cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes, keep_unmixed=keep_unmixed
+        )
     else:
         collate = EvalCollate(
             image_size=cfg.evaluation.image_size or cfg.model.image_size,

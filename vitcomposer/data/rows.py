@@ -50,7 +50,7 @@ class ShardError(RuntimeError):
     """A shard that cannot be had or is damaged; the message names shard, cause and remedy."""
 
 
-class _Mapping:
+class FileMapping:
     """A file in memory, read-only, for as long as an array or memoryview over it lives."""
 
     def __init__(self, file: int, size: int) -> None:
@@ -62,7 +62,7 @@ class _Mapping:
         self.__array_interface__ = {"version": 3, "data": (self.address, True), "shape": (size,), "typestr": "|u1"}
 
     def __del__(self) -> None:
-        if self.address != _FAILED:
+        if self.address != _FAILED and _LIBC is not None:  # the module may be gone when the interpreter ends
             _LIBC.munmap(self.address, self.size)
 
 
@@ -199,7 +199,7 @@ class RowReader:
             status = os.fstat(file)
             if status.st_size != size:
                 raise ShardError(f"the file has {status.st_size} bytes, its index says {size}")
-            mapping = _Mapping(file, size)
+            mapping = FileMapping(file, size)
         finally:
             os.close(file)
         array = np.asarray(mapping)

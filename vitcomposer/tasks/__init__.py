@@ -2,6 +2,7 @@
 
 from vitcomposer.tasks.classification import Classification
 from vitcomposer.tasks.dino import DINO
+from vitcomposer.tasks.distillation import Distillation, FrozenTeacher, build_frozen_teacher
 from vitcomposer.tasks.moco import MoCo
 from vitcomposer.tasks.probe import Embedding, Head, LinearProbe
 from vitcomposer.tasks.self_supervised import SelfSupervisedTask
@@ -11,11 +12,14 @@ from vitcomposer.tasks.swav import SwAV
 __all__ = [
     "DINO",
     "Classification",
+    "Distillation",
     "Embedding",
+    "FrozenTeacher",
     "Head",
     "LinearProbe",
     "MoCo",
     "SelfSupervisedTask",
     "SimCLR",
     "SwAV",
+    "build_frozen_teacher",
 ]

@@ -1,0 +1,127 @@
+"""Images that nobody has checked: found, read and cropped in loader workers; the broken ones are named and left out."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from vitcomposer.data import jpeg
+from vitcomposer.data.collate import EvalCollate, Sample, batch_head
+from vitcomposer.data.crops import shape_with_shorter_side
+from vitcomposer.data.jpeg import Interpolation, read_size
+from vitcomposer.data.labels import IGNORE_LABEL
+from vitcomposer.data.mixing import Batch
+from vitcomposer.data.sources import IMAGE_SUFFIXES
+
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 1 << 26  # of an image after its resize: a line of pixels would become gigabytes
+_ANY_LABEL = 1 << 62
+
+
+def find_images(folder: str | Path) -> Iterator[str]:
+    """Files of a folder and of those below it that are images by their names, in sorted order; links are followed."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield os.path.join(parent, name)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set to be looked at once, in order: files or an MDS split.
+
+    Attributes:
+        name: As the user gave it.
+        samples: ImageFiles or an ImageStream that does not shuffle.
+        class_names: In label order, where it has them.
+        paths: Of the files by sample_id; None for MDS, which keeps no names.
+    """
+
+    name: str
+    samples: Dataset[Sample]
+    num_samples: int
+    class_names: Sequence[str] | None = None
+    paths: Sequence[str] | None = None
+
+    def describe(self, sample_id: int) -> str:
+        """What a sample is called."""
+        return f"{self.name}:{sample_id}" if self.paths is None else self.paths[sample_id]
+
+
+class ImageFiles(Dataset[Sample]):
+    """Files as samples: ``image``, ``label`` and ``sample_id``, the place in the list; ``image`` may be an OSError."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None) -> None:
+        self._paths, self._labels = paths, labels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, at: int) -> Sample:
+        try:
+            image: Any = Path(self._paths[at]).read_bytes()
+        except OSError as error:
+            image = error
+        return {"image": image, "label": IGNORE_LABEL if self._labels is None else self._labels[at], "sample_id": at}
+
+
+class TolerantCollate(EvalCollate):
+    """An EvalCollate that goes on after images that cannot be read.
+
+    They are black, and ``broken`` in the batch has the row of each and the reason.
+    """
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        batch = batch_head(samples, self._image_size, self._num_classes, ignored=IGNORE_LABEL)
+        broken: list[tuple[int, str]] = []
+        for row, sample in enumerate(samples):
+            try:
+                self._check(sample["image"])
+                self._centre(sample["image"], batch["image"][row])
+            except (ValueError, OSError) as error:
+                batch["image"][row].zero_()
+                broken.append((row, getattr(error, "strerror", None) or str(error)))
+        return {**batch, "broken": broken}
+
+    def _check(self, encoded: bytes | memoryview | OSError) -> None:
+        if isinstance(encoded, OSError):
+            raise encoded
+        if not len(encoded):
+            raise ValueError("the file is empty")
+        height, width = read_size(encoded)
+        rows, columns = shape_with_shorter_side(height, width, self._shorter)
+        if rows * columns > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are too thin for a crop of {self._image_size}")
+
+
+def crop_loader(
+    samples: Dataset[Sample],
+    *,
+    image_size: int,
+    crop_ratio: float,
+    interpolation: Interpolation,
+    batch_size: int,
+    workers: int,
+) -> DataLoader[Any]:
+    """Centre crops of all samples in their order, batched as by EvalCollate, with ``broken`` as TolerantCollate has it.
+
+    Labels are those of the data set, unchecked.
+    """
+    jpeg.warm_up()  # compiled kernels come from their cache on disk: the workers get them with the fork
+    collate = TolerantCollate(
+        image_size=image_size, crop_ratio=crop_ratio, interpolation=interpolation, num_classes=_ANY_LABEL
+    )
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=workers,
+        timeout=600 if workers else 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # an iterator draws a seed, which must not come from the caller's generator
+    )
