@@ -101,3 +101,13 @@ def run_train(argv: list[str]) -> int:
     finally:
         sys.path.remove(str(ROOT))
     return train.main(argv)
+
+
+@pytest.fixture(scope="session")
+def trained_run(photo_mds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on the photographs, whose raw and averaged weights differ and know something."""
+    runs = tmp_path_factory.mktemp("trained")
+    more = ["algorithms.EMA={smoothing: 0.95, update_interval: 1ba}", "optimizer.lr=0.02", "max_duration=3ep"]
+    more += ["run.eval_interval=3ep", "run.progress_bar=false"]
+    assert run_train([str(ROOT / "yamls/deit_ti.yaml"), *tiny_photo_overrides(photo_mds, runs, "photos"), *more]) == 0
+    return runs / "photos"

@@ -1,6 +1,5 @@
 """A moving average of the weights that training, checkpoints and exports never mistake for the weights."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ class EvaluationEMA(EMA):
     the next batch starts. Here the model always holds the raw weights, in training, in checkpoints and after ``fit``;
     only between the start and the end of the evaluation labelled ``ema`` does it hold the average. So ``eval`` measures
     the raw weights, ``ema`` the averaged ones, and a checkpoint has the raw weights in its model and the average in the
-    state of this algorithm (:func:`averaged_weights` reads it). Before ``ema_start`` both are the same.
+    state of this algorithm (``vitcomposer.averages`` reads it). Before ``ema_start`` both are the same.
 
     The average starts as a copy of the weights after the first batch (or epoch, by ``update_interval``) at or after
     ``ema_start``, then ``average <- smoothing * average + (1 - smoothing) * weights`` every ``update_interval``.
@@ -119,22 +118,6 @@ class EvaluationEMA(EMA):
         # All ranks come here: each gives its part.
         whole = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in average.items()}
         return {**state, "ema_model": {**state["ema_model"], "named_parameters_dict": whole}}
-
-
-def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The averaged weights and buffers of a loaded Composer checkpoint, by the names in its ``state.model``.
-
-    Raises:
-        ValueError: The run had no EMA, or the average had not started.
-    """
-    states = dict(checkpoint["state"]["algorithms"])
-    ema = states.get(EvaluationEMA.__qualname__)
-    if ema is None or not ema["ema_started"]:
-        why = f"holds {sorted(states)}" if ema is None else "was saved before ema_start"
-        raise ValueError(f"The checkpoint must hold a started EMA, but it {why}. Evaluate its raw weights instead.")
-    average = {**ema["ema_model"]["named_parameters_dict"], **ema["ema_model"]["named_buffers_dict"]}
-    # Frozen parameters are not averaged, and buffers that are not saved have no place in a state dict.
-    return {name: average.get(name, raw) for name, raw in checkpoint["state"]["model"].items()}
 
 
 def _of_this_rank(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, environment.json, metrics.jsonl and summary.json in its run folder."""
+"""What a run leaves behind in its folder: its configuration, environment, class names, metrics and summary."""
 
 import contextlib
 import importlib.metadata
@@ -22,6 +22,8 @@ from composer.utils import create_interval_scheduler, dist
 from torch.version import cuda as cuda_version
 
 from vitcomposer.callbacks.throughput import Throughput
+from vitcomposer.data.shards import CLASS_NAMES
+from vitcomposer.data.stream import ImageStream
 
 FACTS = ("recipe", "model", "seed", "lr_peak")
 PACKAGES = (
@@ -43,6 +45,8 @@ class RunRecord(LoggerDestination):
     number logged since the line before (a value that isn't finite is null). A resumed run first drops the lines
     after its checkpoint, and a line that a kill cut short.
 
+    ``class_names.json`` is that of the training split, where it has one.
+
     ``summary.json`` appears at the end of training; ``finished`` is false after an early stop. A field that doesn't
     apply is null, accuracies are fractions, ``seconds`` counts evaluation and checkpoints, ``images_per_sec`` doesn't.
 
@@ -51,7 +55,7 @@ class RunRecord(LoggerDestination):
         config_yaml: The resolved configuration.
         facts: ``recipe``, ``model``, ``seed`` and ``lr_peak``.
         throughput: The callback whose totals go into the summary.
-        log_interval: Composer time string; evaluations and measurements of KNNMonitor are always logged.
+        log_interval: Composer time string; evaluations and measurements of a monitor are always logged.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class RunRecord(LoggerDestination):
                 self._pending[name] = value.detach() if isinstance(value, torch.Tensor) else value
             if name.startswith("knn/"):
                 self._knn[name.removeprefix("knn/")] = value
-                self._measured = True
+            self._measured |= name.startswith(("knn/", "attention/"))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None, "Composer has set it before training"
@@ -106,9 +110,16 @@ class RunRecord(LoggerDestination):
         (self.run_folder / "summary.json").unlink(missing_ok=True)
         _write(self.run_folder / "config.yaml", self.config_yaml)
         _write(self.run_folder / "environment.json", _to_json(self._environment))
+        self._write_class_names(state)
         self._open_metrics(state.timestamp.batch.value)
         if self._measured:  # before the first step
             self._write_line(state)
+
+    def _write_class_names(self, state: State) -> None:
+        """A model outlives its data set: what its outputs stand for must be beside it."""
+        dataset = getattr(state.dataloader, "dataset", None)
+        if isinstance(dataset, ImageStream) and (dataset.stream.folder / CLASS_NAMES).is_file():
+            _write(self.run_folder / CLASS_NAMES, (dataset.stream.folder / CLASS_NAMES).read_text(encoding="utf-8"))
 
     def _open_metrics(self, step: int) -> None:
         path = self.run_folder / "metrics.jsonl"

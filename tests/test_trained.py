@@ -1,0 +1,157 @@
+"""Trained models from run folders, checkpoints, exported folders and yamls: the right weights, and nothing else."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import PHOTOS, ROOT
+from vitcomposer import __version__
+from vitcomposer.algorithms import EvaluationEMA
+from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
+from vitcomposer.averages import EMA_STATE, SCHEDULE_FREE_STATE, averaged_weights
+from vitcomposer.models.checkpoints import read_checkpoint
+from vitcomposer.trained import Trained, load_each, load_trained
+
+LATEST = "checkpoints/latest-rank0.pt"
+TINY = [f"model.{key}={value}" for key, value in dict(num_classes=8, image_size=32, patch_size=8, depth=2).items()]
+
+
+def has_weights(trained: Trained, task: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, task[f"model.{name}"]) for name, value in trained.network.state_dict().items())
+
+
+@pytest.fixture
+def changed_run(trained_run: Path, tmp_path: Path) -> Callable[[Callable[[Any], None]], Path]:
+    """A copy of the run whose checkpoint a function has changed."""
+
+    def change(edit: Callable[[Any], None]) -> Path:
+        run = tmp_path / "run"
+        (run / "checkpoints").mkdir(parents=True)
+        shutil.copy(trained_run / "config.yaml", run)
+        content = read_checkpoint(trained_run / LATEST)
+        edit(content)
+        torch.save(content, run / LATEST)
+        return run
+
+    return change
+
+
+def test_run_folder_gives_its_average_its_raw_weights_and_what_they_are_for(trained_run: Path) -> None:
+    saved = read_checkpoint(trained_run / LATEST)
+    found = load_each(trained_run)
+    assert list(found) == ["raw", "ema"]
+    assert has_weights(found["raw"], saved["state"]["model"]) and not found["raw"].averaged
+    auto = load_trained(trained_run)
+    assert has_weights(auto, averaged_weights(saved)) and auto.averaged
+    assert not has_weights(auto, saved["state"]["model"])
+    assert not any(module.training for module in auto.network.modules())
+    assert auto.class_names == tuple(sorted(PHOTOS))
+    assert json.loads((trained_run / "class_names.json").read_text()) == sorted(PHOTOS)
+    assert (auto.image_size, auto.crop_ratio, auto.interpolation) == (32, 0.875, "bicubic")
+    assert load_trained(trained_run, ["evaluation.image_size=48"]).image_size == 48
+
+
+def test_checkpoint_file_and_yaml_give_the_same_network(trained_run: Path) -> None:
+    run = load_trained(trained_run, weights="raw").network.state_dict()
+    file = load_trained(trained_run / LATEST, weights="raw")
+    init = [*TINY, f"init.weights={trained_run / LATEST}", "data.local=/nowhere"]
+    page = load_trained(ROOT / "yamls/deit_ti.yaml", init, weights="raw")
+    for other in (file, page):
+        assert all(torch.equal(value, run[name]) for name, value in other.network.state_dict().items())
+    assert file.class_names == tuple(sorted(PHOTOS)) and page.class_names is None
+
+
+def test_average_that_has_not_started_is_none(changed_run: Callable) -> None:
+    assert EvaluationEMA.__qualname__ == EMA_STATE
+    run = changed_run(lambda saved: dict(saved["state"]["algorithms"])[EMA_STATE].update(ema_started=False))
+    assert not load_trained(run).averaged
+    with pytest.raises(ValueError, match="must hold a started average"):
+        load_trained(run, weights="ema")
+
+
+def test_schedule_free_run_has_its_average_alone(changed_run: Callable) -> None:
+    assert ScheduleFreeWeights.__qualname__ == SCHEDULE_FREE_STATE
+    run = changed_run(lambda saved: saved["state"].update(algorithms=[(SCHEDULE_FREE_STATE, {"trained": []})]))
+    saved = read_checkpoint(run / LATEST)
+    trained = load_trained(run)
+    assert trained.averaged and has_weights(trained, saved["state"]["model"])
+    with pytest.raises(ValueError, match="holds nothing but their average"):
+        load_trained(run, weights="raw")
+
+
+def test_exported_folder_is_the_model_that_was_exported(trained_run: Path, tmp_path: Path) -> None:
+    trained = load_trained(trained_run)
+    ours = {
+        "version": __version__,
+        "model": {key: value for key, value in asdict(trained.model).items() if value is not None},
+        "evaluation": {"image_size": 32, "crop_ratio": 0.875, "interpolation": "bicubic"},
+        "mean": trained.mean,
+        "std": trained.std,
+    }
+    save_file(trained.network.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"vitcomposer": ours, "label_names": trained.class_names}))
+    again = load_trained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.network(images), trained.network(images))
+    assert (again.model, again.class_names, again.std) == (trained.model, trained.class_names, trained.std)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "deit_tiny_patch16_224"}))
+    with pytest.raises(ValueError, match="must have the key vitcomposer.*init.weights="):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "overrides", "message"),
+    [
+        ("swav_demo", [], "the recipe swav has no classes.*yamls/probe_linear.yaml init.weights="),
+        ("probe_linear", [], "it is a linear probe: many heads.*init.train_blocks=0"),
+        ("deit_ti", [], "init.weights must be the file of the trained network"),
+    ],
+)
+def test_yaml_of_no_classifier_is_refused(yaml: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_trained(ROOT / f"yamls/{yaml}.yaml", overrides)
+
+
+def test_what_is_no_trained_model_is_refused(trained_run: Path, tmp_path: Path) -> None:
+    for source, overrides, message in (
+        (tmp_path, [], "must be a run folder .* or a folder of `vitcomposer export`"),
+        (tmp_path / "typo", [], "There is no .*typo"),
+        (trained_run, ["model.depth=3"], "photos: .*blocks.2"),
+        (trained_run, ["model.num_classes=9"], "must name its 9 classes"),
+        (trained_run, ["model.dept=3"], "model.dept"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_trained(source, overrides)
+    alone = tmp_path / "weights.pt"
+    shutil.copy(trained_run / LATEST, alone)
+    with pytest.raises(ValueError, match="must lie in the folder checkpoints of a run"):
+        load_trained(alone)
+    few = [*TINY[1:], "model.num_classes=5", f"init.weights={trained_run / LATEST}", "data.local=/nowhere"]
+    with pytest.raises(ValueError, match=r"it lacks head.*Give the model the classes it was trained on"):
+        load_trained(ROOT / "yamls/deit_ti.yaml", few)
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+def test_checkpoint_with_code_in_it_does_not_run(trained_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(trained_run / "config.yaml", run)
+    (run / LATEST).write_bytes(pickle.dumps(Canary(tmp_path / "sung")))
+    with pytest.raises(ValueError, match=r"latest-rank0\.pt"):
+        load_trained(run)
+    assert not (tmp_path / "sung").exists()

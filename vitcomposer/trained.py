@@ -1,0 +1,234 @@
+"""Trained classifiers from wherever they lie: a run folder, a checkpoint in one, an exported folder, a yaml."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from vitcomposer import config
+from vitcomposer.averages import saved_weights
+from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.checkpoints import read_checkpoint
+from vitcomposer.schema import ConfigError, Model, Probe, Supervised
+
+Weights = Literal["auto", "raw", "ema"]
+Statistics = tuple[float, float, float]
+
+CLASS_NAMES = "class_names.json"
+LATEST = Path("checkpoints", "latest-rank0.pt")
+EXPORTED = ("config.json", "model.safetensors")
+
+_PREFIX = "model."  # of the network in the task whose state a checkpoint has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A classifier and how the images it is given are made.
+
+    Attributes:
+        network: In eval mode, float32, on the CPU.
+        model: What the network was built from.
+        image_size: Of evaluation, in pixels, as are ``crop_ratio`` and ``interpolation`` (see ``schema.Evaluation``).
+        mean, std: Of values in [0, 1].
+        class_names: In the order of the outputs, where they are known.
+        source: What was loaded, for messages.
+        averaged: The weights are a moving average (EMA) or that of a schedule-free optimizer.
+    """
+
+    network: nn.Module
+    model: Model
+    image_size: int
+    crop_ratio: float
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: Statistics
+    std: Statistics
+    class_names: tuple[str, ...] | None
+    source: str
+    averaged: bool
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What was found: a Trained without its network, and the weights that could fill it."""
+
+    facts: dict[str, Any]
+    model: Model
+    weights: dict[str, Mapping[str, Any]]  # "raw" and "ema", those there are
+
+
+def load_trained(source: str | Path, overrides: Sequence[str] = (), *, weights: Weights = "auto") -> Trained:
+    """Load a trained classifier without running code from its file.
+
+    Args:
+        source: A run folder, a checkpoint in one, a folder of ``vitcomposer export``, or a yaml of the recipe
+            ``supervised`` or ``distill`` whose ``init.weights`` fill the whole network, head included.
+        overrides: ``key=value`` on the yaml of the run; another ``model.image_size`` resizes the positions.
+        weights: The average where there is a started one (``auto``), the trained weights, or the average.
+
+    Raises:
+        ConfigError: Overrides or a configuration that cannot be used.
+        ValueError: No classifier there, a file that is unsafe, damaged or of another network, or no such weights.
+    """
+    saved = _find(Path(source), overrides)
+    kind = ("ema" if "ema" in saved.weights else "raw") if weights == "auto" else weights
+    if kind not in saved.weights:
+        raise ValueError(f"{saved.facts['source']} must hold {_MISSING[kind]}")
+    return _build(saved, kind)
+
+
+def load_each(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Trained]:
+    """All that :func:`load_trained` finds in one source: ``raw``, ``ema`` or both."""
+    saved = _find(Path(source), overrides)
+    return {kind: _build(saved, kind) for kind in saved.weights}
+
+
+_MISSING = {
+    "ema": "a started average (EMA), it has none. Use the raw weights.",
+    "raw": "the raw weights, it holds nothing but their average, which is what such a run learns. Use weights ema.",
+}
+
+
+def _build(saved: _Saved, kind: str) -> Trained:
+    source = saved.facts["source"]
+    options = {key: value for key, value in dataclasses.asdict(saved.model).items() if value is not None}
+    network = build_model(options.pop("name"), **options)
+    try:
+        report = load_weights(network, {"model": saved.weights[kind]}, min_matched=1)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    absent = [*report.missing, *report.replaced_heads]
+    if absent:
+        raise ValueError(
+            f"{source} must fill the whole of {saved.model.name} with model.num_classes={saved.model.num_classes}, it "
+            f"lacks {', '.join(absent[:3])} or has them in another shape. Give the model the classes it was trained on."
+        )
+    return Trained(network=network.eval(), model=saved.model, averaged=kind == "ema", **saved.facts)
+
+
+def _find(source: Path, overrides: Sequence[str]) -> _Saved:
+    if source.is_dir() and all((source / name).is_file() for name in EXPORTED):
+        return _exported(source, overrides)
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise ValueError(
+                f"{source} must be a run folder (config.yaml, checkpoints) or a folder of `vitcomposer export` "
+                f"({', '.join(EXPORTED)}); it is neither."
+            )
+        return _of_run(source, source / LATEST, overrides)
+    if source.suffix in (".yaml", ".yml"):
+        return _of_yaml(source, overrides)
+    if not source.is_file():
+        raise ValueError(f"There is no {source}. Give a run folder, a checkpoint in one, an exported folder or a yaml.")
+    run = source.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"{source} must lie in the folder checkpoints of a run, whose config.yaml says what it is. "
+            f"Name the network in a yaml instead: give YAML init.weights={source}"
+        )
+    return _of_run(run, source, overrides)
+
+
+def _of_run(run: Path, file: Path, overrides: Sequence[str]) -> _Saved:
+    cfg = _load_config(run / "config.yaml", overrides)
+    if not file.is_file():
+        raise ValueError(
+            f"{run} must hold {file.relative_to(run)}, it has no checkpoint yet. Train on, or name a file."
+        )
+    recorded = run / CLASS_NAMES
+    names = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else _names_of_data(cfg)
+    return _saved(cfg, file, str(run if file == run / LATEST else file), names)
+
+
+def _of_yaml(path: Path, overrides: Sequence[str]) -> _Saved:
+    cfg = _load_config(path, overrides)
+    if cfg.init.weights is None:
+        raise ConfigError(
+            f"init.weights must be the file of the trained network for {path}, got None. Add init.weights=FILE, or "
+            "give the folder of a run instead of a yaml."
+        )
+    return _saved(cfg, Path(cfg.init.weights), cfg.init.weights, _names_of_data(cfg))
+
+
+def _load_config(path: Path, overrides: Sequence[str]) -> Supervised:
+    cfg = config.load(path, overrides)
+    if isinstance(cfg, Supervised):
+        return cfg
+    if isinstance(cfg, Probe):
+        raise ValueError(
+            f"{path} must be of a run that trains one classifier, it is a linear probe: many heads, whose accuracies "
+            "its summary.json has. For a classifier train the head alone: recipe supervised with init.train_blocks=0."
+        )
+    raise ValueError(
+        f"{path} must be of a run that trains a classifier, the recipe {cfg.recipe} has no classes. Train them on its "
+        "features: train.py yamls/probe_linear.yaml init.weights=CHECKPOINT"
+    )
+
+
+def _names_of_data(cfg: Supervised) -> list[str] | None:
+    """Of the data set that the configuration names, where it is here and has as many classes as the model."""
+    for split in (cfg.data.val_split, cfg.data.train_split):
+        path = Path(cfg.data.local or "", split, CLASS_NAMES)
+        if cfg.data.local and path.is_file():
+            names = json.loads(path.read_text(encoding="utf-8"))
+            return names if len(names) == cfg.model.num_classes else None
+    return None
+
+
+def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None) -> _Saved:
+    facts = {
+        "image_size": cfg.evaluation.image_size or cfg.model.image_size,
+        "crop_ratio": cfg.evaluation.crop_ratio,
+        "interpolation": cfg.evaluation.interpolation,
+        "mean": tuple(cfg.augment.mean),
+        "std": tuple(cfg.augment.std),
+        "source": source,
+    }
+    return _Saved(_with_names(facts, names, cfg.model), cfg.model, _weights_in(read_checkpoint(file)))
+
+
+def _weights_in(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    state = content.get("state")
+    if not isinstance(state, Mapping) or "algorithms" not in state:  # a file of timm and its like
+        return {"raw": content}
+    return {kind: _of_network(weights) for kind, weights in saved_weights(content).items()}
+
+
+def _of_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    own = {key.removeprefix(_PREFIX): value for key, value in state.items() if key.startswith(_PREFIX)}
+    return own or dict(state)
+
+
+def _exported(folder: Path, overrides: Sequence[str]) -> _Saved:
+    if overrides:
+        raise ConfigError(f"{overrides[0]!r} must be left out for {folder}, an exported model is as it is.")
+    page = json.loads((folder / EXPORTED[0]).read_text(encoding="utf-8"))
+    ours = page.get("vitcomposer")
+    if ours is None:
+        raise ValueError(
+            f"{folder / EXPORTED[0]} must have the key vitcomposer, which `vitcomposer export` writes. For a model of "
+            f"timm give YAML init.weights={folder / EXPORTED[1]}"
+        )
+    try:
+        model = Model(**ours["model"])
+        facts = {**ours["evaluation"], "mean": tuple(ours["mean"]), "std": tuple(ours["std"]), "source": str(folder)}
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder / EXPORTED[0]} is of another version of vitcomposer ({ours.get('version')}): {error}. "
+            "Export the model again."
+        ) from error
+    kind = "ema" if ours.get("averaged") else "raw"
+    weights = read_checkpoint(folder / EXPORTED[1])
+    return _Saved(_with_names(facts, page.get("label_names"), model), model, {kind: weights})
+
+
+def _with_names(facts: dict[str, Any], names: Any, model: Model) -> dict[str, Any]:
+    if names is not None and len(names) != model.num_classes:
+        raise ValueError(
+            f"{facts['source']} must name its {model.num_classes} classes, {CLASS_NAMES} or label_names has "
+            f"{len(names)}. Mend or delete them."
+        )
+    return {**facts, "class_names": None if names is None else tuple(cast(list[str], names))}
