@@ -83,6 +83,32 @@ def test_curves_hold_what_was_measured(whole_run: Path, tmp_path: Path) -> None:
     assert colours((whole_run / "curves.png").read_bytes()) > 20 * colours((bare / "curves.png").read_bytes()) > 0
 
 
+def test_run_without_labels_shows_its_neighbours(tmp_path: Path) -> None:
+    measured = {"knn/top1": 0.5, "knn/top1_k10": 0.5, "knn/top1_k100": 0.4, "knn/top1_k20": 0.45}
+    knn = {key.removeprefix("knn/"): value for key, value in measured.items()}
+    lines = [line(step, **measured) for step in range(1, 40)]
+    folder = write_run(tmp_path / "swav", lines, summary_json=json.dumps({"recipe": "swav", "knn": knn}))
+    text = write_report(folder).read_text()
+    assert "<th>k-NN top-1</th><td>50.00% (k = 10), 45.00% (k = 20), 40.00% (k = 100)</td>" in text
+    bare = write_run(tmp_path / "bare", [line(step) for step in range(1, 40)])
+    write_report(bare)
+    assert colours((folder / "curves.png").read_bytes()) > colours((bare / "curves.png").read_bytes()) + 1000
+
+
+def test_attention_and_everything_else_logged_get_pictures(tmp_path: Path) -> None:
+    gates = {f"attention/gate/layer{i}/head{j}": 0.7 for i in range(1, 8) for j in (1, 2)}
+    reach = {f"attention/nonlocality/layer{i}": 2.0 + i for i in range(1, 13)}
+    heads = {"metrics/eval/top1_a": 0.1, "metrics/eval/top1_b": 0.2, "swav/prototype_usage": 0.9}
+    folder = write_run(tmp_path / "run", [line(step, **gates, **reach, **heads) for step in (1, 2)])
+    assert write_report(folder).read_text().count("<img ") == 3
+    with_gates, more = Image.open(folder / "attention.png").size, Image.open(folder / "more.png").size
+    (folder / "metrics.jsonl").write_text(json.dumps(line(1, **reach)) + "\n")
+    text = write_report(folder).read_text()
+    assert text.count("<img ") == 2 and "Attention</h2>" in text and not (folder / "more.png").exists()
+    assert Image.open(folder / "attention.png").size[1] < with_gates[1], "no rows of gates"
+    assert more == (1200, 280), "a row: the heads of a probe share a picture"
+
+
 @pytest.mark.parametrize(
     "lines",
     [

@@ -17,6 +17,7 @@ LAYERS = {
     "vitcomposer.schema": 0,
     "vitcomposer.config": 0,
     "vitcomposer.ranks": 0,
+    "vitcomposer.averages": 0,
     "vitcomposer.models": 1,
     "vitcomposer.losses": 1,
     "vitcomposer.data": 2,
@@ -33,12 +34,27 @@ LAYERS = {
     "vitcomposer.report": 4,
     "vitcomposer.bench": 4,
     "vitcomposer.plan": 4,
+    "vitcomposer.trained": 4,
+    "vitcomposer.attention_pictures": 4,
+    "vitcomposer.attention": 5,
+    "vitcomposer.teacher_writer": 4,
+    "vitcomposer.cache_teacher": 5,
+    "vitcomposer.confusion": 4,
+    "vitcomposer.scores": 5,
+    "vitcomposer.export_card": 4,
+    "vitcomposer.export_graph": 4,
+    "vitcomposer.export_timm": 4,
+    "vitcomposer.export": 5,
+    "vitcomposer.soup": 6,
+    "vitcomposer.evaluate": 6,
+    "vitcomposer.predict": 7,
     "vitcomposer.pretraining": 5,
+    "vitcomposer.supervision": 5,
     "vitcomposer.measurement": 5,
-    "vitcomposer.cli": 5,
-    "vitcomposer.__main__": 6,
-    "recipes": 7,
-    "train": 8,
+    "vitcomposer.cli": 8,
+    "vitcomposer.__main__": 9,
+    "recipes": 10,
+    "train": 11,
 }
 
 
@@ -122,10 +138,18 @@ def differing_keys(names: tuple[str, ...]) -> set[str]:
     return {key for key in keys if len({repr(page.get(key)) for page in pages}) > 1} - {"run.name"}
 
 
+DISTILLATION = {
+    *(f"teacher.{key}" for key in ("name", "weights", "mean", "std")),
+    *(f"distillation.{key}" for key in ("kind", "alpha", "temperature", "kl", "teacher_sees")),
+}
+
+
 @pytest.mark.parametrize(
     ("names", "keys"),
     [
         (("deit_ti", "deit_s", "deit_b"), {"model.name"}),
+        (("deit_ti_distilled", "deit_s_distilled", "deit_b_distilled"), {"model.name"}),
+        (("deit_s", "deit_s_distilled"), DISTILLATION | {"recipe", "model.name"}),
         (("convit_ti", "convit_s", "convit_b"), {"model.name"}),
         (("vit_s_medium", "vit_s_hot"), {"max_duration"}),
         (("vit_s", "vit_b", "vit_l"), {"model.name", "augment.rand_augment", "mixing.mixup_alpha"}),

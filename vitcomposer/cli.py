@@ -1,4 +1,4 @@
-"""``vitcomposer convert | inspect | bench | plan``: the command line around training.
+"""``vitcomposer convert | inspect | eval | export | ...``: the command line around training.
 
 A command is one function: it adds its parser and names the function that runs it. Heavy imports stay inside the run.
 Exit codes: 0 done, 1 a check failed, 2 something to mend (one line on stderr), 130 interrupted.
@@ -9,12 +9,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer import bench, plan
+from vitcomposer import attention, bench, cache_teacher, evaluate, export, plan, predict, soup
 
 if TYPE_CHECKING:
     from vitcomposer.data.inspect import SplitReport
     from vitcomposer.data.sources import Source
 
+_COMMANDS = (attention, bench, cache_teacher, evaluate, export, plan, predict, soup)
 _SHOWN = 5  # class names and ignored files that are printed
 
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vitcomposer", description="Data, runs and models of vitcomposer.")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (_add_convert, _add_inspect, bench.add_command, plan.add_command):
+    for add_command in (_add_convert, _add_inspect, *(module.add_command for module in _COMMANDS)):
         add_command(commands)
     args = parser.parse_args(argv)
     try:

@@ -1,22 +1,35 @@
-"""From the run folder of a run to its pictures: curves.png and one self-contained report.html."""
+"""From the run folder of a run to its pictures and one self-contained report.html."""
 
 import base64
 import html
-import io
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from vitcomposer.callbacks.record import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1600a", "#2c7d3f", "#6e6e6e"
+KNN_COLORS = (ORANGE, BLUE, GREEN, "#8a4fa3", "#b3913a", GREY)
 SMOOTHED_POINTS = 100  # the smoothed loss is a mean over 1/100 of the run
+
+GATES_PER_ROW = 5
+DRAWN = {
+    "loss/train/total",
+    "metrics/eval/loss",
+    "metrics/eval/top1",
+    "metrics/ema/top1",
+    "throughput/images_per_sec",
+    "throughput/data_wait_fraction",
+}
+_FAMILY = re.compile(r"_[^/]*$")  # top1_<head>, top5_k<k>: one picture
 
 ROWS = (
     ("recipe", "Recipe", "{}"),
@@ -27,6 +40,7 @@ ROWS = (
     ("top1_ema", "Top-1 of the averaged weights (EMA)", "{:.2%}"),
     ("top5_ema", "Top-5 of the averaged weights (EMA)", "{:.2%}"),
     ("loss", "Evaluation loss", "{:.4f}"),
+    ("knn", "k-NN top-1", "knn"),
     ("epochs", "Epochs", "{:,g}"),
     ("steps", "Steps", "{:,}"),
     ("images_seen", "Images seen", "{:,}"),
@@ -69,7 +83,10 @@ pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .85rem; 
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write ``curves.png`` and ``report.html`` into a run folder and return the latter; what is missing is left out.
+    """Write the pictures of a run and ``report.html`` into its folder and return the latter.
+
+    ``curves.png`` is always there, ``attention.png`` where attention was measured (``run.attention_interval``), and
+    ``more.png`` where the run logged anything that neither of them shows.
 
     Raises:
         ValueError: The folder has no ``metrics.jsonl``.
@@ -81,19 +98,23 @@ def write_report(run_folder: str | Path) -> Path:
             f"run_folder must be the folder of a run, with a metrics.jsonl, got {folder}. "
             "Give the folder that holds config.yaml."
         )
-    picture = _draw(read_metrics(path))
-    (folder / "curves.png").write_bytes(picture)
+    lines = read_metrics(path)
+    # Less than an epoch is better told in steps.
+    x = "epoch" if lines and lines[-1]["epoch"] >= 1 else "step"
+    pictures = {"curves": _draw(lines, x), "attention": _draw_attention(lines, x), "more": _draw_more(lines, x)}
+    for name, figure in pictures.items():
+        (folder / f"{name}.png").unlink(missing_ok=True)  # of an older report
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png")
     report = folder / "report.html"
-    report.write_text(_page(folder, picture), encoding="utf-8")
+    report.write_text(_page(folder), encoding="utf-8")
     return report
 
 
-def _draw(lines: list[dict[str, Any]]) -> bytes:
-    """The four pictures of a run as one PNG, 1200 x 800 pixels."""
+def _draw(lines: list[dict[str, Any]], x: str) -> Figure:
+    """The four pictures of a run, 1200 x 800 pixels."""
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     loss, top1, lr, speed = figure.subplots(2, 2, sharex=True).flat
-    # Less than an epoch is better told in steps.
-    x = "epoch" if lines and lines[-1]["epoch"] >= 1 else "step"
     _draw_loss(loss, lines, x)
     _draw_top1(top1, lines, x)
     _draw_series(lr, lines, x, "lr", color=BLUE)
@@ -102,15 +123,21 @@ def _draw(lines: list[dict[str, Any]]) -> bytes:
     lr.ticklabel_format(axis="y", scilimits=(-2, 2))
     _draw_speed(speed, lines, x)
     for axes in (loss, top1, lr, speed):
-        axes.grid(color="#e4e4e4")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _style(axes)
     for axes in (lr, speed):
-        axes.set_xlabel(x)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=x == "step"))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        _name_x(axes, x)
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _name_x(axes: Axes, x: str) -> None:
+    axes.set_xlabel(x)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=x == "step", nbins="auto"))
 
 
 def _draw_loss(axes: Axes, lines: list[dict[str, Any]], x: str) -> None:
@@ -129,6 +156,11 @@ def _draw_top1(axes: Axes, lines: list[dict[str, Any]], x: str) -> None:
     axes.set(title="Evaluation top-1", ylabel="top-1 (%)")
     _draw_series(axes, lines, x, "metrics/eval/top1", color=ORANGE, label="weights", marker="o", scale=100)
     _draw_series(axes, lines, x, "metrics/ema/top1", color=GREEN, label="averaged weights (EMA)", marker="s", scale=100)
+    neighbours = _numbered(lines, r"knn/top1_k(\d+)")
+    if neighbours and not axes.lines:
+        axes.set(title="k-NN top-1", ylabel="top-1 (%)")
+    for (key, (k,)), color in zip(neighbours.items(), itertools.cycle(KNN_COLORS)):
+        _draw_series(axes, lines, x, key, color=color, label=f"k-NN, k = {k}", marker="o", scale=100)
     _end(axes)
 
 
@@ -147,13 +179,104 @@ def _draw_speed(axes: Axes, lines: list[dict[str, Any]], x: str) -> None:
     wait.spines[["top"]].set_visible(False)
 
 
+def _numbered(lines: list[dict[str, Any]], pattern: str) -> dict[str, tuple[int, ...]]:
+    """The keys that match, with the numbers in them, in the order of those."""
+    keys = {key for line in lines for key, value in line.items() if value is not None}
+    matches = {key: match for key in keys if (match := re.fullmatch(pattern, key))}
+    numbers = {key: tuple(int(group) for group in match.groups()) for key, match in matches.items()}
+    return dict(sorted(numbers.items(), key=lambda item: item[1]))
+
+
+def _draw_attention(lines: list[dict[str, Any]], x: str) -> Figure | None:
+    """Non-locality and gates over training, as in arXiv:2103.10697, section 4; None where they were not measured."""
+    distances = _numbered(lines, r"attention/nonlocality/layer(\d+)")
+    if not distances:
+        return None
+    gates = _numbered(lines, r"attention/gate/layer(\d+)/head(\d+)")
+    gated = sorted({layer for layer, _ in gates.values()})
+    depth = max(layer for (layer,) in distances.values())
+    rows = -(-len(gated) // GATES_PER_ROW)
+    figure = Figure(figsize=(12, 4.5 + 2.4 * rows), dpi=100, layout="constrained")
+    above, *below = figure.subfigures(
+        1 + bool(rows), 1, height_ratios=[4.5, 2.4 * rows] if rows else None, squeeze=False
+    ).flat
+    axes = above.subplots()
+    axes.set(title="How far attention reaches", ylabel="mean distance (patches)")
+    for key, (layer,) in distances.items():
+        color = _shade(layer, depth)
+        _draw_series(axes, lines, x, key, color=color, label=f"layer {layer}", marker="o")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (depth > 14))
+    _style(axes)
+    _name_x(axes, x)
+    if below:
+        _draw_gates(below[0], lines, x, gates)
+    return figure
+
+
+def _draw_gates(figure: SubFigure, lines: list[dict[str, Any]], x: str, gates: dict[str, tuple[int, ...]]) -> None:
+    """A small picture per layer with a line per head."""
+    gated = sorted({layer for layer, _ in gates.values()})
+    heads = max(head for _, head in gates.values())
+    rows, columns = -(-len(gated) // GATES_PER_ROW), min(GATES_PER_ROW, len(gated))
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels[len(gated) :]:
+        axes.set_visible(False)
+    figure.suptitle("Gate of each head: share of positional attention")
+    for axes, layer in zip(panels, gated, strict=False):
+        axes.set_title(f"layer {layer}", fontsize="medium")
+        for key, (of, head) in gates.items():
+            if of == layer:
+                _draw_series(axes, lines, x, key, color=_shade(head, heads))
+        axes.set_ylim(0, 1)
+        _style(axes)
+        if layer in gated[-columns:]:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel(x)
+
+
+def _shade(index: int, count: int) -> tuple[float, float, float, float]:
+    """Of 1 .. count, from dark to light."""
+    return colormaps["viridis"](0.92 * (index - 1) / max(1, count - 1))
+
+
+def _draw_more(lines: list[dict[str, Any]], x: str) -> Figure | None:
+    """A small picture for each number that was logged and is drawn nowhere else; None where there is none."""
+    keys = sorted({key for line in lines for key, value in line.items() if value is not None and _is_more(key)})
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(_FAMILY.sub("", key), []).append(key)
+    if not groups:
+        return None
+    rows = -(-len(groups) // 3)
+    figure = Figure(figsize=(12, 2.8 * rows), dpi=100, layout="constrained")
+    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes in panels[len(groups) :]:
+        axes.set_visible(False)
+    for axes, (family, members) in zip(panels, groups.items(), strict=False):
+        axes.set_title(family if len(members) > 1 else members[0], fontsize="medium")
+        for index, key in enumerate(members, start=1):
+            _draw_series(
+                axes, lines, x, key, color=_shade(index, len(members)), label=key[len(family) + 1 :], marker="o"
+            )
+        if 1 < len(members) <= 6:
+            axes.legend(frameon=False, fontsize="small")
+        _style(axes)
+        _name_x(axes, x)
+    return figure
+
+
+def _is_more(key: str) -> bool:
+    return "/" in key and key not in DRAWN and not key.startswith(("attention/", "knn/top1", "trainer/"))
+
+
 def _draw_series(
     axes: Axes,
     lines: list[dict[str, Any]],
     x: str,
     key: str,
     *,
-    color: str,
+    color: str | tuple[float, ...],
     label: str | None = None,
     marker: str = "",
     scale: float = 1,
@@ -190,19 +313,22 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
-def _page(folder: Path, picture: bytes) -> str:
+def _page(folder: Path) -> str:
     summary = _read_json(folder / "summary.json")
     environment = _read_json(folder / "environment.json")
-    image = base64.b64encode(picture).decode()
-    sections = [
-        f'<p><img alt="Loss, top-1, learning rate and speed over the run" src="data:image/png;base64,{image}"></p>'
-    ]
+    sections = [_picture(folder / "curves.png", "Loss, top-1, learning rate and speed over the run")]
     if summary is None:
         sections.append("<h2>Summary</h2><p>The run has not ended yet, or was cut off.</p>")
     else:
         rows = [(label, _format(summary.get(key), form)) for key, label, form in ROWS]
         cells = "\n".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
         sections.append(f"<h2>Summary</h2>\n<table>\n{cells}\n</table>")
+    for name, title, alt in (
+        ("attention.png", "Attention", "Non-locality of each layer and gates of each head over the run"),
+        ("more.png", "More measurements", "Everything else that the run logged"),
+    ):
+        if (folder / name).is_file():
+            sections.append(f"<h2>{title}</h2>\n{_picture(folder / name, alt)}")
     config = folder / "config.yaml"
     texts = {
         "Configuration": config.read_text() if config.is_file() else None,
@@ -210,6 +336,11 @@ def _page(folder: Path, picture: bytes) -> str:
     }
     sections += [f"<h2>{name}</h2>\n<pre>{html.escape(text)}</pre>" for name, text in texts.items() if text]
     return PAGE.format(title=html.escape(folder.resolve().name), sections="\n".join(sections))
+
+
+def _picture(path: Path, alt: str) -> str:
+    image = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{alt}" src="data:image/png;base64,{image}"></p>'
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -224,6 +355,11 @@ def _format(value: Any, form: str) -> str:
     if form == "duration":
         minutes, seconds = divmod(round(value), 60)
         return f"{minutes // 60} h {minutes % 60:02} min {seconds:02} s"
+    if form == "knn":
+        found = sorted(
+            (int(key.removeprefix("top1_k")), top1) for key, top1 in value.items() if key.startswith("top1_k")
+        )
+        return ", ".join(f"{top1:.2%} (k = {k})" for k, top1 in found)
     if form == "gib":
         return f"{value / 2**30:.2f}"
     return form.format(value)
