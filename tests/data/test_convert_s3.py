@@ -108,6 +108,20 @@ def test_bucket_conversion_continues_from_its_markers(folder: Path, tmp_path: Pa
     )
 
 
+def test_parts_in_a_bucket_are_merged_to_what_one_conversion_makes(folder: Path, tmp_path: Path, bucket: str) -> None:
+    from vitcomposer.data.mds_shares import convert_share, merge
+    from vitcomposer.data.storage import open_store
+
+    url = f"{bucket}/parts"
+    for index in (1, 0):
+        convert_share(FolderSource(folder), url, index, 2, workers=1, shard_size="8kb")
+    convert(FolderSource(folder), tmp_path / "one", workers=1, shard_size="8kb")
+    assert json.loads((tmp_path / "one/summary.json").read_text())["splits"] == merge(url)
+    store = open_store(url)
+    names = [name for name in store.sizes() if "/shares/" not in name]
+    assert {name: hashlib.sha256(store.read(name) or b"").hexdigest() for name in names} == tree(tmp_path / "one")
+
+
 def test_bucket_that_is_missing_is_one_error(folder: Path, bucket: str) -> None:
     with pytest.raises(ValueError, match="s3://nothing-here/x cannot be reached at http://127.0.0.1"):
         convert(FolderSource(folder), "s3://nothing-here/x", workers=1)

@@ -7,6 +7,8 @@ only parts without a marker are made again::
     OUT/train/shard.00000.mds ...  index.json  class_names.json  [skipped.json]
     OUT/.convert/train/plan.json  items.json.gz  done/00000.json ...
     OUT/summary.json
+
+Several machines make one data set together in vitcomposer.data.mds_shares, out of the same steps.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.data.mds_plan import SHOWN, STATE, Part, check_room, plan_split, read_json, to_json
+from vitcomposer.data.mds_plan import SHOWN, Part, check_room, plan_split, read_json, to_json
 from vitcomposer.data.mds_shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.sources import Source, check_same_classes
 from vitcomposer.data.storage import Store, open_store
@@ -67,6 +69,25 @@ def convert(
         ValueError: Anything the user can mend: a bad image without ``skip_bad``, another source or other options than
             the ones ``out`` was begun with, a place that cannot be written.
     """
+    store, parts = begin(source, out, shard_size=shard_size, seed=seed, stored=stored)
+    done = make(source, store, parts, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
+    markers = {split: [done[part.marker] for part in parts if part.split == split] for split in source.splits}
+    return finish(store, dict.fromkeys(source.splits, source.class_names), markers)
+
+
+def begin(
+    source: Source,
+    out: str | Path,
+    *,
+    shard_size: int | str = "64mb",
+    seed: int = 0,
+    stored: StoreOptions | None = None,
+) -> tuple[Store, list[Part]]:
+    """Open the place and record the plan there, or compare with the one on record.
+
+    Raises:
+        ValueError: As of :func:`convert`.
+    """
     store = open_store(out)
     limit = parse_bytes(shard_size)
     store.check()
@@ -75,20 +96,42 @@ def convert(
     for split in source.splits:
         _check_split(store, source, split)
         parts += plan_split(store, source, split, limit, options)
-    done = _read_markers(store, parts)
+    return store, parts
+
+
+def make(
+    source: Source,
+    store: Store,
+    parts: list[Part],
+    *,
+    workers: int | None,
+    skip_bad: bool,
+    on_progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Make those parts that have no done-marker yet and return the markers of all.
+
+    Raises:
+        ValueError: As of :func:`convert`.
+    """
+    done = read_markers(store, {part.marker: part.plan for part in parts})
     pending = [part for part in parts if part.marker not in done]
     check_room(store, pending)
-    progress = _counted(on_progress, sum(len(part.items) for part in parts))
+    progress = counted(on_progress, sum(len(part.items) for part in parts))
     progress(sum(len(part.items) for part in parts if part.marker in done))
-    for part, marker in _run(source, store, pending, limit, workers):
+    for part, marker in _run(source, store, pending, workers):
         done[part.marker] = marker
         progress(len(part.items))
     bad = [entry for part in parts for entry in done[part.marker]["bad"]]
     if bad and not skip_bad:
         raise ValueError(_bad_images(bad))
-    summary = {}
-    for split in source.splits:
-        summary[split] = _finish(store, source, split, [done[part.marker] for part in parts if part.split == split])
+    return done
+
+
+def finish(
+    store: Store, class_names: dict[str, list[str]], markers: dict[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Write what lies beside the shards of these splits, from their markers in order, and return the summary."""
+    summary = {split: _finish_split(store, class_names[split], split, found) for split, found in markers.items()}
     _write_summary(store, summary)
     store.clean()
     return summary
@@ -102,12 +145,12 @@ def _check_split(store: Store, source: Source, split: str) -> None:
     twice = [name for name, count in Counter(source.class_names).items() if count > 1]
     if twice:
         raise ValueError(f"Class names must be different from each other, got {twice[0]!r} twice.")
-    for other, names in _finished_splits(store).items():
+    for other, names in finished_splits(store).items():
         if other not in source.splits:
             check_same_classes(source.class_names, names, split, f"{store.url}/{other}")
 
 
-def _finished_splits(store: Store) -> dict[str, list[str]]:
+def finished_splits(store: Store) -> dict[str, list[str]]:
     """Class names of every split that the summary lists."""
     splits = (read_json(store, "summary.json") or {}).get("splits", {})
     return {split: list(facts["class_counts"]) for split, facts in splits.items()}
@@ -115,15 +158,17 @@ def _finished_splits(store: Store) -> dict[str, list[str]]:
 
 def existing_class_names(out: str | Path, split: str) -> list[str] | None:
     """Class names of another finished split in ``out``, so that a split that is added gets the same labels."""
-    splits = _finished_splits(open_store(out))
+    splits = finished_splits(open_store(out))
     return next((names for name, names in splits.items() if name != split), None)
 
 
-def _read_markers(store: Store, parts: list[Part]) -> dict[str, dict[str, Any]]:
-    found = {name for split in {part.split for part in parts} for name in store.sizes(f"{STATE}/{split}/done/")}
-    names = [part.marker for part in parts if part.marker in found]
+def read_markers(store: Store, plans: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The done-markers that are there, of these names and hashes of plans; one of another plan does not count."""
+    found = {name for folder in {name.rpartition("/")[0] for name in plans} for name in store.sizes(f"{folder}/")}
+    there = [name for name in plans if name in found]
     with ThreadPoolExecutor(16) as pool:  # hides the latency of a bucket
-        return dict(zip(names, pool.map(lambda name: _read_marker(store, name), names), strict=True))
+        markers = zip(there, pool.map(lambda name: _read_marker(store, name), there), strict=True)
+        return {name: marker for name, marker in markers if marker.get("plan", plans[name]) == plans[name]}
 
 
 def _read_marker(store: Store, name: str) -> dict[str, Any]:
@@ -135,12 +180,12 @@ def _read_marker(store: Store, name: str) -> dict[str, Any]:
     return marker
 
 
-_job: tuple[Source, Store, int]  # set once per process: the source may be large
+_job: tuple[Source, Store]  # set once per process: the source may be large
 
 
-def _start_worker(source: Source, store: Store, limit: int) -> None:
+def _start_worker(source: Source, store: Store) -> None:
     global _job
-    _job = source, store, limit
+    _job = source, store
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what happens on Ctrl-C
     threading.Thread(target=_follow_parent, daemon=True).start()
 
@@ -157,9 +202,9 @@ def _make_part_in_worker(part: Part) -> dict[str, Any]:
     return _make_part(part, *_job)
 
 
-def _make_part(part: Part, source: Source, store: Store, limit: int) -> dict[str, Any]:
+def _make_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
     """Write the shards of a part and its done-marker; the marker's content is all that the merge needs."""
-    shards = _Shards(store, part, limit)
+    shards = _Shards(store, part)
     bad: list[dict[str, str]] = []
     total = {key: Counter[str]() for key in ("sizes", "formats", "classes", "outcomes")}
     original_bytes = 0
@@ -179,7 +224,8 @@ def _make_part(part: Part, source: Source, store: Store, limit: int) -> dict[str
         for counter, value in zip(total.values(), values, strict=True):
             counter[value] += 1
     shards.flush()
-    marker = {"bad": bad, "shards": shards.written, **total, "bytes": shards.bytes, "original_bytes": original_bytes}
+    sizes = {"bytes": shards.bytes, "original_bytes": original_bytes}
+    marker = {"bad": bad, "shards": shards.written, **total, **sizes, "plan": part.plan}
     store.write(part.marker, to_json(marker))
     return marker
 
@@ -187,8 +233,8 @@ def _make_part(part: Part, source: Source, store: Store, limit: int) -> dict[str
 class _Shards:
     """The shards of one part, none above the limit unless a single image is."""
 
-    def __init__(self, store: Store, part: Part, limit: int) -> None:
-        self._store, self._part, self._limit = store, part, limit
+    def __init__(self, store: Store, part: Part) -> None:
+        self._store, self._part, self._limit = store, part, part.limit
         self._columns = part.options.columns
         self._samples: list[Sample] = []
         self._size = 0
@@ -217,15 +263,13 @@ class _Shards:
             self._samples = []
 
 
-def _run(
-    source: Source, store: Store, parts: list[Part], limit: int, workers: int | None
-) -> Iterator[tuple[Part, dict[str, Any]]]:
+def _run(source: Source, store: Store, parts: list[Part], workers: int | None) -> Iterator[tuple[Part, dict[str, Any]]]:
     """Make the parts in any order and yield each with its marker."""
     if workers is not None and workers < 1:
         raise ValueError(f"--workers must be 1 or more, got {workers}. Leave it out for one per core.")
     workers = min(workers or os.cpu_count() or 1, len(parts))
     if workers <= 1:
-        yield from ((part, _make_part(part, source, store, limit)) for part in parts)
+        yield from ((part, _make_part(part, source, store)) for part in parts)
         return
     if any(part.options.seekable for part in parts):
         from vitcomposer.data.seekable import compile_kernels
@@ -233,7 +277,7 @@ def _run(
         compile_kernels()  # once, not in every worker at the same time
     # spawn, not fork: the parent may run threads (progress bar, S3 client), and a forked lock stays locked for ever
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source, store, limit))
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source, store))
     try:
         futures = {pool.submit(_make_part_in_worker, part): part for part in parts}
         for future in as_completed(futures):
@@ -255,7 +299,7 @@ def _bad_images(bad: list[dict[str, str]]) -> str:
     )
 
 
-def _finish(store: Store, source: Source, split: str, markers: list[dict[str, Any]]) -> dict[str, Any]:
+def _finish_split(store: Store, class_names: list[str], split: str, markers: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the files beside the shards, the index last, and return the split's part of the summary."""
     bad = sorted((entry for marker in markers for entry in marker["bad"]), key=lambda entry: entry["file"])
     shards = [shard for marker in markers for shard in marker["shards"]]
@@ -270,12 +314,12 @@ def _finish(store: Store, source: Source, split: str, markers: list[dict[str, An
         width, height = map(int, size.split("x"))
         widths[width] += count
         heights[height] += count
-    counts = {name: total["classes"][str(label)] for label, name in enumerate(source.class_names)}
+    counts = {name: total["classes"][str(label)] for label, name in enumerate(class_names)}
     if bad:
-        _write_new(store, f"{split}/skipped.json", to_json(bad))
-    _write_new(store, f"{split}/class_names.json", to_json(source.class_names))
+        write_new(store, f"{split}/skipped.json", to_json(bad))
+    write_new(store, f"{split}/class_names.json", to_json(class_names))
     # laid out as MDSWriter does, without line breaks
-    _write_new(store, f"{split}/index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+    write_new(store, f"{split}/index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
     return {
         "images": sum(shard["samples"] for shard in shards),
         "bytes": sum(marker["bytes"] for marker in markers),
@@ -299,15 +343,17 @@ def _spread(counter: Counter[int]) -> dict[str, int]:
 
 def _write_summary(store: Store, splits: dict[str, Any]) -> None:
     old = read_json(store, "summary.json") or {}
-    _write_new(store, "summary.json", to_json({"splits": dict(sorted({**old.get("splits", {}), **splits}.items()))}))
+    write_new(store, "summary.json", to_json({"splits": dict(sorted({**old.get("splits", {}), **splits}.items()))}))
 
 
-def _write_new(store: Store, name: str, data: bytes) -> None:
+def write_new(store: Store, name: str, data: bytes) -> None:
+    """Write an object unless it holds this already."""
     if store.read(name) != data:
         store.write(name, data)
 
 
-def _counted(on_progress: Progress | None, total: int) -> Callable[[int], None]:
+def counted(on_progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that adds up images and reports the sum."""
     done = 0
 
     def add(images: int) -> None:

@@ -27,14 +27,21 @@ class Part(NamedTuple):
     number: int
     items: list[Item]
     options: StoreOptions
+    limit: int  # of a shard, in bytes
+    plan: str  # hash of the plan that it belongs to
 
     @property
     def marker(self) -> str:
-        return f"{STATE}/{self.split}/done/{self.number:05}.json"
+        return done_marker(self.split, self.number)
 
     def basename(self, shard: int) -> str:
         """File of its first, second, ... shard; names sort as the shards of the split do."""
         return f"shard.{self.number:05}" + (f"_{shard:03}" if shard else "") + ".mds"
+
+
+def done_marker(split: str, number: int) -> str:
+    """Name of the object that says that a part is stored."""
+    return f"{STATE}/{split}/done/{number:05}.json"
 
 
 def plan_split(store: Store, source: Source, split: str, limit: int, options: StoreOptions) -> list[Part]:
@@ -49,9 +56,7 @@ def plan_split(store: Store, source: Source, split: str, limit: int, options: St
     items = sorted(source.splits[split], key=lambda item: hash_order(options.seed, item.name))
     listing = json.dumps([list(item) for item in items]).encode()
     folder = f"{STATE}/{split}"
-    old = read_json(store, f"{folder}/plan.json")
-    if old is not None:  # before there were options everything was stored as it came
-        old.setdefault("stored", StoreOptions(seekable=False).recorded())
+    old = read_plan(store, split)
     if options.seekable is None:
         options = dataclasses.replace(options, seekable=old["stored"]["--seekable"] if old else split == "train")
     plan = {
@@ -72,7 +77,21 @@ def plan_split(store: Store, source: Source, split: str, limit: int, options: St
         raise ValueError(
             f"{store.url}/{split} was begun with other input: {found}. Repeat the first call, or choose an empty place."
         )
-    return list(_cut(split, items, limit, options))
+    whole = Part(split, 0, items, options, limit, plan_hash(plan))
+    return list(_cut(whole))
+
+
+def read_plan(store: Store, split: str) -> dict[str, Any] | None:
+    """The plan on record."""
+    plan = read_json(store, f"{STATE}/{split}/plan.json")
+    if plan is not None:  # before there were options everything was stored as it came
+        plan.setdefault("stored", StoreOptions(seekable=False).recorded())
+    return plan
+
+
+def plan_hash(plan: dict[str, Any]) -> str:
+    """A digest of all that decides the shards of a split."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def check_room(store: Store, pending: list[Part]) -> None:
@@ -100,23 +119,25 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _cut(split: str, items: list[Item], limit: int, options: StoreOptions) -> Iterator[Part]:
+def _cut(whole: Part) -> Iterator[Part]:
     """Parts whose shards stay within the limit, filled as MDSWriter fills them."""
-    empty, overhead = empty_shard_bytes(limit, options.columns), sample_overhead(options.columns)
+    columns, limit = whole.options.columns, whole.limit
+    empty, overhead = empty_shard_bytes(limit, columns), sample_overhead(columns)
     number, size, chosen = 0, empty, []
-    for item in items:
+    for item in whole.items:
         expected = item.size + overhead
-        if options.seekable:  # so that one shard nearly always takes them; a photograph grows by 2 to 3 %
+        if whole.options.seekable:  # so that one shard nearly always takes them; a photograph grows by 2 to 3 %
             expected += item.size // 25 + 32
         if chosen and size + expected > limit:
-            yield Part(split, number, chosen, options)
+            yield whole._replace(number=number, items=chosen)
             number, size, chosen = number + 1, empty, []
         chosen.append(item)
         size += expected
-    yield Part(split, number, chosen, options)
+    yield whole._replace(number=number, items=chosen)
 
 
-def _difference(old: dict, new: dict, items: list[Item], read_listing: Callable[[], bytes | None]) -> str:
+def plan_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first setting in which two plans differ, in words; None where all are equal."""
     if old["shard_size"] != new["shard_size"]:
         return f"--shard-size was {old['shard_size']} bytes and is {new['shard_size']} bytes"
     if old["seed"] != new["seed"]:
@@ -124,6 +145,13 @@ def _difference(old: dict, new: dict, items: list[Item], read_listing: Callable[
     for flag, value in new["stored"].items():
         if old["stored"][flag] != value:
             return f"{flag} was {_setting(old['stored'][flag])} and is {_setting(value)}"
+    return None
+
+
+def _difference(old: dict, new: dict, items: list[Item], read_listing: Callable[[], bytes | None]) -> str:
+    setting = plan_difference(old, new)
+    if setting:
+        return setting
     before = {name: rest for name, *rest in json.loads(gzip.decompress(read_listing() or gzip.compress(b"[]")))}
     now = {item.name: [item.size, item.label] for item in items}
     kinds = {

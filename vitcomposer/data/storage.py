@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -43,7 +44,7 @@ class LocalStore:
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace an object."""
-        partial = self.root / _PARTIAL / f"{os.getpid()}-{name.replace('/', '-')}"
+        partial = self.root / _PARTIAL / f"{uuid.uuid4().hex}-{name.replace('/', '-')}"
         target = self.root / name
         with self._explained():
             for folder in (partial.parent, target.parent):
