@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
         # Composer takes seconds to import: a typo is reported before that.
         from recipes import RECIPES
         from vitcomposer.report import write_report
-        from vitcomposer.trainer import already_finished, fit, run_folder
+        from vitcomposer.run_folder import already_finished, run_folder
+        from vitcomposer.trainer import fit
 
         if already_finished(cfg):
             print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")

@@ -75,7 +75,7 @@ class WatchRates(Callback):
 
 
 def test_rates_of_the_layers_keep_their_ratios_in_a_run(photo_mds: Path, tmp_path: Path, weights: Path) -> None:
-    cfg = config.load([*overrides(photo_mds, tmp_path, "rates", weights), "optimizer.layer_decay=0.5"])
+    cfg = config.load(PAGE, [*overrides(photo_mds, tmp_path, "rates", weights), "optimizer.layer_decay=0.5"])
     trainer = RECIPES["supervised"].build(cfg)
     watch = WatchRates()
     trainer.state.callbacks.append(watch)
@@ -91,7 +91,8 @@ def test_rates_of_the_layers_keep_their_ratios_in_a_run(photo_mds: Path, tmp_pat
 def last_block(photo_mds: Path, tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     given = overrides(photo_mds, folder, "last_block", weights)
-    assert run_train([PAGE, *given, "init.train_blocks=1"]) == 0
+    # A rate at which 12 steps move what LayerScale makes small.
+    assert run_train([PAGE, *given, "init.train_blocks=1", "optimizer.lr=0.05"]) == 0
     return folder / "last_block"
 
 
@@ -118,6 +119,7 @@ def test_resumed_run_needs_no_file(photo_mds: Path, tmp_path: Path, weights: Pat
     assert not torch.equal(found["blocks.2.attn.qkv.weight"], source["blocks.2.attn.qkv.weight"])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_last_block_as_one_does(photo_mds: Path, tmp_path: Path, weights: Path) -> None:
     given = [*overrides(photo_mds, tmp_path, "two", weights), "init.train_blocks=1", "max_duration=4ba"]
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "train.py", PAGE, *given]
@@ -134,7 +136,7 @@ def test_two_ranks_train_the_last_block_as_one_does(photo_mds: Path, tmp_path: P
         (["init.train_blocks=4"], "init.train_blocks must be at most the 3 blocks of the model, got 4"),
         (["init.train_blocks=1", "init.weights=null"], "init.train_blocks must be null without init.weights"),
         (["init.weights=absent.pth"], "absent.pth"),
-        (["model.depth=4"], "fills 74.5% of the model"),
+        (["model.depth=4"], "of the model, at least 100.0% is required"),
         (["model.depth=2"], "the model has no blocks.2.norm1.weight"),
     ],
 )

@@ -27,6 +27,7 @@ LAYERS = {
     "vitcomposer.knn": 2,
     "vitcomposer.costs": 3,
     "vitcomposer.execution": 3,
+    "vitcomposer.run_folder": 3,
     "vitcomposer.tasks": 3,
     "vitcomposer.algorithms": 3,
     "vitcomposer.callbacks": 3,

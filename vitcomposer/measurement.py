@@ -10,7 +10,8 @@ from torch.optim import SGD
 
 from vitcomposer import config
 from vitcomposer.callbacks import Preemption, RunRecord, Throughput
-from vitcomposer.trainer import Placement, build_loggers, run_folder
+from vitcomposer.run_folder import run_folder
+from vitcomposer.trainer import Placement, build_loggers
 
 
 def build_measurement(

@@ -2,13 +2,11 @@
 
 import ctypes
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from composer import Algorithm, Evaluator, Trainer
 from composer.core import Callback, DataSpec, Event
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
@@ -23,14 +21,18 @@ from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
 from vitcomposer.execution import SHARDED, attention_order, check_execution, compile_forward, shard_blocks
 from vitcomposer.models import build_model, load_weights
-from vitcomposer.models.checkpoints import check_harmless
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.run_folder import (
+    LATEST,
+    current_device,
+    harmless_checkpoint,
+    initialize_dist,
+    latest_checkpoint,
+    run_folder,
+)
 from vitcomposer.schema import ConfigError, Init, Model, require
 from vitcomposer.tasks import Classification
 
-# What a resumed run may change: how long, where the data lies, how it is read and what is printed.
-FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "cache.remote")
-LATEST = "latest-rank{rank}.pt"
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
 SCHEDULE_FREE = "adamw_schedulefree"
@@ -47,11 +49,6 @@ class Placement:
     device_eval_batch_size: int
 
 
-def run_folder(cfg: Any) -> Path:
-    """The folder that tells the whole story of one run."""
-    return Path(cfg.run.folder) / cfg.run.name
-
-
 def starting_point(cfg: Any) -> Init:
     """``cfg.init``, without its file where a run goes on: a checkpoint holds every weight, and the file may be gone.
 
@@ -63,7 +60,7 @@ def starting_point(cfg: Any) -> Init:
     rule = "null without init.weights: what does not learn must have been trained"
     starts = init.train_blocks is None or init.weights is not None
     require(starts, "init.train_blocks", rule, init.train_blocks, remedy)
-    return init if _latest_checkpoint(run_folder(cfg)) is None else dataclasses.replace(init, weights=None)
+    return init if latest_checkpoint(run_folder(cfg)) is None else dataclasses.replace(init, weights=None)
 
 
 def build_network(model: Model, init: Init) -> nn.Module:
@@ -93,65 +90,14 @@ def _freeze(network: nn.Module, train_blocks: int, name: str) -> None:
     cast(ImageTransformer, network).freeze_below(train_blocks)
 
 
-def already_finished(cfg: Any) -> bool:
-    """Whether the run folder holds this run, complete.
-
-    Raises:
-        ConfigError: The folder holds another run, which this one would overwrite.
-    """
-    _initialize_dist()
-    # Rank 0 looks and tells: other nodes need not see its disk, and all ranks must take the same way.
-    answer: list[Any] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            answer[0] = _look_at_run_folder(cfg)
-        except ConfigError as error:
-            answer[0] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise ConfigError(answer[0])
-    return bool(answer[0])
-
-
-def _look_at_run_folder(cfg: Any) -> bool:
-    folder = run_folder(cfg)
-    if not (folder / "config.yaml").is_file() or not (folder / "checkpoints" / LATEST.format(rank=0)).exists():
-        return False
-    old = config.load(folder / "config.yaml")
-    changed = _changed_keys(dataclasses.asdict(old), dataclasses.asdict(cfg))
-    if changed:
-        key, before, after = changed[0]
-        more = "" if len(changed) == 1 else f" (and {len(changed) - 1} more: {', '.join(c[0] for c in changed[1:])})"
-        raise ConfigError(
-            f"{key} must be {before!r} to go on with the run in {folder}, got {after!r}{more}. "
-            f"Set run.name to start another run, or delete the folder."
-        )
-    summary = folder / "summary.json"
-    finished = summary.is_file() and json.loads(summary.read_text()).get("finished", False)
-    return finished and old.max_duration == cfg.max_duration
-
-
-def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after or f"{prefix}{key}" in FREE_ON_RESUME:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += _changed_keys(before, after, f"{prefix}{key}.")
-        else:
-            changed.append((f"{prefix}{key}", before, after))
-    return changed
-
-
 def prepare(cfg: Any) -> Placement:
     """Start the process group, seed every generator and share the batch out over the ranks.
 
     Raises:
         ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
     """
-    _initialize_dist()
-    device = _device()
+    initialize_dist()
+    device = current_device()
     remedy = "Add precision=fp32, or run on a GPU."
     require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
     reproducibility.seed_all(cfg.seed)
@@ -196,15 +142,6 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _device() -> str:
-    return "gpu" if torch.cuda.is_available() else "cpu"
-
-
-def _initialize_dist() -> None:
-    if not dist.is_initialized():
-        dist.initialize_dist(_device(), timeout=600)
 
 
 def _share(batch_size: int, key: str) -> int:
@@ -293,7 +230,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         save_num_checkpoints_to_keep=cfg.run.keep_checkpoints,
         # A kill between a checkpoint and its `latest` link leaves a file that the resumed run writes again.
         save_overwrite=True,
-        load_path=_harmless_checkpoint(folder),
+        load_path=harmless_checkpoint(folder),
     )
 
 
@@ -304,39 +241,6 @@ def _sharding(task: ComposerModel, cfg: Any) -> ParallelismConfig:
             f"steps, got {SHARDED!r}. Set run.parallelism=ddp."
         )
     return shard_blocks(task.model, cfg, world_size=dist.get_world_size())
-
-
-def _latest_checkpoint(folder: Path) -> str | None:
-    """Where rank 0 sees the run's last checkpoint, if there is one.
-
-    Composer's own autoresume dies on several nodes that share a disk: each of them removes the same signal file.
-    """
-    latest = folder / "checkpoints" / LATEST.format(rank=0)
-    found = [str(latest) if latest.exists() else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def _harmless_checkpoint(folder: Path) -> str | None:
-    """:func:`_latest_checkpoint` after a look into it: Composer unpickles it as a whole, which would run code in it.
-
-    Raises:
-        ConfigError: It would.
-    """
-    path = _latest_checkpoint(folder)
-    problem: list[str | None] = [None]
-    if path is not None and dist.get_global_rank() == 0:  # which hands it to the ranks that cannot see it
-        try:
-            check_harmless(path)
-        except ValueError as error:
-            problem[0] = str(error)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise ConfigError(
-            f"run.folder must hold checkpoints of weights and numbers to go on from: {problem[0]}. "
-            f"Set run.name to start another run, or put a checkpoint that you trust in its place."
-        )
-    return path
 
 
 def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:

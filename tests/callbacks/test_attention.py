@@ -97,6 +97,7 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_run_is_the_same_with_the_key_of_the_yaml(photo_mds: Path, tmp_path: Path) -> None:
     lines = {}
     for name, interval in (("without", "null"), ("with", "2ba")):

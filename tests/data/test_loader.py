@@ -31,7 +31,7 @@ from vitcomposer.schema import (
     Supervised,
 )
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)
 
 NAMES = [f"class {index}" for index in range(NUM_CLASSES)]
 

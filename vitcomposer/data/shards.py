@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -102,8 +103,8 @@ class ShardStream(Stream):
         )
 
     def _fetch_index(self) -> None:
-        part = self.folder / f"{INDEX}.tmp"
-        part.unlink(missing_ok=True)  # left by a killed run, it would be taken for the whole file
+        # A name of its own: what a killed run left would be taken for the whole file, and two runs may start at once.
+        part = self.folder / f"{INDEX}.{uuid.uuid4().hex}.tmp"
         try:
             self._download_file(INDEX, part.name)
         except Exception as error:  # every object store has its own

@@ -1,0 +1,27 @@
+"""What the tests of faults share: each tells what a user saw, for the table in benchmarks/results/faults.md."""
+
+import json
+import os
+from collections.abc import Callable
+
+import pytest
+
+Tell = Callable[[str, str, float], None]
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Tell:
+    """``tell(fault, seen, seconds)``: a row of the table, kept when benchmarks/faults.py runs the tests.
+
+    ``seen`` is the line that the run printed, or what it did where a fault is mended in silence; ``seconds`` lie
+    between the fault and the error or, where the run goes on, the first step after it.
+    """
+
+    def keep(fault: str, seen: str, seconds: float) -> None:
+        row = {"fault": fault, "seen": seen, "seconds": round(seconds, 2), "test": request.node.nodeid}
+        path = os.environ.get("VITCOMPOSER_FAULTS")
+        if path:
+            with open(path, "a", encoding="utf-8") as file:  # one write, so that rows of several workers stay whole
+                file.write(json.dumps(row) + "\n")
+
+    return keep
