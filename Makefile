@@ -7,10 +7,10 @@ NGPU ?= 1
 ARGS ?=
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup demo swav_demo test lint $(RECIPES)
+.PHONY: list setup demo swav_demo test lint audit $(RECIPES)
 
 list:
-	@echo "make setup | demo | swav_demo | test | lint    (each does the set-up it needs)"
+	@echo "make setup | demo | swav_demo | test | lint | audit    (each does the set-up it needs)"
 	@echo "make RECIPE [NGPU=8] [ARGS=\"key=value ...\"]"
 	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
@@ -42,6 +42,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# Their own environment: what an auditor depends on must not change what is audited. pip-audit asks PyPI's advisories.
+audit:
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install \
+		--quiet --disable-pip-version-check 'bandit>=1.9' 'pip-audit>=2.10'; }
+	.venv-audit/bin/bandit --quiet --configfile pyproject.toml --recursive vitcomposer recipes train.py
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 $(RECIPES): setup
 	$(BIN)/composer -n $(NGPU) train.py yamls/$@.yaml $(ARGS)

@@ -88,3 +88,13 @@ def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
     page.write_text("recipe: supervised\nmodel: {name: deit_small_patch16\n")
     with pytest.raises(ConfigError, match=r"page\.yaml.*line"):
         config.load(page)
+
+
+def test_secret_of_the_environment_does_not_get_into_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+    monkeypatch.setenv("DATA", "/data")
+    assert config.load(DEIT, ["data.local=${oc.env:DATA}/imagenet"]).data.local == "/data/imagenet"
+    for given in ("${oc.env:AWS_SECRET_ACCESS_KEY}", "s3://${ oc.env:AWS_SECRET_ACCESS_KEY , none}@host"):
+        with pytest.raises(ConfigError, match="data.remote must not read the environment") as error:
+            config.load(DEIT, ["data.local=/cache", f"data.remote={given}"])
+        assert "canary" not in str(error.value)

@@ -1,5 +1,6 @@
 """From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean
+
+_SECRET = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w*(?:SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY)\w*)", re.I)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
@@ -26,6 +29,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     schema = _schema_of(OmegaConf.merge(page, changes), path)
     base = OmegaConf.merge(OmegaConf.structured(schema), {"run": {"name": Path(path).stem}})
     merged = _merge(_merge(base, page, str(path)), changes, "the command line")
+    _check_secrets(OmegaConf.to_container(merged))
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{missing[0]} is required and missing in {path}. Add it to the yaml. All missing: {missing}")
@@ -38,6 +42,19 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
 def to_yaml(cfg: Any) -> str:
     """The whole configuration as yaml text that :func:`load` reads back to an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def _check_secrets(value: Any, key: str = "") -> None:
+    """Refuse what would carry a credential of the environment into config.yaml, logs and reports."""
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, entry in entries:
+            _check_secrets(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and (found := _SECRET.search(value)):
+        raise ConfigError(
+            f"{key} must not read the environment variable {found[1]}, got {value!r}: the run folder would keep it. "
+            "Leave it in the environment, where the object stores' clients look for it."
+        )
 
 
 def _read(path: Path) -> DictConfig:
