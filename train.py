@@ -1,18 +1,20 @@
 """Train a recipe: composer -n 8 train.py yamls/deit_s.yaml [key=value ...]"""
 
 import os
+import signal
 import sys
 
 from vitcomposer import config
 from vitcomposer.schema import ConfigError
 
 
-def main(argv: list[str]) -> int:
-    """Load the yaml, build the recipe's Trainer and fit.
+def main(argv: list[str], *, told: bool = False) -> int:
+    """Load the yaml, build the recipe's Trainer and fit; ``told`` prints what ends it early instead of raising it.
 
     Returns:
-        0 when the run is finished (also if it already was), 2 for a configuration that cannot run, 143 when a signal
-        stopped it after a checkpoint: the same command then goes on from there.
+        0 when the run is finished (also if it already was), 2 for what no other start will mend, 74 for a finished run
+        of which run.remote has not got all, 143 after a checkpoint for a signal, 130 for Ctrl-C, 1 for all else: in
+        all but the second case the same command goes on from the last checkpoint.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
@@ -21,25 +23,37 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     try:
         cfg = config.load(argv[0], argv[1:])
-        # Composer takes seconds to import: a typo is reported before that.
-        from recipes import RECIPES
-        from vitcomposer.report import write_report
-        from vitcomposer.run_folder import already_finished, run_folder
-        from vitcomposer.trainer import fit
-
-        if already_finished(cfg):
-            print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")
-            return 0
-        trainer = RECIPES[cfg.recipe].build(cfg)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    status = fit(trainer, cfg)
-    if os.environ.get("RANK", "0") == "0":
-        write_report(run_folder(cfg))
-    return status
+    # Composer takes seconds to import: a typo is reported before that. It has SIGTERM exit with 143: a rank that its
+    # launcher ends because another one failed would have the run started again for ever (see Preemption).
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    from recipes import RECIPES
+    from vitcomposer.callbacks import finish_mirror
+    from vitcomposer.failures import end_together
+    from vitcomposer.report import write_report
+    from vitcomposer.run_folder import already_finished, run_folder
+    from vitcomposer.trainer import fit
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
+    try:
+        if already_finished(cfg):
+            print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")
+            return finish_mirror(cfg, 0)
+        trainer = RECIPES[cfg.recipe].build(cfg)
+        status = fit(trainer, cfg)
+        if os.environ.get("RANK", "0") == "0":
+            write_report(run_folder(cfg))
+        return finish_mirror(cfg, status)
+    except (Exception, KeyboardInterrupt) as error:
+        if not (told or isinstance(error, ConfigError)):
+            raise
+        return end_together(error, cfg)
 
 
 if __name__ == "__main__":
-    # Composer's remote uploader spawns processes that import this file.
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], told=True))

@@ -24,7 +24,7 @@ def build(cfg: DINO) -> Trainer:
     algorithms = [
         CosineWeightDecay(cfg.optimizer.weight_decay, cfg.loss.weight_decay_end),
         MomentumEncoder(pairs, cfg.loss.momentum),
-        FreezeAtStart(list(task.head.last_layer.parameters()), cfg.loss.freeze_last_layer_epochs),
+        FreezeAtStart(task.head.last_layer.parameters, cfg.loss.freeze_last_layer_epochs),
     ]
     return build_pretraining(cfg, run, task, algorithms)
 

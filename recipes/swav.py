@@ -18,7 +18,7 @@ def build(cfg: SwAV) -> Trainer:
     """
     run = prepare_pretraining(cfg)
     task = build_task(cfg)
-    frozen = FreezeAtStart(task.head.prototypes, cfg.loss.freeze_prototypes_epochs)
+    frozen = FreezeAtStart(lambda: task.head.prototypes, cfg.loss.freeze_prototypes_epochs)
     return build_pretraining(cfg, run, task, [frozen])
 
 

@@ -173,7 +173,7 @@ def test_inspect_finds_a_flipped_bit_only_with_verify(copy: Path, capsys: pytest
 
 @pytest.mark.parametrize("name", ["../other/shard.mds", "/etc/passwd", "a\\..\\b.mds", "C:x.mds"])
 def test_inspect_refuses_shards_outside_the_split(copy: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    change_first_shard(copy, raw_data={"basename": name, "bytes": 1, "hashes": {}})
+    change_first_shard(copy, raw_data={"basename": name, "bytes": 1 << 20, "hashes": {}})
     assert main(["inspect", str(copy)]) == 2
     assert "shard names must stay in the split's folder" in capsys.readouterr().err
 

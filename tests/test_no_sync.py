@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from composer import Callback, Trainer
+from composer.core import DataSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from vitcomposer import losses
 from vitcomposer.algorithms import build_algorithms
-from vitcomposer.callbacks import Preemption, StepSeed, Throughput
+from vitcomposer.callbacks import NumericsMonitor, Preemption, StepSeed, Throughput
 from vitcomposer.models import build_model
 from vitcomposer.optim import build_optimizer
 from vitcomposer.schema import Optimizer
@@ -85,15 +86,17 @@ def test_step_reads_back_only_what_composer_reads(optimizer: str, clipping: str)
     built = build_optimizer(model, config, global_train_batch_size=4)
     if optimizer == "adamw_schedulefree":
         built.train()  # pyright: ignore[reportAttributeAccessIssue]
+    train = DataSpec(DataLoader(Batches(), batch_size=None))
+    numbers = NumericsMonitor(train, seed=0, latest=Path("none"), skip_steps=1)
     trainer = Trainer(
         model=Classification(model, loss=losses.soft_target_cross_entropy, num_classes=5),
-        train_dataloader=DataLoader(Batches(), batch_size=None),
+        train_dataloader=train,
         max_duration="3ba",
         optimizers=built,
         algorithms=build_algorithms(
             algorithms, loss="soft_target_cross_entropy", precision="fp32", label_smoothing=0.0
         ),
-        callbacks=[watch, Throughput(None, "fp32"), Preemption(), StepSeed(0)],
+        callbacks=[watch, Throughput(None, "fp32"), Preemption(), StepSeed(0), numbers],
         device="cpu",
         device_train_microbatch_size=4,
         progress_bar=False,

@@ -42,6 +42,8 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("path", help="folder or s3://bucket/prefix")
     parser.add_argument("--split", help="only this split (default: all)")
     parser.add_argument("--verify", action="store_true", help="read every shard and compare its hashes")
+    help_text = "decode every image and list those that training would leave out"
+    parser.add_argument("--decode", action="store_true", help=help_text)
     parser.set_defaults(run=_run_inspect)
 
 
@@ -49,14 +51,15 @@ def _run_inspect(args: argparse.Namespace) -> int:
     """Show what a data set holds and check that its shards are what the index says. Exit code 1 if they are not."""
     from vitcomposer.data.inspect import inspect_data
 
-    reports = inspect_data(args.path, args.split, verify=args.verify)
+    reports = inspect_data(args.path, args.split, verify=args.verify, decode=args.decode)
     for report in reports:
         _print_report(report)
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
         print(f"bad: {problem}", file=sys.stderr)
     if not problems:
-        print("all shards are there with the right " + ("hash" if args.verify else "size"))
+        checked = "hash" if args.verify or args.decode else "size"
+        print(f"all shards are there with the right {checked}" + (", all images can be decoded" if args.decode else ""))
     return 1 if problems else 0
 
 

@@ -17,6 +17,7 @@ import torch
 from vitcomposer import curriculum, flops, optim
 from vitcomposer.models import build_model
 from vitcomposer.models.teachers import build_teacher_network
+from vitcomposer.models.transformer import num_recomputed
 from vitcomposer.schema import ConfigError, did_you_mean, require
 
 ROOFLINE = "roofline estimate, not measured"
@@ -310,10 +311,12 @@ def _input_name(cfg: Any) -> str:
 def _memory(cfg: Any, network: Network, views: list[list[View]], *, gpus: int) -> dict[str, float | None]:
     """Bytes on one GPU: float32 weights, gradients and optimizer state; activations of the largest micro-batch."""
     share = cfg.global_train_batch_size // gpus
-    micro = min(cfg.run.device_train_microbatch_size or share, share)
+    size = cfg.run.device_train_microbatch_size
+    micro = min(size, share) if isinstance(size, int) else share
     # An image's crops are held together, stages follow each other.
     works = [[(view.count, network.work(view)) for view in stage] for stage in views]
-    held = [sum(n * work.activation_bytes for n, work in stage if work) for stage in works]
+    kept = _kept_activations(cfg, network)
+    held = [kept * sum(n * work.activation_bytes for n, work in stage if work) for stage in works]
     copies = ("EMA" in cfg.algorithms) + hasattr(cfg.loss, "momentum")
     parts: dict[str, float | None] = {
         "weights": 4 * network.parameters,
@@ -323,3 +326,17 @@ def _memory(cfg: Any, network: Network, views: list[list[View]], *, gpus: int) -
         "activations": micro * max(held) or None,
     }
     return {**parts, "total": sum(part for part in parts.values() if part)}
+
+
+def _kept_activations(cfg: Any, network: Network) -> float:
+    """Share of the activations that is held at the peak: inputs of recomputed blocks, and all of the others' or one's.
+
+    Inputs are the float32 residual stream.
+    """
+    share, blocks = cfg.run.activation_checkpointing, getattr(network.module, "blocks", ())
+    if not share or not len(blocks):
+        return 1.0
+    learning = len(blocks) if cfg.init.train_blocks is None else cfg.init.train_blocks
+    twice = num_recomputed(share, learning)
+    whole = max(len(blocks) - twice, 1)
+    return (whole + twice * 4 / flops.ACTIVATION_BYTES) / len(blocks)

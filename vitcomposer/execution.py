@@ -1,6 +1,6 @@
 """How a run computes its numbers, never which: compiled, with which attention kernel, on shares of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitcomposer.models.layers import Block
+from vitcomposer.models.transformer import ImageTransformer, num_recomputed
 from vitcomposer.schema import Run, require
 
 GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few stages of patch dropout
 SHARDED = "fsdp2"
+AUTO = "auto"
 ELEMENTWISE = ("adamw", "sgd")  # optimizers that do to a share of a tensor what they do to the tensor
 ATTENTION_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -23,8 +25,11 @@ ATTENTION_BACKENDS = {
 }
 
 
-def check_execution(run: Run, *, device: str, device_batch_size: int) -> None:
+def check_execution(run: Run, *, device: str, device_batch_size: int, algorithms: Collection[str] = ()) -> None:
     """Refuse what the device does not have and what a graph cannot take.
+
+    Args:
+        algorithms: Names of those of the run.
 
     Raises:
         ConfigError: The key of ``run``.
@@ -33,6 +38,9 @@ def check_execution(run: Run, *, device: str, device_batch_size: int) -> None:
     rule = "null on a CPU, which has one kernel"
     require(device == "gpu" or backends is None, "run.attention_backends", rule, backends, "Leave it out.")
     micro = run.device_train_microbatch_size
+    if isinstance(micro, str):
+        _check_auto(run, device, algorithms)
+        return
     require(
         not run.compile or micro is None or device_batch_size % micro == 0 or micro > device_batch_size,
         "run.device_train_microbatch_size",
@@ -40,6 +48,38 @@ def check_execution(run: Run, *, device: str, device_batch_size: int) -> None:
         micro,
         "Choose a divisor, or set run.compile=false.",
     )
+
+
+def _check_auto(run: Run, device: str, algorithms: Collection[str]) -> None:
+    """Composer begins with the device's whole share, and halves it and repeats the step as often as memory runs out."""
+    key = "run.device_train_microbatch_size"
+    rule = "a number of images, or left out, on a CPU: no error tells when its memory is full, the system ends the run"
+    require(device == "gpu", key, rule, AUTO, "Leave it out, or choose a divisor of the device's share of the batch.")
+    rule = f"a number of images with run.parallelism={SHARDED}, whose gathered weights Composer cannot take back"
+    remedy = "Start once with run.parallelism=ddp to find one, or halve it until it fits."
+    require(run.parallelism != SHARDED, key, rule, AUTO, remedy)
+    rule = "a number of images with run.compile, which would make graphs for each size that is tried"
+    require(not run.compile, key, rule, AUTO, "Read trainer/device_train_microbatch_size of a run without run.compile.")
+    rule = "a number of images with algorithms.SAM: a step that is repeated would begin at weights that SAM has moved"
+    require("SAM" not in algorithms, key, rule, AUTO, "Choose a divisor of the device's share of the batch.")
+
+
+def recompute_activations(task: nn.Module, share: float) -> None:
+    """Have that share of the blocks that learn, the first ones, keep their input alone until the backward pass.
+
+    Losses and gradients stay what they are, bit for bit.
+
+    Raises:
+        ConfigError: No transformer block learns.
+    """
+    found = False
+    for network in [module for module in task.modules() if isinstance(module, ImageTransformer)]:
+        learning = [block for block in network.blocks if any(p.requires_grad for p in block.parameters())]
+        for block in learning[: num_recomputed(share, len(learning))]:
+            assert isinstance(block, Block)
+            block.recompute = found = True
+    rule = "0 where no transformer block learns"
+    require(found, "run.activation_checkpointing", rule, share, "Leave it out.")
 
 
 def compile_forward(module: nn.Module) -> None:
@@ -56,18 +96,21 @@ def compile_forward(module: nn.Module) -> None:
     module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
 
-def shard_blocks(network: nn.Module, cfg: Any, *, world_size: int) -> ParallelismConfig:
+def shard_blocks(task: nn.Module, cfg: Any, *, world_size: int) -> ParallelismConfig:
     """FSDP2 with every transformer block gathered by itself, in float32: autocast computes what it does under DDP.
 
-    A checkpoint is one file of whole tensors as DDP writes it, so a run may go on with either, on any number of ranks.
+    What else the networks of the task have, and each of its heads, is gathered as one.
+
+    A checkpoint is one file of whole tensors as DDP writes it, so a run may go on with either, on any number of ranks;
+    or, with ``run.sharded_checkpoints``, a folder with which FSDP2 goes on, on any number of ranks above one.
 
     Raises:
         ConfigError: One rank, no transformer blocks, or something that needs a tensor as a whole.
     """
     remedy = "Set run.parallelism=ddp."
     require(world_size > 1, "run.parallelism", "ddp on one rank, which has nobody to share with", SHARDED, remedy)
-    blocks = any(isinstance(module, Block) for module in network.modules())
-    require(blocks, "run.parallelism", "ddp for a network without transformer blocks", SHARDED, remedy)
+    networks = [child for child in task.children() if any(isinstance(module, Block) for module in child.modules())]
+    require(bool(networks), "run.parallelism", "ddp for a network without transformer blocks", SHARDED, remedy)
     require(not cfg.run.compile, "run.compile", f"false with {SHARDED}, which gathers between the blocks", True, remedy)
     rule = f"{' or '.join(ELEMENTWISE)} with {SHARDED}, which shows it a share of each tensor"
     require(cfg.optimizer.name in ELEMENTWISE, "optimizer.name", rule, cfg.optimizer.name, remedy)
@@ -75,9 +118,11 @@ def shard_blocks(network: nn.Module, cfg: Any, *, world_size: int) -> Parallelis
     require("SAM" not in cfg.algorithms, "algorithms.SAM", rule, "SAM", remedy)
     clipping = cfg.algorithms.get("GradientClipping", {}).get("clipping_type", "norm")
     require(clipping == "norm", "algorithms.GradientClipping.clipping_type", f"norm with {SHARDED}", clipping, remedy)
-    setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, Block))  # noqa: B010 (no attribute of nn.Module)
+    for network in networks:  # by a name that is no attribute of nn.Module
+        setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, Block))  # noqa: B010
     # A dict would need an environment variable too: its key fsdp2 Composer passes over, and trains DDP.
-    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", mixed_precision="FULL"))
+    saved = "sharded" if cfg.run.sharded_checkpoints else "full"
+    return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type=saved, mixed_precision="FULL"))
 
 
 def attention_order(names: Sequence[str] | None) -> AbstractContextManager[Any]:

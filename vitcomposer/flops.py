@@ -106,7 +106,7 @@ _ELEMENTWISE_BYTES, _ELEMENTWISE_TRAIN = 48, 3.2
 _GPSA_BYTES = 12  # more in a layer of ConViT: values in the order of the grid, mixed over rows, then over columns
 _ATTENTION_TRAIN = 3.5  # fused attention computes the scores again in the backward pass
 # Stored for backward per token, layer and unit of width: arXiv:2205.05198, section 4.1, without attention maps.
-_ACTIVATION_BYTES = 34
+ACTIVATION_BYTES = 34
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def forward_work(model: nn.Module, image_size: int, *, patch_keep_rate: float = 
         width=width,
         attention_flops=sum(4 * n * n * width for n in tokens),
         elementwise_bytes=width * (_ELEMENTWISE_BYTES * sum(tokens) + _GPSA_BYTES * patches * local),
-        activation_bytes=_ACTIVATION_BYTES * width * sum(tokens),
+        activation_bytes=ACTIVATION_BYTES * width * sum(tokens),
     )
 
 

@@ -134,7 +134,7 @@ def _render(args: argparse.Namespace, cfg: Any) -> str:
     if args.engine == "slurm":
         wishes = {"partition": args.partition, "account": args.account, "time": args.time, "setup": args.setup}
         return launch_commands.slurm_script(launch, **wishes)
-    volumes = _volumes(args, cfg.run.folder)
+    volumes = _volumes(args, cfg.run)
     if args.engine == "skypilot":
         task = launch_commands.skypilot_task(
             launch,
@@ -253,7 +253,7 @@ def _environment(given: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, _, value in pairs)
 
 
-def _volumes(args: argparse.Namespace, run_folder: str) -> tuple[tuple[str, str], ...]:
+def _volumes(args: argparse.Namespace, run: Any) -> tuple[tuple[str, str], ...]:
     volumes = []
     for text in args.volume:
         name, _, path = text.partition(":")
@@ -264,7 +264,8 @@ def _volumes(args: argparse.Namespace, run_folder: str) -> tuple[tuple[str, str]
         volumes.append((name, str(place)))
     paths = [path for _, path in volumes]
     require(len(set(paths)) == len(paths), "--volume", "one for each path", args.volume, "Mount them at two paths.")
-    kept = "://" in run_folder or any(PurePosixPath(run_folder).is_relative_to(path) for path in paths)
+    kept = run.remote is not None or any(PurePosixPath(run.folder).is_relative_to(path) for path in paths)
     rule = "on a --volume, since a pod's own disk goes with it" if args.engine in _KUBERNETES else "on a --volume"
-    require(kept, "run.folder", rule, run_folder, "Add run.folder=/runs --volume runs:/runs.")
+    remedy = "Add run.folder=/runs --volume runs:/runs, or run.remote=s3://BUCKET/runs."
+    require(kept, "run.folder", rule, run.folder, remedy)
     return tuple(volumes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 from composer.utils import dist
 
 from vitcomposer import config
-from vitcomposer.models.checkpoints import check_harmless
+from vitcomposer.checkpoint_folder import has_checkpoints, newest_whole, ranks_and_step
+from vitcomposer.data.run_store import bring_back
 from vitcomposer.schema import ConfigError
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
 FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "cache.remote")
-LATEST = "latest-rank{rank}.pt"
 
 
 def current_device() -> str:
@@ -22,10 +23,10 @@ def current_device() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def initialize_dist() -> None:
-    """Start the process group unless it runs."""
+def initialize_dist(timeout: float = 600) -> None:
+    """Start the process group unless it runs; ``timeout`` is how many seconds a rank waits for the others."""
     if not dist.is_initialized():
-        dist.initialize_dist(current_device(), timeout=600)
+        dist.initialize_dist(current_device(), timeout=timeout)
 
 
 def run_folder(cfg: Any) -> Path:
@@ -39,11 +40,13 @@ def already_finished(cfg: Any) -> bool:
     Raises:
         ConfigError: The folder holds another run, which this one would overwrite.
     """
-    initialize_dist()
+    initialize_dist(cfg.run.dist_timeout)
     # Rank 0 looks and tells: other nodes need not see its disk, and all ranks must take the same way.
     answer: list[Any] = [None]
     if dist.get_global_rank() == 0:
         try:
+            if cfg.run.remote is not None:
+                bring_back(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints)
             answer[0] = _look_at_run_folder(cfg)
         except ConfigError as error:
             answer[0] = str(error)
@@ -55,7 +58,7 @@ def already_finished(cfg: Any) -> bool:
 
 def _look_at_run_folder(cfg: Any) -> bool:
     folder = run_folder(cfg)
-    if not (folder / "config.yaml").is_file() or not (folder / "checkpoints" / LATEST.format(rank=0)).exists():
+    if not (folder / "config.yaml").is_file() or not has_checkpoints(folder / "checkpoints"):
         return False
     old = config.load(folder / "config.yaml")
     changed = _changed_keys(dataclasses.asdict(old), dataclasses.asdict(cfg))
@@ -84,34 +87,84 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") ->
     return changed
 
 
-def latest_checkpoint(folder: Path) -> str | None:
-    """Where rank 0 sees the run's last checkpoint, if there is one.
-
-    Composer's own autoresume dies on several nodes that share a disk: each of them removes the same signal file.
-    """
-    latest = folder / "checkpoints" / LATEST.format(rank=0)
-    found = [str(latest) if latest.exists() else None]
+def goes_on(cfg: Any) -> bool:
+    """Whether rank 0 sees a checkpoint that this run goes on from."""
+    found = [dist.get_global_rank() == 0 and newest_whole(run_folder(cfg) / "checkpoints").path is not None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def harmless_checkpoint(folder: Path) -> str | None:
-    """:func:`latest_checkpoint` after a look into it: Composer unpickles it as a whole, which would run code in it.
+def checkpoint_to_load(folder: Path) -> str | None:
+    """The run's newest whole checkpoint, said on one line, after a look into it: loading it could run code in it.
+
+    Composer's own autoresume dies on several nodes that share a disk: each of them removes the same signal file.
 
     Raises:
         ConfigError: It would.
     """
-    path = latest_checkpoint(folder)
-    problem: list[str | None] = [None]
-    if path is not None and dist.get_global_rank() == 0:  # which hands it to the ranks that cannot see it
+    answer: list[Any] = [None, None]  # the path, and what is wrong with it
+    if dist.get_global_rank() == 0:  # which hands it to the ranks that cannot see it
         try:
-            check_harmless(path)
+            answer[0] = _choose_checkpoint(folder)
         except ValueError as error:
-            problem[0] = str(error)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    path, problem = answer
+    if problem is not None:
         raise ConfigError(
-            f"run.folder must hold checkpoints of weights and numbers to go on from: {problem[0]}. "
+            f"run.folder must hold checkpoints of weights and numbers to go on from: {problem}. "
             f"Set run.name to start another run, or put a checkpoint that you trust in its place."
         )
     return path
+
+
+def _choose_checkpoint(folder: Path) -> str | None:
+    found = newest_whole(folder / "checkpoints")
+    said = [f"Refused {each}." for each in found.refused]
+    if found.path is None:
+        if said:
+            print(f"{folder} starts from the beginning.", *said)
+        return None
+    saved_by, step = ranks_and_step(found.path)
+    now = dist.get_world_size()
+    if saved_by != now:
+        said.append(
+            f"Saved by {saved_by} rank{'s' * (saved_by > 1)}, goes on with {now}: the same images in every step; "
+            "rounding differs, and so does what a rank draws or pairs by itself (mixing, drop path)."
+        )
+    print(f"{folder} goes on after step {step}.", *said)
+    return str(found.path)
+
+
+def check_folders(cfg: Any) -> None:
+    """Refuse folders that cannot be written, before anything is read; all ranks have to call it.
+
+    Raises:
+        ConfigError: On all ranks, for ``run.folder`` seen from rank 0 or for the cache ``data.local`` on any node.
+    """
+    problem = None
+    if dist.get_global_rank() == 0:
+        problem = _unwritable("run.folder", cfg.run.folder, run_folder(cfg), "Set run.folder to one that is.")
+    if problem is None and cfg.data.remote is not None and dist.get_local_rank() == 0:
+        remedy = "It caches data.remote: set data.local to one that is."
+        problem = _unwritable("data.local", cfg.data.local, Path(cfg.data.local), remedy)
+    problem = next((each for each in dist.all_gather_object(problem) if each), None)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _unwritable(key: str, given: str, folder: Path, remedy: str) -> str | None:
+    trial = folder / f".writable-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            trial.write_bytes(bytes(4096))
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{key} must be a folder that can be written, got {given!r}: {_why(error)}. {remedy}"
+    return None
+
+
+def _why(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)

@@ -301,6 +301,7 @@ def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, ba
         seed=seed,
         augment_on_device=augments_on_device(cfg.data, rand_augment=cfg.augment.rand_augment is not None),
         views=_Recorded(seed),
+        source=stream,
     )
     workers = cfg.data.num_workers
     return DataLoader(

@@ -112,7 +112,7 @@ def _build(saved: _Saved, kind: str) -> Trained:
 def _find(source: Path, overrides: Sequence[str]) -> _Saved:
     if source.is_dir() and all((source / name).is_file() for name in EXPORTED):
         return _exported(source, overrides)
-    if source.is_dir():
+    if source.is_dir() and not (source / ".metadata").is_file():  # which a checkpoint of shares has
         if not (source / "config.yaml").is_file():
             raise ValueError(
                 f"{source} must be a run folder (config.yaml, checkpoints) or a folder of `vitcomposer export` "
@@ -121,7 +121,7 @@ def _find(source: Path, overrides: Sequence[str]) -> _Saved:
         return _of_run(source, source / LATEST, overrides)
     if source.suffix in (".yaml", ".yml"):
         return _of_yaml(source, overrides)
-    if not source.is_file():
+    if not source.exists():
         raise ValueError(f"There is no {source}. Give a run folder, a checkpoint in one, an exported folder or a yaml.")
     run = source.parent.parent
     if not (run / "config.yaml").is_file():
@@ -134,7 +134,7 @@ def _find(source: Path, overrides: Sequence[str]) -> _Saved:
 
 def _of_run(run: Path, file: Path, overrides: Sequence[str]) -> _Saved:
     cfg = _load_config(run / "config.yaml", overrides)
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(
             f"{run} must hold {file.relative_to(run)}, it has no checkpoint yet. Train on, or name a file."
         )

@@ -18,20 +18,38 @@ from torch.optim import Optimizer
 
 from vitcomposer import config, optim
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
-from vitcomposer.callbacks import Preemption, Progress, RunRecord, StepSeed, Throughput
-from vitcomposer.execution import SHARDED, attention_order, check_execution, compile_forward, shard_blocks
+from vitcomposer.callbacks import (
+    BadImageCount,
+    Checkpoints,
+    NumericsMonitor,
+    Preemption,
+    Progress,
+    RunRecord,
+    StepSeed,
+    Throughput,
+    build_mirror,
+)
+from vitcomposer.checkpoint_folder import LATEST
+from vitcomposer.execution import (
+    SHARDED,
+    attention_order,
+    check_execution,
+    compile_forward,
+    recompute_activations,
+    shard_blocks,
+)
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.transformer import ImageTransformer
 from vitcomposer.run_folder import (
-    LATEST,
+    check_folders,
+    checkpoint_to_load,
     current_device,
-    harmless_checkpoint,
+    goes_on,
     initialize_dist,
-    latest_checkpoint,
     run_folder,
 )
 from vitcomposer.schema import ConfigError, Init, Model, require
-from vitcomposer.tasks import Classification
+from vitcomposer.tasks import Classification, SimCLR, SwAV
 
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
@@ -60,7 +78,7 @@ def starting_point(cfg: Any) -> Init:
     rule = "null without init.weights: what does not learn must have been trained"
     starts = init.train_blocks is None or init.weights is not None
     require(starts, "init.train_blocks", rule, init.train_blocks, remedy)
-    return init if latest_checkpoint(run_folder(cfg)) is None else dataclasses.replace(init, weights=None)
+    return dataclasses.replace(init, weights=None) if goes_on(cfg) else init
 
 
 def build_network(model: Model, init: Init) -> nn.Module:
@@ -96,7 +114,8 @@ def prepare(cfg: Any) -> Placement:
     Raises:
         ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
     """
-    initialize_dist()
+    initialize_dist(cfg.run.dist_timeout)
+    check_folders(cfg)
     device = current_device()
     remedy = "Add precision=fp32, or run on a GPU."
     require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
@@ -109,7 +128,8 @@ def prepare(cfg: Any) -> Placement:
     # A recipe without labels has no evaluation of its own.
     evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
     share = _share(train, "global_train_batch_size")
-    check_execution(cfg.run, device=device, device_batch_size=share)
+    algorithms = getattr(cfg, "algorithms", {})
+    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
     return Placement(
         device=device,
         world_size=dist.get_world_size(),
@@ -184,13 +204,20 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     peak_lr = cfg.optimizer.peak_lr(cfg.global_train_batch_size)
     throughput = Throughput(train_flops_per_image=train_flops_per_image, precision=cfg.precision)
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
-    every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed)]
+    every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), BadImageCount()]
+    skip, latest = cfg.run.skip_nonfinite_steps, folder / "checkpoints" / LATEST
+    every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
     if cfg.run.progress_bar:
         every.append(Progress(throughput))
+    if cfg.run.remote is not None:
+        every.append(build_mirror(cfg, folder))
+    saver = Checkpoints(folder / "checkpoints", interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
     record = RunRecord(folder, config.to_yaml(cfg), facts, throughput=throughput, log_interval=cfg.run.log_interval)
     schedule = cfg.schedule
     if cfg.optimizer.name == SCHEDULE_FREE:
         algorithms = [*algorithms, ScheduleFreeWeights()]
+    if cfg.run.activation_checkpointing:
+        recompute_activations(task, cfg.run.activation_checkpointing)
     if cfg.run.compile:
         for module in compiled or [task]:
             compile_forward(module)
@@ -213,7 +240,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
             global_train_batch_size=cfg.global_train_batch_size,
         ),
         algorithms=list(algorithms),
-        callbacks=[*every, *callbacks],
+        callbacks=[*every, *callbacks, saver],
         loggers=[record, *build_loggers(cfg, folder)],
         max_duration=cfg.max_duration,
         precision=cfg.precision,
@@ -224,23 +251,27 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         deterministic_mode=cfg.run.deterministic,
         run_name=cfg.run.name,
         progress_bar=False,
-        save_folder=str(folder / "checkpoints"),
-        save_latest_filename=LATEST,
-        save_interval=cfg.run.save_interval,
-        save_num_checkpoints_to_keep=cfg.run.keep_checkpoints,
-        # A kill between a checkpoint and its `latest` link leaves a file that the resumed run writes again.
-        save_overwrite=True,
-        load_path=harmless_checkpoint(folder),
+        load_path=_checkpoint_of_this_kind(folder, cfg),
     )
 
 
+def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
+    path = checkpoint_to_load(folder)
+    shares = path is not None and Path(path).is_dir()
+    rule = f"{str(shares).lower()} to go on from {path}"
+    remedy = "Or set run.name to start another run, with init.weights for these weights."
+    fits = path is None or shares == cfg.run.sharded_checkpoints
+    require(fits, "run.sharded_checkpoints", rule, cfg.run.sharded_checkpoints, remedy)
+    return path
+
+
 def _sharding(task: ComposerModel, cfg: Any) -> ParallelismConfig:
-    if not isinstance(task, Classification):
+    if not isinstance(task, Classification | SimCLR | SwAV):
         raise ConfigError(
-            f"run.parallelism must be ddp in the recipe {cfg.recipe}, which reaches into its networks between the "
-            f"steps, got {SHARDED!r}. Set run.parallelism=ddp."
+            f"run.parallelism must be ddp in the recipe {cfg.recipe}, which has not been shown to train the "
+            f"same on shares, got {SHARDED!r}. Set run.parallelism=ddp."
         )
-    return shard_blocks(task.model, cfg, world_size=dist.get_world_size())
+    return shard_blocks(task, cfg, world_size=dist.get_world_size())
 
 
 def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
@@ -269,10 +300,8 @@ def fit(trainer: Trainer, cfg: Any) -> int:
     stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
     try:
         with attention_order(cfg.run.attention_backends):
-            if cfg.max_duration == NO_STEP:
-                # Composer refuses to fit; what there is to do is done by callbacks at the start.
-                trainer.engine.run_event(Event.FIT_START)
-                trainer.engine.run_event(Event.FIT_END)
+            if cfg.max_duration == NO_STEP or _has_all_steps(trainer):
+                _end_without_a_step(trainer)
             else:
                 trainer.fit()
         _end_workers(trainer)
@@ -283,6 +312,23 @@ def fit(trainer: Trainer, cfg: Any) -> int:
         trainer.engine.close()
         raise
     return STOPPED_BY_SIGNAL if stopped.stopped else 0
+
+
+def _has_all_steps(trainer: Trainer) -> bool:
+    """Whether a run was killed after its last checkpoint, in the evaluation or before the summary was written."""
+    duration = trainer.state.max_duration
+    assert duration is not None, "Trainer was given it"
+    return trainer.state.timestamp.get(duration.unit) >= duration
+
+
+def _end_without_a_step(trainer: Trainer) -> None:
+    """What comes before and after the steps, which Composer refuses to run without one."""
+    trainer.engine.run_event(Event.FIT_START)
+    trainer.engine.run_event(Event.FIT_END)
+    if trainer.state.evaluators:
+        trainer.engine.run_event(Event.EVAL_BEFORE_ALL)
+        trainer.eval()
+        trainer.engine.run_event(Event.EVAL_AFTER_ALL)
 
 
 def _end_workers(trainer: Trainer) -> None:

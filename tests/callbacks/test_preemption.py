@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tests.callbacks import tiny_run
 from vitcomposer.callbacks import Preemption
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def start(folder: Path, *, workers: int = 0, environment: dict[str, str] | None = None) -> subprocess.Popen:
@@ -110,19 +119,21 @@ def run(max_duration: str, step: int, folder: Path | None = None, **options: Any
     return trainer, preemption, signals
 
 
-def test_stop_skips_the_evaluation_and_gives_the_handlers_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+def test_stop_skips_the_evaluation_and_has_later_signals_ignored() -> None:
+    """A launcher ends the ranks that leave last with a SIGTERM, which must not change their 143."""
     trainer, preemption, signals = run("2ep", step=3)
     assert preemption.stopped and trainer.state.timestamp.batch == 3
     assert signals.evaluations == []
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == 2 * [signal.SIG_IGN]
 
 
 @pytest.mark.parametrize("max_duration", ["2ep", "8ba", "64sp"])
 def test_signal_in_the_last_step_lets_the_run_end_with_its_evaluation(max_duration: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     trainer, preemption, signals = run(max_duration, step=8)
     assert not preemption.stopped and trainer.state.timestamp.batch == 8
     assert signals.evaluations[-1] == 8
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_signal_at_the_end_of_an_epoch_resumes_with_the_next(tmp_path: Path) -> None:

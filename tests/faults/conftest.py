@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.faults.object_store import bucket, images, proxy, server
+
+__all__ = ["bucket", "images", "proxy", "server"]
+
 Tell = Callable[[str, str, float], None]
 
 

@@ -72,10 +72,7 @@ class EvaluationEMA(EMA):
             self.ema_model = EMAParameters(model)  # a checkpoint loads into it
             return
         assert self.ema_model is not None, "Event.INIT runs before every other event"
-        # After an evaluation FSDP2 still holds some weights whole, as copies that a change of the shards would miss.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        keep_shares(model)
         # A loaded average lies, whole, where the checkpoint was read to.
         if event in (Event.FIT_START, Event.EVAL_START):
             self.ema_model.move_params_to_device(destination_model=model)
@@ -98,8 +95,8 @@ class EvaluationEMA(EMA):
             current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             floating = [name for name in average if average[name].is_floating_point()]
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                [_of_this_rank(average[name]) for name in floating],
-                [_of_this_rank(current[name]) for name in floating],
+                [of_this_rank(average[name]) for name in floating],
+                [of_this_rank(current[name]) for name in floating],
                 1 - self.smoothing,
             )
             for name in average.keys() - set(floating):
@@ -120,7 +117,18 @@ class EvaluationEMA(EMA):
         return {**state, "ema_model": {**state["ema_model"], "named_parameters_dict": whole}}
 
 
-def _of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+def keep_shares(model: nn.Module) -> None:
+    """Have FSDP2 let go of the weights that it still holds whole after a forward pass without a backward one.
+
+    They are copies, which a change of the shares would miss.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """The share of a tensor that FSDP2 has this rank keep, or the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

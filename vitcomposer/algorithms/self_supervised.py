@@ -1,7 +1,7 @@
 """What happens around the steps of training without labels, each in its place of Composer's loop."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,8 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+
+from vitcomposer.algorithms.ema import keep_shares, of_this_rank
 
 
 class Stepped(Protocol):
@@ -37,24 +39,29 @@ class FreezeAtStart(Algorithm):
     """Parameters that no optimizer moves or decays in the first ``epochs``: their gradients are taken away.
 
     In a list of algorithms it comes after one that clips gradients: Composer runs the last one first at this event.
+
+    Args:
+        parameters: Called for them in each step, since FSDP2 puts shares in the place of those that there are before.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], epochs: float) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]], epochs: float) -> None:
+        self.parameters = parameters
         self.epochs = epochs
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.FIT_START, Event.AFTER_TRAIN_BATCH)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
+        frozen = state.timestamp.batch.value < round(self.epochs * _steps_per_epoch(state))
         if event == Event.FIT_START:
             for optimizer in state.optimizers:
                 optimizer.register_state_dict_post_hook(_name_every_parameter)
-            return
-        if state.timestamp.batch.value >= round(self.epochs * _steps_per_epoch(state)):
-            return
-        for parameter in self.parameters:
+        for parameter in self.parameters() if frozen else ():
             parameter.grad = None
+            if event == Event.FIT_START:
+                # To load a checkpoint under FSDP2 torch takes a step without gradients, which gives them all a state.
+                for optimizer in state.optimizers:
+                    optimizer.state.pop(parameter, None)
 
 
 class MomentumEncoder(Algorithm):
@@ -63,14 +70,16 @@ class MomentumEncoder(Algorithm):
     m is 1 - (1 - momentum) (1 + cos(pi t / T)) / 2 after t of T steps (arXiv:2104.02057, section 3; arXiv:2104.14294,
     section 3.1). Buffers are left alone: batch norms of the averaged network see its own activations.
 
+    Under FSDP2 every rank averages the share of the weights that it keeps.
+
     Args:
         pairs: Averaged networks and their sources, with the same parameters.
     """
 
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: float) -> None:
         self.momentum = momentum
-        self.averages: list[Tensor] = [p for average, _ in pairs for p in average.parameters()]
-        self.sources: list[Tensor] = [p for _, source in pairs for p in source.parameters()]
+        self.averages = [average for average, _ in pairs]
+        self.sources = [source for _, source in pairs]
 
     def match(self, event: Event, state: State) -> bool:
         return event == Event.BATCH_END
@@ -79,7 +88,8 @@ class MomentumEncoder(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         done = state.timestamp.batch.value / _total_steps(state)
         rate = (1 - self.momentum) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-        torch._foreach_lerp_(self.averages, self.sources, rate)  # pyright: ignore[reportPrivateImportUsage]
+        averages, sources = _shares(self.averages), _shares(self.sources)
+        torch._foreach_lerp_(averages, sources, rate)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class CosineWeightDecay(Algorithm):
@@ -99,6 +109,13 @@ class CosineWeightDecay(Algorithm):
             for group in optimizer.param_groups:
                 if group["weight_decay"] > 0:
                     group["weight_decay"] = decay
+
+
+def _shares(networks: Sequence[nn.Module]) -> list[Tensor]:
+    for network in networks:
+        keep_shares(network)
+    # In every step: FSDP2 puts others in their place at the first forward pass and when a checkpoint is loaded.
+    return [of_this_rank(p) for network in networks for p in network.parameters()]
 
 
 def _name_every_parameter(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,11 @@
 """Composer callbacks: what a run shows, what it leaves behind and how it stops."""
 
 from vitcomposer.callbacks.attention import AttentionMonitor, build_attention_monitor
+from vitcomposer.callbacks.bad_images import BadImageCount
+from vitcomposer.callbacks.checkpoints import Checkpoints, SaveError
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
+from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
+from vitcomposer.callbacks.numbers import NonFiniteError, NumericsMonitor
 from vitcomposer.callbacks.preemption import Preemption
 from vitcomposer.callbacks.progress import Progress
 from vitcomposer.callbacks.record import RunRecord, describe_environment
@@ -10,13 +14,21 @@ from vitcomposer.callbacks.throughput import Throughput
 
 __all__ = [
     "AttentionMonitor",
+    "BadImageCount",
+    "Checkpoints",
     "KNNMonitor",
+    "MirrorRun",
+    "NonFiniteError",
+    "NumericsMonitor",
     "Preemption",
     "Progress",
     "RunRecord",
+    "SaveError",
     "StepSeed",
     "Throughput",
     "build_attention_monitor",
     "build_knn_monitor",
+    "build_mirror",
     "describe_environment",
+    "finish_mirror",
 ]

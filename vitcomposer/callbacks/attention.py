@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitcomposer.data.augment import EvalTransform
 from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.evaluation import ChosenSamples, Statistics, choose_samples
+from vitcomposer.data.loader import source_of
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.models.attention import BlockAttention, nonlocality, observe_attention
@@ -105,6 +106,7 @@ def build_attention_monitor(
         crop_ratio=cfg.evaluation.crop_ratio,
         interpolation=cfg.evaluation.interpolation,
         num_classes=1 << 62,  # the labels are not looked at
+        source=source_of(images),
     )
     transform = EvalTransform(mean, std)
     samples = ChosenSamples(images, choose_samples(images.num_samples, IMAGES, cfg.seed), IMAGES)

@@ -11,9 +11,12 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
+from torch.distributed import ReduceOp
 from tqdm import tqdm
 
+from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.knn import knn_accuracy
+from vitcomposer.ranks import all_reduce
 from vitcomposer.schema import KNN, require
 
 
@@ -115,9 +118,15 @@ def build_knn_monitor(knn: KNN, task: ComposerModel, train: DataSpec, val: DataS
 def _extract(features: Callable[[Tensor], Tensor], data: DataSpec, state: State) -> tuple[Tensor, Tensor]:
     """Features (n, D) float32 and labels (n,) of this rank's share, on the device."""
     found, labels = [], []
-    for host_batch in data.dataloader:
+    loader: Any = data.dataloader
+    # Shares differ by an image, and so perhaps by a batch: FSDP2 needs all ranks in each forward pass.
+    most = int(all_reduce(state.device.tensor_to_device(torch.tensor(len(loader))), ReduceOp.MAX))
+    for host_batch in loader:
         batch = data.microbatch_transforms(state.device.batch_to_device(host_batch))
         with get_precision_context(state.precision):
             found.append(features(batch["image"]).float())
+            if len(found) == len(loader) < most:
+                features(batch["image"])
         labels.append(batch["label"])
-    return torch.cat(found), torch.cat(labels)
+    known = torch.cat(labels) != IGNORE_LABEL  # which images have that cannot be decoded
+    return torch.cat(found)[known], torch.cat(labels)[known]

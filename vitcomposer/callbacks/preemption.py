@@ -20,11 +20,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of Kubernetes and scancel; of ``sb
 
 
 class Preemption(Callback):
-    """Ends training after the step in which any rank got a signal; Composer's CheckpointSaver then saves that step.
+    """Ends training after the step in which any rank got a signal; :class:`Checkpoints` then saves that step.
 
     No evaluation runs any more, since it could take longer than the time that a scheduler grants. A signal in the very
     last step changes nothing: the run is over and deserves its evaluation. Workers of the data loaders outlive one
-    signal too, because Slurm sends it to every process of a job, and without them the step couldn't end.
+    signal too, because Slurm sends it to every process of a job, and without them the step couldn't end. More signals
+    change nothing, also while the checkpoint is written; after a stop they stay ignored until the process ends.
 
     Attributes:
         stopped: Whether a signal ended the run; the process should then exit with status 143.
@@ -45,7 +46,8 @@ class Preemption(Callback):
             if isinstance(loader, DataLoader) and getattr(loader.worker_init_fn, "func", None) is not _init_worker:
                 loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
+            handler = signal.signal(number, self._on_signal)
+            self._previous.setdefault(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = signal.Signals(number)
@@ -70,15 +72,13 @@ class Preemption(Callback):
         dist.all_reduce(flag, reduce_operation="MAX")
         return bool(flag.item())
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        self._restore()
-
     def close(self, state: State, logger: Logger) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+        # Not at FIT_END, which the last evaluation follows.
         while self._previous:
             number, handler = self._previous.popitem()
+            if self.stopped:
+                # Another signal must not turn the status: launchers end the ranks that leave last with a SIGTERM.
+                handler = signal.SIG_IGN
             # None stands for a handler that was not set from Python and can't be set back from it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

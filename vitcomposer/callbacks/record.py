@@ -1,6 +1,7 @@
 """What a run leaves behind in its folder: its configuration, environment, class names, metrics and summary."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import math
@@ -47,8 +48,9 @@ class RunRecord(LoggerDestination):
 
     ``class_names.json`` is that of the training split, where it has one.
 
-    ``summary.json`` appears at the end of training; ``finished`` is false after an early stop. A field that doesn't
-    apply is null, accuracies are fractions, ``seconds`` counts evaluation and checkpoints, ``images_per_sec`` doesn't.
+    ``summary.json`` appears at the end of training; ``finished`` is false after an early stop, and until the weights
+    of the last step are evaluated. A field that doesn't apply is null, accuracies are fractions, ``seconds`` counts
+    evaluation and checkpoints, ``images_per_sec`` doesn't.
 
     Args:
         run_folder: Created where missing.
@@ -78,6 +80,8 @@ class RunRecord(LoggerDestination):
         self._due = create_interval_scheduler(log_interval, include_end_of_training=False, checkpoint_events=False)
         self._pending: dict[str, Any] = {}
         self._evaluated: dict[str, float] = {}
+        self._evaluated_step = -1
+        self._bad: dict[str, float] = {}  # images that could not be decoded
         self._knn: dict[str, float] = {}  # the last measurement of KNNMonitor
         self._measured = False  # since the line before
         self._lr: float | None = None
@@ -93,9 +97,11 @@ class RunRecord(LoggerDestination):
             # Composer's time/batch and its kin lag one step behind the step, epoch and sample of the line.
             if not name.startswith("time/") and _is_scalar(value):
                 self._pending[name] = value.detach() if isinstance(value, torch.Tensor) else value
+            if name.startswith("data/bad_"):
+                self._bad[name.removeprefix("data/")] = value
             if name.startswith("knn/"):
                 self._knn[name.removeprefix("knn/")] = value
-            self._measured |= name.startswith(("knn/", "attention/"))
+            self._measured |= name.startswith(("knn/", "attention/", "loss_spikes/", "skipped_steps/"))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None, "Composer has set it before training"
@@ -148,6 +154,7 @@ class RunRecord(LoggerDestination):
         for name, value in self._pending.items():
             if name.startswith("metrics/"):
                 self._evaluated[name] = float(value)
+        self._evaluated_step = state.timestamp.batch.value
         self._write_line(state)
         # Composer runs an evaluation that is due at the end of training after FIT_END.
         if self._ended:
@@ -192,7 +199,9 @@ class RunRecord(LoggerDestination):
         else:
             self._last_offset = self._file.seek(0, os.SEEK_END)
         # One unbuffered write per line: a kill can cut short nothing but the last line.
-        self._file.write((json.dumps(line) + "\n").encode())
+        data = (json.dumps(line) + "\n").encode()
+        if self._file.write(data) < len(data):  # what a full disk does first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run_folder / "metrics.jsonl"))
         self._last_line = line
 
     def _epochs(self, state: State) -> float:
@@ -214,6 +223,8 @@ class RunRecord(LoggerDestination):
             "top1_ema": self._metric("ema", "top1"),
             "top5_ema": self._metric("ema", "top5"),
             "knn": self._knn or None,
+            "bad_images": self._bad.get("bad_images"),
+            "bad_eval_images": self._bad.get("bad_eval_images"),
             "epochs": self._epochs(state),
             "steps": state.timestamp.batch.value,
             "images_seen": images,
@@ -228,9 +239,13 @@ class RunRecord(LoggerDestination):
             "seed": self.facts["seed"],
             "lr_peak": self.facts["lr_peak"],
             "git_commit": self._environment["git_commit"],
-            "finished": bool(state.timestamp >= self._max_duration),
+            "finished": self._is_finished(state),
         }
         _write(self.run_folder / "summary.json", _to_json(summary))
+
+    def _is_finished(self, state: State) -> bool:
+        evaluated = not state.evaluators or self._evaluated_step == state.timestamp.batch.value
+        return evaluated and bool(state.timestamp >= self._max_duration)
 
     def _metric(self, label: str, name: str) -> float | None:
         value = self._evaluated.get(f"metrics/{label}/{name}")

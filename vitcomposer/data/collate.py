@@ -7,7 +7,6 @@ so a run is the same with any number of workers and after a resume.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,10 +29,11 @@ from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, draw_mixing
 from vitcomposer.data.ops import FLIP, apply_program
 from vitcomposer.data.policies import Policies, build_policies
 from vitcomposer.data.views import decode_views
-from vitcomposer.schema import Augment, Mixing
+from vitcomposer.schema import Augment, ConfigError, Mixing
 
 Sample = dict[str, Any]
 
+_MAX_PIXELS = 1 << 26  # of an image after its resize in evaluation: a line of pixels would become gigabytes
 _MASK64 = (1 << 64) - 1
 _SAMPLE, _MIXING = 0, 1  # separate streams: the first sample of a batch must not share its numbers with the mixing
 
@@ -50,6 +50,18 @@ class Views(Protocol):
         ...
 
 
+class Source(Protocol):
+    """Where samples come from: it knows their neighbours, and counts those that cannot be decoded."""
+
+    def replace(self, samples: list[Sample], error: ValueError) -> list[Sample]:
+        """Views of another sample in place of those of one."""
+        ...
+
+    def skip(self, sample: Sample, error: ValueError) -> None:
+        """A sample that is left out."""
+        ...
+
+
 class TrainCollate:
     """Training samples to ``image`` uint8 (B, 3, S, S), ``label``, ``sample_id`` and the draws for the device.
 
@@ -59,6 +71,7 @@ class TrainCollate:
 
     Args:
         views: Whose views are made, and what it adds to the batch; ``seed`` then decides the mixing alone.
+        source: Gives another sample, with its own label and draws, for one that cannot be decoded; None raises.
 
     Attributes:
         view: From the step of a batch to its image size and the factor on RandAugment's magnitude; None leaves them at
@@ -66,7 +79,8 @@ class TrainCollate:
 
     Raises:
         ConfigError: ``augment.rand_augment`` is no RandAugment string of timm.
-        ValueError: On a call, a label outside the classes, a damaged image, or an odd batch with mixing on.
+        ValueError: On a call, a label outside the classes, an odd batch with mixing on, or, without ``source``, an
+            image that cannot be decoded.
     """
 
     def __init__(
@@ -79,6 +93,7 @@ class TrainCollate:
         seed: int,
         augment_on_device: bool = False,
         views: Views | None = None,
+        source: Source | None = None,
     ) -> None:
         self._augment = augment
         self._mixing = mixing
@@ -89,6 +104,7 @@ class TrainCollate:
         self._seed = seed
         self._augment_on_device = augment_on_device
         self._views = views
+        self._source = source
         self._policies = build_policies(augment, image_size)
 
     def __call__(self, samples: list[Sample]) -> Batch:
@@ -97,14 +113,19 @@ class TrainCollate:
                 f"global_train_batch_size must give every device an even batch when mixing is on, got {len(samples)} "
                 "images. Mixup pairs images: use an even share per device, or set both alphas of mixing to 0."
             )
+        samples = list(samples)
         image_size = self._look_up(samples)
-        batch = batch_head(samples, image_size, self._num_classes)
-        seeds = [self._view_seed(sample) for sample in samples]
-        rngs = [random.Random(seed) for seed in seeds]
+        images = empty_batch(len(samples), image_size)
+        seeds: list[int] = []
+        rngs: list[random.Random] = []
         boxes: list[Box] = []
-        for first, end in _runs(samples):
-            with naming(samples[first]):
-                boxes += self._decode(samples[first]["image"], rngs[first:end], batch["image"][first:end])
+        for first, end in list(_runs(samples)):
+            drawn = self._decode_run(samples, first, end, images)
+            seeds += drawn[0]
+            rngs += drawn[1]
+            boxes += drawn[2]
+        check_labels(samples, self._num_classes)
+        batch = {"image": images, **batch_labels(samples)}
         codes, values = draw_programs(self._policies, rngs)
         if self._views is not None:
             batch.update(self._views.columns(samples, seeds, boxes, codes[:, 0] == FLIP))
@@ -134,6 +155,18 @@ class TrainCollate:
         if self._views is not None:
             return self._views.seed(sample)
         return view_seed(self._seed, sample["epoch"], sample["sample_id"], sample["copy"])
+
+    def _decode_run(
+        self, samples: list[Sample], first: int, end: int, images: Tensor
+    ) -> tuple[list[int], list[random.Random], list[Box]]:
+        """Seeds, generators and boxes of the copies of a sample, which another may take the place of."""
+        while True:
+            seeds = [self._view_seed(sample) for sample in samples[first:end]]
+            rngs = [random.Random(seed) for seed in seeds]
+            try:
+                return seeds, rngs, self._decode(samples[first]["image"], rngs, images[first:end])
+            except ValueError as error:
+                samples[first:end] = replaced(self._source, samples[first:end], error)
 
     def _decode(self, encoded: bytes | memoryview, rngs: Sequence[random.Random], outs: Tensor) -> list[Box]:
         """One random view of the image for each generator, and their boxes."""
@@ -167,24 +200,45 @@ class EvalCollate:
 
     Equal to torchvision's Resize(int(image_size / crop_ratio)) and CenterCrop(image_size). CenterCrop never pads
     here: with a ratio of at most 1 both sides are at least ``image_size`` after the resize.
+
+    Args:
+        source: Is told of an image that cannot be decoded, which is black then and has IGNORE_LABEL; None raises.
     """
 
-    def __init__(self, *, image_size: int, crop_ratio: float, interpolation: Interpolation, num_classes: int) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        crop_ratio: float,
+        interpolation: Interpolation,
+        num_classes: int,
+        source: Source | None = None,
+    ) -> None:
         self._image_size = image_size
         self._shorter = int(image_size / crop_ratio)
         self._interpolation: Interpolation = interpolation
         self._num_classes = num_classes
+        self._source = source
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        batch = batch_head(samples, self._image_size, self._num_classes, ignored=IGNORE_LABEL)
+        batch = batch_head(samples, self._image_size, self._num_classes)
         for i, sample in enumerate(samples):
-            with naming(sample):
+            try:
                 self._centre(sample["image"], batch["image"][i])
+            except ValueError as error:
+                if self._source is None:
+                    raise unreadable(sample, error) from error
+                self._source.skip(sample, error)
+                batch["image"][i].zero_()
+                batch["label"][i] = IGNORE_LABEL
         return batch
 
     def _centre(self, encoded: bytes | memoryview, out: Tensor) -> None:
+        rows, columns = read_size(encoded)
+        height, width = shape_with_shorter_side(rows, columns, self._shorter)
+        if height * width > _MAX_PIXELS:
+            raise ValueError(f"{columns} x {rows} pixels are too thin for a crop of {self._image_size}")
         pixels = decode_rgb(encoded)
-        height, width = shape_with_shorter_side(pixels.shape[0], pixels.shape[1], self._shorter)
         resized = torch.empty((height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
         resize_into(pixels, resized, self._interpolation)
         top, left, size, _ = centre_box(height, width, self._image_size)
@@ -207,16 +261,21 @@ def random_key(*parts: int) -> int:
     return state
 
 
-def batch_head(samples: list[Sample], image_size: int, num_classes: int, ignored: int | None = None) -> Batch:
-    """The batch with its labels checked and its images still to be filled."""
+def batch_head(samples: list[Sample], image_size: int, num_classes: int) -> Batch:
+    """A batch of evaluation with its labels checked and its images still to be filled."""
+    check_labels(samples, num_classes, ignored=IGNORE_LABEL)
+    return {"image": empty_batch(len(samples), image_size), **batch_labels(samples)}
+
+
+def check_labels(samples: list[Sample], num_classes: int, ignored: int | None = None) -> None:
+    """Raise ValueError for a label that is no class."""
     for sample in samples:
         label = sample["label"]
         if not 0 <= label < num_classes and label != ignored:
-            raise ValueError(
+            raise ConfigError(
                 f"sample_id {sample['sample_id']}: the label must be in [0, {num_classes}) for model.num_classes="
                 f"{num_classes}, got {label}. Set model.num_classes to the number of classes in the data set."
             )
-    return {"image": empty_batch(len(samples), image_size), **batch_labels(samples)}
 
 
 def batch_labels(samples: list[Sample]) -> Batch:
@@ -237,16 +296,23 @@ def run_programs(images: Tensor, codes: NDArray[np.int8], values: NDArray[np.flo
         apply_program(image, image_codes, image_values, fill)
 
 
-@contextmanager
-def naming(sample: Sample) -> Iterator[None]:
-    """Say which sample a decoder's error is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"sample_id {sample['sample_id']}: the image ({len(sample['image'])} bytes) cannot be read: {error}. "
-            "Write the data set again without it or with a sound copy."
-        ) from error
+def replaced(source: Source | None, samples: list[Sample], error: ValueError) -> list[Sample]:
+    """What stands in for views of a sample that cannot be decoded.
+
+    Raises:
+        ValueError: Without a source nothing does.
+    """
+    if source is None:
+        raise unreadable(samples[0], error) from error
+    return source.replace(samples, error)
+
+
+def unreadable(sample: Sample, error: ValueError) -> ValueError:
+    """The error that says which sample a decoder's error is about."""
+    return ValueError(
+        f"sample_id {sample['sample_id']}: the image ({len(sample['image'])} bytes) cannot be read: {error}. "
+        "Write the data set again without it or with a sound copy."
+    )
 
 
 def _runs(samples: list[Sample]) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vitcomposer.data import jpeg
 from vitcomposer.data.augment import EvalTransform
 from vitcomposer.data.collate import EvalCollate, Sample
-from vitcomposer.data.loader import Split, open_dataset
+from vitcomposer.data.loader import Split, open_dataset, source_of
 from vitcomposer.data.shards import ShardError
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
@@ -97,6 +97,7 @@ def build_centre_crops(
             interpolation=cfg.evaluation.interpolation,
             # A trunk without classes says nothing about which labels there may be.
             num_classes=cfg.model.num_classes or 1 << 62,
+            source=source_of(images),
         ),
         num_workers=workers,
         prefetch_factor=cfg.data.prefetch_factor if workers else None,

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vitcomposer.data import jpeg
 from vitcomposer.data.collate import EvalCollate, Sample, batch_head
-from vitcomposer.data.crops import shape_with_shorter_side
-from vitcomposer.data.jpeg import Interpolation, read_size
+from vitcomposer.data.jpeg import Interpolation
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mixing import Batch
 from vitcomposer.data.sources import IMAGE_SUFFIXES
 
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 1 << 26  # of an image after its resize: a line of pixels would become gigabytes
 _ANY_LABEL = 1 << 62
 
 
@@ -77,7 +74,7 @@ class TolerantCollate(EvalCollate):
     """
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        batch = batch_head(samples, self._image_size, self._num_classes, ignored=IGNORE_LABEL)
+        batch = batch_head(samples, self._image_size, self._num_classes)
         broken: list[tuple[int, str]] = []
         for row, sample in enumerate(samples):
             try:
@@ -93,10 +90,6 @@ class TolerantCollate(EvalCollate):
             raise encoded
         if not len(encoded):
             raise ValueError("the file is empty")
-        height, width = read_size(encoded)
-        rows, columns = shape_with_shorter_side(height, width, self._shorter)
-        if rows * columns > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are too thin for a crop of {self._image_size}")
 
 
 def crop_loader(

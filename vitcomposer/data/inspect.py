@@ -6,10 +6,12 @@ folder and columns that run code, and must be looked at before anything acts on 
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise
@@ -19,6 +21,7 @@ from typing import Any
 import xxhash
 from PIL import Image
 
+from vitcomposer.data.index import index_fault
 from vitcomposer.data.jpeg_markers import read_index
 from vitcomposer.data.storage import LocalStore, Store, open_store
 from vitcomposer.data.stored import read_raw_size
@@ -44,7 +47,9 @@ class SplitReport:
     problems: list[str] = field(default_factory=list)
 
 
-def inspect_data(location: str | Path, split: str | None = None, *, verify: bool = False) -> list[SplitReport]:
+def inspect_data(
+    location: str | Path, split: str | None = None, *, verify: bool = False, decode: bool = False
+) -> list[SplitReport]:
     """Look at every split below a folder or ``s3://`` address, or at the one that it is itself.
 
     Args:
@@ -52,6 +57,7 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
         split: Name of the only split to look at.
         verify: Read every shard, compare its hashes rather than its size alone, and count the forms of all samples;
             otherwise those of the first shard, if it is on this machine.
+        decode: Also decode every image, on all cores; those that training and evaluation leave out are problems.
 
     Raises:
         ValueError: No data set, or an index that is not safe to use.
@@ -66,7 +72,9 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
         if index is not None:
             shards = read_shard_index(index, f"{store.url}/{prefix}index.json")
             report = _inspect_split(store, prefix, shards, summary.get(name, {}).get("class_counts"))
-            report.problems += _check_shards(store, prefix, shards, report.forms, verify)
+            report.problems += _check_shards(store, prefix, shards, report.forms, verify or decode)
+            if decode:
+                report.problems += _undecodable(store, prefix, shards)
             reports.append(report)
     if not reports:
         where = f"{store.url}/{split}" if split is not None else f"{store.url} or a folder in it"
@@ -77,21 +85,25 @@ def inspect_data(location: str | Path, split: str | None = None, *, verify: bool
 def read_shard_index(data: bytes, where: str) -> list[dict[str, Any]]:
     """The shards of an index that is safe to use."""
     try:
-        shards = json.loads(data)["shards"]
-        for shard in shards:
-            _ = shard["samples"], shard["raw_data"]["bytes"], shard["column_sizes"], _stored(shard)["hashes"]
-            for column, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
-                if encoding == "pkl":
-                    raise ValueError(
-                        f"{where}: column {column!r} is stored as pkl, which runs code of whoever wrote it when it is "
-                        "read. Write it again as bytes, int, str or json."
-                    )
-            _check_name(shard["raw_data"]["basename"], where)
-            _check_name(_stored(shard)["basename"], where)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        index = json.loads(data)
+        if fault := index_fault(index):
+            raise ValueError(fault)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{where} must be an MDS index (version 2), reading it failed: {error!r}. Convert again."
+            f"{where} must be an MDS index (version 2): {error or 'it nests too deep'}. Convert again."
         ) from error
+    shards = index["shards"]
+    for shard in shards:
+        if shard["format"] != "mds":
+            raise ValueError(f"{where} must list shards of format mds, got {shard['format']}. Convert again.")
+        for column, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+            if encoding == "pkl":
+                raise ValueError(
+                    f"{where}: column {column!r} is stored as pkl, which runs code of whoever wrote it when it is "
+                    "read. Write it again as bytes, int, str or json."
+                )
+        _check_name(shard["raw_data"]["basename"], where)
+        _check_name(_stored(shard)["basename"], where)
     return shards
 
 
@@ -164,6 +176,41 @@ def _forms(data: bytes, shard: dict[str, Any]) -> Iterator[str]:
                 yield "seekable" if seekable else "raw" if read_raw_size(values[0]) else "other"
     except struct.error:  # the shard is damaged, which its hash tells
         return
+
+
+def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Iterator[str]:
+    """The samples whose image cannot be decoded, by shard and place in it."""
+    from streaming.base.compression import decompress
+
+    first = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders run without the interpreter's lock
+        for shard in shards:
+            name = prefix + _stored(shard)["basename"]
+            data = store.read(name) or b""
+            try:
+                if shard["zip_data"]:
+                    data = decompress(shard["compression"], data)
+                offsets = struct.unpack_from(f"<{shard['samples'] + 1}I", data, 4)
+                rows = [columns_of_row(data[start:stop], shard) for start, stop in pairwise(offsets)]
+            except Exception:  # the shard is damaged, which its size or hash has told
+                rows = []
+            for row, fault in enumerate(pool.map(_decoding_fault, rows)):
+                if fault is not None:
+                    yield f"{name}, sample {row} (sample_id {first + row}) cannot be decoded: {fault}"
+            first += shard["samples"]
+
+
+def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
+    from vitcomposer.data.jpeg import decode_rgb
+    from vitcomposer.data.rows import IMAGE_COLUMNS, IMAGE_ENCODINGS, LOW_RESOLUTION_COLUMN, ShardError, raw_sample
+
+    for name, (encoding, value) in columns.items():
+        try:
+            if name in (*IMAGE_COLUMNS, LOW_RESOLUTION_COLUMN) and encoding in IMAGE_ENCODINGS:
+                decode_rgb(raw_sample(memoryview(value)) if encoding == "pil" else value)
+        except (ValueError, ShardError, struct.error) as error:
+            return str(error)
+    return None
 
 
 def _check_hashes(data: bytes, name: str, hashes: dict[str, str]) -> list[str]:

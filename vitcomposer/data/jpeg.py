@@ -11,6 +11,7 @@ numbers, then the pixels, row by row, three bytes each.
 
 import io
 import struct
+import warnings
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from vitcomposer.data.crops import Box
 from vitcomposer.data.jpeg_markers import INDEX_MAGIC
 from vitcomposer.data.region import decode_seekable
 from vitcomposer.data.resize import resize_rgb
+from vitcomposer.data.stored import check_jpeg_size, image_formats
 
 Encoded = bytes | memoryview
 Interpolation = Literal["bicubic", "bilinear"]
@@ -43,9 +45,11 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
     if _is_jpeg(encoded):
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
-            return int(height), int(width)
         except ValueError:
             pass  # Pillow decides below whether it is broken
+        else:
+            check_jpeg_size(int(height), int(width), len(encoded))
+            return int(height), int(width)
     if _is_raw(encoded):
         return _raw_pixels(encoded).shape[:2]
     with _open(encoded) as image:
@@ -60,7 +64,8 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
     """
     if _is_jpeg(encoded):
         try:
-            _, _, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+            check_jpeg_size(int(height), int(width), len(encoded))
             if colorspace in _SAME_AS_PILLOW:
                 return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
         except ValueError:
@@ -165,7 +170,8 @@ def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
     """
     frame = _find_frame(encoded)
     if frame is not None and encoded[-2:] == b"\xff\xd9":
-        at, height, unit = frame
+        at, height, width, unit = frame
+        check_jpeg_size(height, width, len(encoded))
         rows = -(-(bottom + 2) // unit) * unit  # two more: chroma is blended with the row of samples below
         if 0 < rows < height:
             cut = bytearray(encoded)
@@ -177,14 +183,15 @@ def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
     return decode_rgb(encoded)
 
 
-def _find_frame(encoded: Encoded) -> tuple[int, int, int] | None:
-    """Of a baseline JPEG in YCbCr or grey: offset of its height, the height, and the rows of an MCU."""
+def _find_frame(encoded: Encoded) -> tuple[int, int, int, int] | None:
+    """Of a baseline JPEG in YCbCr or grey: offset of its height, height, width, and the rows of an MCU."""
     at, end = 2, len(encoded) - 20
     while at < end and encoded[at] == 0xFF:
         marker, size = encoded[at + 1], encoded[at + 2] << 8 | encoded[at + 3]
         if marker in (0xC0, 0xC1) and encoded[at + 9] in (1, 3):
             rows = encoded[at + 11] & 15 if encoded[at + 9] == 3 else 1
-            return at + 5, encoded[at + 5] << 8 | encoded[at + 6], 8 * max(rows, 1)
+            height, width = (encoded[i] << 8 | encoded[i + 1] for i in (at + 5, at + 7))
+            return at + 5, height, width, 8 * max(rows, 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None
         at += 2 + size
@@ -238,9 +245,14 @@ def _raw_pixels(encoded: Encoded) -> np.ndarray:
 
 def _open(encoded: Encoded) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(encoded))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a large image: what is too large is an error
+            image = Image.open(io.BytesIO(encoded), formats=image_formats())
     except Exception as error:  # as above; also DecompressionBombError, which is no OSError
         raise ValueError(_reason(error)) from error
+    if _is_jpeg(encoded):
+        check_jpeg_size(image.height, image.width, len(encoded))
+    return image
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,14 @@
 """From the blocks of a yaml to the loader that Composer's Trainer takes."""
 
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from streaming.base.constant import SHM_TO_CLEAN
 from streaming.base.distributed import barrier, get_local_rank, maybe_init_dist
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,6 +18,7 @@ from vitcomposer.data.augment import EvalTransform, TrainTransform
 from vitcomposer.data.collate import EvalCollate, Sample, TrainCollate
 from vitcomposer.data.mixing import Batch, split_batch
 from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
+from vitcomposer.data.start import clear_stale_memory, one_start_at_a_time
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.data.teacher_cache import CachedTeacher
@@ -27,6 +27,7 @@ from vitcomposer.schema import ConfigError, Data, Probe, Supervised, require
 Split = Literal["train", "val"]
 
 SYNTHETIC_VAL_SAMPLES = 50_000  # ImageNet's
+_LABELS = 256  # that are looked at before anything is read: a page of a shard each
 
 
 def build_dataspec(
@@ -73,6 +74,7 @@ def build_dataspec(
             seed=seed,
             augment_on_device=augments_on_device(cfg.data, rand_augment=cfg.augment.rand_augment is not None),
             views=teacher,
+            source=source_of(dataset),
         )
         transform = TrainTransform(
             cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes, keep_unmixed=keep_unmixed
@@ -83,6 +85,7 @@ def build_dataspec(
             crop_ratio=cfg.evaluation.crop_ratio,
             interpolation=cfg.evaluation.interpolation,
             num_classes=cfg.model.num_classes,
+            source=source_of(dataset),
         )
         transform = EvalTransform(cfg.augment.mean, cfg.augment.std)
     return make_dataspec(dataset, cfg.data, collate, transform, batch_size=device_batch_size, drop_last=train)
@@ -157,8 +160,9 @@ def _build_dataset(cfg: Supervised | Probe, split: Split, seed: int, batch_size:
         shared_decodes=cfg.augment.shared_decodes and train,
         low_resolution=cfg.augment.low_resolution and train,
     )
-    if cfg.data.source == "mds":
+    if isinstance(dataset, ImageStream):
         _check_classes(cfg, split)
+        _check_labels(dataset, cfg.model.num_classes)
     return dataset
 
 
@@ -213,8 +217,14 @@ def open_dataset(
             validate_hash=data.validate_hash,
             num_canonical_nodes=data.num_canonical_nodes,
             shuffle_block_size=data.shuffle_block_size,
+            max_bad_fraction=data.max_bad_fraction,
         ),
     )
+
+
+def source_of(dataset: ImageStream | SyntheticImages) -> ImageStream | None:
+    """Who answers for images that cannot be decoded; synthetic ones can."""
+    return dataset if isinstance(dataset, ImageStream) else None
 
 
 def _folder(data: Data, split: Split) -> str:
@@ -245,6 +255,21 @@ def _check_classes(cfg: Supervised | Probe, split: Split) -> None:
         )
 
 
+def _check_labels(dataset: ImageStream, num_classes: int) -> None:
+    """Look at some labels, spread over the split, before the first step; the loader looks at every one it reads."""
+    if not dataset.stream.is_origin:  # a cache may be empty or damaged
+        return
+    for sample_id in np.linspace(0, dataset.num_samples - 1, _LABELS).astype(int).tolist():
+        label = dataset.label_on_disk(sample_id)
+        require(
+            label is None or 0 <= label < num_classes,
+            "model.num_classes",
+            f"above every label of {dataset.bad.split}, which begin at 0; {dataset.place(sample_id)} has {label}",
+            num_classes,
+            "Set it to the number of classes, or write the split again with `vitcomposer convert`.",
+        )
+
+
 def check_fills_a_batch(dataset: ImageStream | SyntheticImages, global_batch_size: int) -> None:
     """Refuse a batch that the training split cannot fill once."""
     require(
@@ -258,29 +283,10 @@ def check_fills_a_batch(dataset: ImageStream | SyntheticImages, global_batch_siz
 
 @cache  # once a process: the second data set must not sweep away what the first one uses
 def _clear_stale_shared_memory() -> None:
-    """Remove the shared memory of killed runs, which Streaming would stumble over (its issue 781).
-
-    Only blocks that no process has mapped: ``streaming.base.util.clean_stale_shared_memory`` also takes those of a
-    run that is alive on this machine. Outside Linux, where the blocks cannot be listed, nothing is done.
-    """
     destroy_process_group = maybe_init_dist()
-    folder = Path("/dev/shm")
-    if get_local_rank() == 0 and folder.is_dir() and os.path.isdir("/proc/self"):
-        blocks = [path for name in SHM_TO_CLEAN for path in folder.glob(f"[0-9][0-9][0-9][0-9][0-9][0-9]_{name}")]
-        in_use = _mapped_files() if blocks else ""
-        for path in blocks:
-            if str(path) not in in_use and path.stat().st_uid == os.getuid():
-                path.unlink(missing_ok=True)
-    barrier()
+    with one_start_at_a_time():
+        if get_local_rank() == 0:
+            clear_stale_memory()
+        barrier()
     if destroy_process_group:
         torch.distributed.destroy_process_group()
-
-
-def _mapped_files() -> str:
-    found = []
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            found.append(maps.read_text())
-        except OSError:  # ended since, or another user's
-            continue
-    return "\n".join(found)

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from vitcomposer.data.augment import OP_CODES, OP_VALUES, Normalize
 from vitcomposer.data.batch_memory import empty_batch
-from vitcomposer.data.collate import Sample, batch_labels, draw_programs, naming, random_key, run_programs
+from vitcomposer.data.collate import (
+    Sample,
+    Source,
+    batch_labels,
+    draw_programs,
+    random_key,
+    replaced,
+    run_programs,
+)
 from vitcomposer.data.crops import random_resized_box
 from vitcomposer.data.jpeg import Interpolation, read_size
 from vitcomposer.data.mixing import Batch
@@ -35,13 +43,14 @@ class MultiCrop:
         size_crops: Their side in pixels, such as (160, 96).
         crop_scales: Range of a crop's share of the image's area, such as ((0.08, 1.0), (0.05, 0.14)).
         distortions: Colour, blur and solarize of each group's crops; None for none.
+        source: Gives another sample for one that cannot be decoded; None raises.
 
     Raises:
         ConfigError: Groups that do not fit each other.
-        ValueError: On a call, a damaged image, with its sample_id.
+        ValueError: On a call without ``source``, an image that cannot be decoded, with its sample_id.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all are named at the call)
         self,
         *,
         num_crops: Sequence[int],
@@ -52,6 +61,7 @@ class MultiCrop:
         flip_prob: float = 0.5,
         interpolation: Interpolation = "bilinear",
         augment_on_device: bool = False,
+        source: Source | None = None,
     ) -> None:
         groups = len(num_crops)
         distortions = [None] * groups if distortions is None else distortions
@@ -67,15 +77,14 @@ class MultiCrop:
         self._seed = seed
         self._interpolation: Interpolation = interpolation
         self._augment_on_device = augment_on_device
+        self._source = source
 
     def __call__(self, samples: list[Sample]) -> Batch:
+        samples = list(samples)
         count = len(samples)
         groups = list(zip(self._num_crops, self._size_crops, strict=True))
         crops = [empty_batch(crops * count, size) for crops, size in groups]
-        rngs = [random.Random(random_key(self._seed, s["epoch"], s["sample_id"], s["copy"])) for s in samples]
-        for i, (sample, rng) in enumerate(zip(samples, rngs, strict=True)):
-            with naming(sample):
-                self._decode(sample["image"], rng, [group[i::count] for group in crops])
+        rngs = [self._decode(samples, i, [group[i::count] for group in crops]) for i in range(count)]
         drawn = [draw_programs(p, rngs * n) for p, n in zip(self._policies, self._num_crops, strict=True)]
         batch: Batch = {CROPS: crops, **batch_labels(samples)}
         if self._augment_on_device:
@@ -85,7 +94,18 @@ class MultiCrop:
                 run_programs(images, codes, values, _NO_FILL)
         return batch
 
-    def _decode(self, encoded: bytes | memoryview, rng: random.Random, outs: list[Tensor]) -> None:
+    def _decode(self, samples: list[Sample], at: int, outs: list[Tensor]) -> random.Random:
+        """Crops of a sample, which another may take the place of; the generator of its colours."""
+        while True:
+            sample = samples[at]
+            rng = random.Random(random_key(self._seed, sample["epoch"], sample["sample_id"], sample["copy"]))
+            try:
+                self._cut(sample["image"], rng, outs)
+                return rng
+            except ValueError as error:
+                (samples[at],) = replaced(self._source, [sample], error)
+
+    def _cut(self, encoded: bytes | memoryview, rng: random.Random, outs: list[Tensor]) -> None:
         """Every crop of one image, ``outs`` holding those of each group."""
         height, width = read_size(encoded)
         boxes = [

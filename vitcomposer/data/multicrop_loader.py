@@ -4,7 +4,7 @@ from composer.core import DataSpec
 from composer.utils import dist
 
 from vitcomposer.data import jpeg, ops
-from vitcomposer.data.loader import augments_on_device, check_fills_a_batch, make_dataspec, open_dataset
+from vitcomposer.data.loader import augments_on_device, check_fills_a_batch, make_dataspec, open_dataset, source_of
 from vitcomposer.data.multicrop import MultiCrop, MultiCropTransform
 from vitcomposer.data.policies import ColorDistortion
 from vitcomposer.data.shards import ShardError
@@ -40,6 +40,7 @@ def build_multicrop_dataspec(cfg: SelfSupervised, *, device_batch_size: int) -> 
         flip_prob=crops.flip_prob,
         interpolation=crops.interpolation,
         augment_on_device=augments_on_device(cfg.data, rand_augment=False),
+        source=source_of(dataset),
     )
     transform = MultiCropTransform(crops.mean, crops.std)
     return make_dataspec(dataset, cfg.data, collate, transform, batch_size=device_batch_size, drop_last=True)
@@ -62,7 +63,7 @@ def build_distortions(crops: Crops) -> list[ColorDistortion]:
 def _check_microbatch(cfg: SelfSupervised, device_batch_size: int) -> None:
     size = cfg.run.device_train_microbatch_size
     require(
-        size is None or size >= device_batch_size,
+        size is None or (not isinstance(size, str) and size >= device_batch_size),
         "run.device_train_microbatch_size",
         f"null or {device_batch_size}, the device's share of the batch, since the loss compares all of its images",
         size,

@@ -117,6 +117,11 @@ class _Columns:
         self.is_pil = encodings[image[0]] == "pil"
         code = LABEL_FORMATS[encodings[label[0]]]
         self.label_format = struct.Struct(code) if code else None
+        if self.label_format and self.label[2] != self.label_format.size:
+            raise ConfigError(
+                f"{index}: a column of encoding {encodings[label[0]]} has {self.label_format.size} bytes, got "
+                f"{self.label[2]}. Write the split again with `vitcomposer convert`."
+            )
 
     @staticmethod
     def _place(sizes: Sequence[int | None], column: int) -> tuple[int, int, int]:
@@ -170,7 +175,7 @@ class RowReader:
             (label,) = columns.label_format.unpack_from(data, start)
         else:
             label = int(bytes(data[start : start + (size or lengths[variable])]))
-        return (_raw_sample(image) if columns.is_pil else image), label
+        return (raw_sample(image) if columns.is_pil else image), label
 
     def fetch(self, number: int, row: int) -> None:
         """Have the kernel begin to read a row from disk, of which ``read`` and the decoder then need not wait.
@@ -235,7 +240,8 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _raw_sample(pil: memoryview) -> bytes:
+def raw_sample(pil: memoryview) -> bytes:
+    """A value of encoding ``pil`` as a raw sample."""
     width, height, mode_size = struct.unpack_from("<3I", pil)
     pixels = pil[12 + mode_size :]
     if bytes(pil[12 : 12 + mode_size]) != b"RGB":

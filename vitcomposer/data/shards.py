@@ -4,19 +4,23 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from streaming.base.constant import TICK
 from streaming.base.format import FileInfo, Reader
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hashes, is_hash
 from streaming.base.stream import Stream
+from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
+from vitcomposer.data.download import DownloadError, download, longest_wait, open_downloader, remove_parts
+from vitcomposer.data.index import index_fault
 from vitcomposer.data.rows import ShardError
+from vitcomposer.data.storage import masked
 from vitcomposer.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class ShardStream(Stream):
                 download_retry=download_retry,
                 download_timeout=download_timeout,
             )
+            self._downloader = open_downloader(remote)
         except (ValueError, ImportError) as error:
             raise ConfigError(
                 f"data.remote must be a location that Streaming reads, got {remote!r}: {error}"
@@ -78,12 +83,16 @@ class ShardStream(Stream):
                 raise ConfigError(self._no_split())
             if world.is_local_leader:
                 self._fetch_index()
+            else:  # before Streaming's own look, which gives the leader the time of one try
+                self._await_index()
         try:
+            if fault := index_fault(json.loads((self.folder / INDEX).read_bytes())):
+                raise ValueError(fault)
             # Columns are judged by RowReader: Streaming's own error would tell the user to allow unsafe types.
             shards = super().get_shards(world, allow_unsafe_types=True)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"{self.folder / INDEX} must be the index of an MDS data set, got {type(error).__name__}: {error}. "
+                f"{self.folder / INDEX} must be the index of an MDS data set: {error or type(error).__name__}. "
                 "Delete it if it is a cached copy, else write the split again with `vitcomposer convert`."
             ) from error
         self._check_index(shards)
@@ -103,19 +112,35 @@ class ShardStream(Stream):
         )
 
     def _fetch_index(self) -> None:
-        # A name of its own: what a killed run left would be taken for the whole file, and two runs may start at once.
-        part = self.folder / f"{INDEX}.{uuid.uuid4().hex}.tmp"
+        try:  # first: the other ranks of this node go on when they see the index
+            self._download_file(CLASS_NAMES)
+        except DownloadError as error:
+            log.log(logging.INFO if error.missing else logging.WARNING, "No %s: %s", self.uri(CLASS_NAMES), error)
         try:
-            self._download_file(INDEX, part.name)
-        except Exception as error:  # every object store has its own
-            raise ConfigError(
-                f"data.remote: {self.uri(INDEX)} cannot be read: {type(error).__name__}: {error}. {_remedy(error)}"
-            ) from error
-        try:  # before the index appears, which is what the other ranks of this node wait for
-            self._downloader.download(self.uri(CLASS_NAMES), str(self.folder / CLASS_NAMES), self.download_timeout)
-        except Exception as error:
-            log.info("No %s: %s", self.uri(CLASS_NAMES), error)
-        part.rename(self.folder / INDEX)
+            self._download_file(INDEX)
+        except DownloadError as error:
+            raise ConfigError(f"data.remote: {self.uri(INDEX)} cannot be read: {error}. {_remedy(error)}") from error
+
+    def _await_index(self) -> None:
+        # The class names may take as long.
+        wait = 2 * longest_wait(self.download_retry, self.download_timeout)
+        wait_for_file_to_exist(
+            str(self.folder / INDEX), TICK, wait, f"{self.uri(INDEX)} did not come to this node in {wait:.0f} s."
+        )
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """Instead of Streaming's: a file appears whole, and is not asked for again where that can't help."""
+        local = self.folder / (to_basename or from_basename)
+        if not local.exists():
+            local.parent.mkdir(parents=True, exist_ok=True)
+            download(
+                self._downloader,
+                self.uri(from_basename),
+                local,
+                retries=self.download_retry,
+                timeout=self.download_timeout,
+            )
+        return str(local)
 
     def _check_index(self, shards: list[Reader]) -> None:
         index = self.folder / INDEX
@@ -139,6 +164,8 @@ class ShardStream(Stream):
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
         """Look at the size of every file that is already on this node; runs once per node."""
+        if not self.is_origin:
+            remove_parts(self.folder)
         for shard in shards:
             present = self._present(shard)
             faults = [fault for info in present if (fault := self._size_fault(info))]
@@ -163,7 +190,10 @@ class ShardStream(Stream):
                 added -= shard.evict()
                 added += super().prepare_shard(shard)
                 fault = self._fault(shard)
-        except Exception as error:  # every object store has its own
+        except DownloadError as error:
+            self._forget(shard)
+            raise self.error(shard, str(error), error.remedy) from error
+        except Exception as error:  # among them a disk that is full
             self._forget(shard)
             raise self.error(shard, f"{type(error).__name__}: {error}") from error
         if fault:
@@ -179,16 +209,12 @@ class ShardStream(Stream):
         if not self.is_origin:
             shard.evict()
 
-    def error(self, shard: Reader, fault: str) -> ShardError:
+    def error(self, shard: Reader, fault: str, remedy: str | None = None) -> ShardError:
         """The error that names the shard."""
         if self.is_origin:
             remedy = "Restore that file, or write the split again with `vitcomposer convert`."
-        else:
-            remedy = (
-                "Check that the object is there, whole and readable from this machine; data.download_retry and "
-                "data.download_timeout set how long to try."
-            )
-        return ShardError(f"Shard {self.uri(_name(shard))} cannot be read: {fault}. {remedy}")
+        remedy = remedy or "Check that the object is there, whole and readable from this machine."
+        return ShardError(f"Shard {masked(self.uri(_name(shard)))} cannot be read: {fault}. {remedy}")
 
     def _size_fault(self, info: FileInfo) -> str | None:
         size = (self.folder / info.basename).stat().st_size
@@ -208,7 +234,10 @@ def read_class_names(path: Path) -> list[str] | None:
     """Names of the classes in label order, or None where there is no such file."""
     if not path.is_file():
         return None
-    names = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} must be a list of names in JSON: {error}. Correct or delete it.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path} must be a list of names, got {type(names).__name__}. Correct or delete it.")
     return names
@@ -225,10 +254,12 @@ def _name(shard: Reader) -> str:
     return (zipped or raw).basename
 
 
-def _remedy(error: Exception) -> str:
-    text = f"{type(error).__name__} {error}".lower()
+def _remedy(error: DownloadError) -> str:
+    text = f"{type(error.__cause__).__name__} {error}".lower()
     if "credential" in text or "signature" in text or "accessdenied" in text:
         return "Give this machine credentials for it, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
     if "bucket" in text:
         return "Check the name of the bucket, who may read it and, for a store other than AWS, S3_ENDPOINT_URL."
-    return "Check data.remote, data.train_split and data.val_split, or write the split with `vitcomposer convert`."
+    if error.missing:
+        return "Check data.remote, data.train_split and data.val_split, or write the split with `vitcomposer convert`."
+    return error.remedy

@@ -1,5 +1,6 @@
-"""How the runs of one machine set up their data sets without disturbing each other."""
+"""How the runs of one machine set up their data sets without disturbing each other, and what killed ones leave."""
 
+import atexit
 import itertools
 import os
 import tempfile
@@ -9,24 +10,31 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from streaming import StreamingDataset
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank
 from streaming.base.shared import prefix
 from streaming.base.world import World
+
+_MEMORY = Path("/dev/shm")  # Linux: where blocks of shared memory can be listed
+_LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
 
 
 @contextmanager
 def one_start_at_a_time() -> Iterator[None]:
     """Let the runs of a machine set up their StreamingDatasets one after the other.
 
-    Streaming looks for a free name in shared memory and takes it in a second step, so two runs that start together can
-    choose the same. Its ranks look on their own: they wait until their leader holds the lock. After a minute it goes
-    on without, since two runs that share several nodes could wait for each other. Each node of a run looks from a
-    number of its own, so that two nodes can also be two launchers on one machine.
+    Streaming looks for a free number in shared memory and takes it in a second step, so two runs that start together
+    can choose the same. Its ranks look on their own: they wait until their leader holds the lock. After a minute it
+    goes on without, since two runs that share several nodes could wait for each other.
     """
     node = World.detect().node
-    lock = FileLock(Path(tempfile.gettempdir(), f"vitcomposer-{os.getuid()}-{node}.lock"), timeout=60)
-    numbers = prefix._each_prefix_int
-    prefix._each_prefix_int = lambda: itertools.count(10_000 * node)
+    # Where the blocks are, which runs with temporary folders of their own share too.
+    folder = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
+    lock = FileLock(folder / f"vitcomposer-{os.getuid()}-{node}.lock", timeout=60)
+    search = prefix._check_and_find
+    if _MEMORY.is_dir():
+        prefix._check_and_find = lambda *_, **__: _free_number(node)
     if get_local_rank() == 0:
         with suppress(Timeout):
             lock.acquire()
@@ -35,5 +43,65 @@ def one_start_at_a_time() -> Iterator[None]:
             torch.distributed.barrier()
         yield
     finally:
-        prefix._each_prefix_int = numbers
+        prefix._check_and_find = search
         lock.release()
+
+
+def _free_number(node: int) -> int:
+    """The first number that no block of shared memory has; of each node's own, for two of them can be one machine.
+
+    Streaming's own search takes the first that is free for each kind of block, and of these the highest, which may be
+    another run's. It also refuses a cache that another run reads, whose files appear whole here.
+    """
+    taken = {path.name[:6] for path in _belongings()}
+    first = 10_000 * node + 100 * (os.getuid() % 97)  # other users have other locks
+    return next(number for number in itertools.count(first) if f"{number:06}" not in taken)
+
+
+def _belongings() -> list[Path]:
+    """Blocks and lock files of all data sets of this machine."""
+    kinds = (*SHM_TO_CLEAN, *_LOCKS)
+    return [_MEMORY / name for name in os.listdir(_MEMORY) if name[:6].isdecimal() and name[7:] in kinds]
+
+
+def lock_in_memory(dataset: StreamingDataset) -> None:
+    """Put the lock files of a data set beside its shared memory, and away with it when this process ends.
+
+    Streaming leaves two in the temporary folder for every data set that there ever was, and passes their numbers over.
+    """
+    if not _MEMORY.is_dir():
+        return
+    barrier, cache = (_MEMORY / f"{dataset._shm_prefix_int:06}_{name}" for name in _LOCKS)
+    dataset._shared_barrier.filelock_path, dataset._cache_filelock_path = str(barrier), str(cache)
+    if get_local_rank() == 0:
+        for path in (barrier, cache):
+            atexit.register(path.unlink, missing_ok=True)
+
+
+def clear_stale_memory() -> None:
+    """Remove the shared memory and the locks of killed runs, which Streaming would stumble over (its issue 781).
+
+    Only what belongs to blocks that no process has mapped: ``streaming.base.util.clean_stale_shared_memory`` also takes
+    those of a run that is alive on this machine. Outside Linux, where the blocks cannot be listed, nothing is done.
+    """
+    if not _MEMORY.is_dir() or not os.path.isdir("/proc/self"):
+        return
+    found = _belongings()
+    in_use = _mapped_files() if found else ""
+    for path in found:
+        # A data set maps the block that names it before it locks anything, and for as long as it lives.
+        holder = path if path.name[7:] in SHM_TO_CLEAN else path.with_name(f"{path.name[:6]}_{LOCALS}")
+        if str(holder) not in in_use:
+            with suppress(FileNotFoundError):  # another start removes it too
+                if path.stat().st_uid == os.getuid():
+                    path.unlink()
+
+
+def _mapped_files() -> str:
+    found = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            found.append(maps.read_text())
+        except OSError:  # ended since, or another user's
+            continue
+    return "\n".join(found)

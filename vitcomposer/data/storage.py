@@ -15,6 +15,19 @@ from pathlib import Path
 from typing import Any
 
 _PARTIAL = ".partial"
+_READS = 4  # of a body that breaks off, which boto3 does not ask for again
+_PASSWORD = re.compile(r"(?<=://)[^/\s'\"]*:[^/\s'\"]*@")
+_SIGNED = re.compile(r"(?i)([?&](?:x-amz-\w+|[\w-]*(?:sig|token|key|secret|credential|password)[\w-]*)=)[^&\s'\"]+")
+
+
+def masked(text: str) -> str:
+    """A text without passwords and signatures of the addresses in it."""
+    return _SIGNED.sub(r"\1***", _PASSWORD.sub("***@", text))
+
+
+def s3_endpoint() -> str:
+    """Where requests to ``s3://`` go, for a message."""
+    return masked(os.environ.get("S3_ENDPOINT_URL") or "AWS (S3_ENDPOINT_URL is not set)")
 
 
 class LocalStore:
@@ -102,9 +115,8 @@ class S3Store:
 
             retries: Any = {"mode": "standard", "max_attempts": 5}
             endpoint = os.environ.get("S3_ENDPOINT_URL") or None  # the variable that Streaming and Composer read
-            self._connection = boto3.session.Session().client(
-                "s3", endpoint_url=endpoint, config=Config(retries=retries)
-            )
+            config = Config(retries=retries, connect_timeout=20, read_timeout=60, tcp_keepalive=True)
+            self._connection = boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
         return self._connection
 
     def check(self) -> None:
@@ -119,11 +131,20 @@ class S3Store:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
         """Bytes ``start`` to ``stop`` of an object, or None when there is no such object."""
         span = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
+
         with self._explained("read"):
-            try:
-                return self._client.get_object(Bucket=self.bucket, Key=self.prefix + name, **span)["Body"].read()
-            except self._client.exceptions.NoSuchKey:
-                return None
+            for again in reversed(range(_READS)):
+                try:
+                    body = self._client.get_object(Bucket=self.bucket, Key=self.prefix + name, **span)["Body"]
+                except self._client.exceptions.NoSuchKey:
+                    return None
+                try:
+                    return body.read()
+                except (FlexibleChecksumError, HTTPClientError, IncompleteReadError):
+                    if not again:
+                        raise
+        return None
 
     def write(self, name: str, data: bytes) -> None:
         """Create or replace an object; large ones go up in several parts at once."""
@@ -156,10 +177,9 @@ class S3Store:
         try:
             yield
         except (BotoCoreError, ClientError, Boto3Error) as error:
-            endpoint = os.environ.get("S3_ENDPOINT_URL") or "AWS (S3_ENDPOINT_URL is not set)"
             raise ValueError(
-                f"{self.url} cannot be {verb} at {endpoint}: {error}. Check the bucket, AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, and the network, then call again: finished shards are kept."
+                f"{self.url} cannot be {verb} at {s3_endpoint()}: {masked(str(error))}. Check the bucket, the network, "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, then call again: finished shards are kept."
             ) from error
 
 

@@ -10,6 +10,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +19,9 @@ from PIL import Image, UnidentifiedImageError
 _T = TypeVar("_T")
 
 RAW_MAGIC = b"\x00RAW"
+_FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA"}
+_MAX_PIXELS = 178_956_970  # Pillow's bound against decompression bombs
+_PIXELS_PER_BYTE = 512  # of Huffman-coded data, at most: a bit for each block of 64
 _RAW_HEAD = struct.Struct("<4s3I")  # magic, height, width, zero; then height * width * 3 bytes, row by row, RGB
 
 
@@ -125,6 +129,23 @@ def check_image(data: bytes) -> tuple[str, int, int]:
     return picture.format, *picture.size
 
 
+@cache
+def image_formats() -> tuple[str, ...]:
+    """What is read, of the formats that this Pillow knows. EPS is not: its plug-in starts Ghostscript."""
+    Image.init()
+    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
+
+
+def check_jpeg_size(height: int, width: int, size: int) -> None:
+    """Refuse a JPEG of ``size`` bytes whose header alone would take gigabytes.
+
+    Raises:
+        ValueError: It says more pixels than the bytes can hold.
+    """
+    if height * width > min(_MAX_PIXELS, _PIXELS_PER_BYTE * size):
+        raise ValueError(f"its header says {width} x {height} pixels, which {size:,} bytes do not hold")
+
+
 def raw_sample(image: Image.Image) -> bytes:
     """Pixels as they are stored: a head of 16 bytes, then RGB."""
     head = _RAW_HEAD.pack(RAW_MAGIC, image.height, image.width, 0)
@@ -161,8 +182,10 @@ class _Picture:
         if not data:
             raise ValueError("the file is empty")
         self._pixels: Image.Image | None = None
-        self._image = _explained(lambda: Image.open(BytesIO(data)))
+        self._image = _explained(lambda: Image.open(BytesIO(data), formats=image_formats()))
         self.format, self.size = str(self._image.format), self._image.size
+        if data[:2] == b"\xff\xd8":
+            check_jpeg_size(self._image.height, self._image.width, len(data))
 
     def check(self) -> None:
         """Decode to the last pixel."""

@@ -3,8 +3,7 @@
 import multiprocessing
 import os
 import resource
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from ctypes import c_bool, c_char
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ from streaming.base.dataset import _ShardState
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.world import World
 
+from vitcomposer.data.bad_images import BadImages
+from vitcomposer.data.fetch_ahead import FetchAhead
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange, steps_before
 from vitcomposer.data.rows import Image, RowReader, ShardError
 from vitcomposer.data.shards import INDEX, ShardStream
-from vitcomposer.data.start import one_start_at_a_time
+from vitcomposer.data.start import lock_in_memory, one_start_at_a_time
 from vitcomposer.schema import ConfigError
 
 _LOCAL = int(_ShardState.LOCAL)
@@ -39,11 +40,12 @@ class StreamOptions:
 
     cache_limit: str | None = None  # such as 200gb; no effect on a data set without remote
     predownload: int | None = None  # samples
-    download_retry: int = 2
+    download_retry: int = 5
     download_timeout: float = 60.0  # seconds
     validate_hash: str | None = "xxh64"
     num_canonical_nodes: int | None = None  # null: the number of nodes
     shuffle_block_size: int | None = None  # samples
+    max_bad_fraction: float = 0.0  # of the images
 
 
 class _Failure:
@@ -65,45 +67,6 @@ class _Failure:
     def raise_if_set(self) -> None:
         if self._failed.value:
             raise ShardError(self._text.value.decode(errors="replace"))
-
-
-class _FetchAhead:
-    """A thread that has the shards of the coming samples prepared: it works per shard and sleeps in between.
-
-    Streaming has two such threads, which look at every sample and wake 140 times a second. A daemon, so that a
-    download which hangs does not keep a process from ending.
-    """
-
-    def __init__(self, prepare: Callable[[int], None], shards: NDArray[np.int32], window: int) -> None:
-        """Shards in the order of the samples; ``prepare`` handles its own errors; ``window`` in samples."""
-        self._prepare, self._shards, self._window = prepare, shards, window
-        self._at, self._stopped, self._wake = 0, False, threading.Event()
-        threading.Thread(target=self._run, name="shards", daemon=True).start()
-
-    def advance(self, at: int) -> None:
-        """Sample number ``at`` is about to be read."""
-        self._at = at
-        self._wake.set()
-
-    def stop(self) -> None:
-        """End the thread after the shard it is at."""
-        self._stopped = True
-        self._wake.set()
-
-    def _run(self) -> None:
-        done = 0
-        while done < len(self._shards):
-            self._wake.clear()
-            if self._stopped:
-                return
-            end = min(self._at + self._window, len(self._shards))
-            for shard in dict.fromkeys(self._shards[done:end].tolist()):
-                if self._stopped:
-                    return
-                self._prepare(shard)
-            done = max(done, end)
-            if done < len(self._shards):
-                self._wake.wait()
 
 
 class ImageStream(StreamingDataset):
@@ -162,15 +125,23 @@ class ImageStream(StreamingDataset):
                 shuffle_seed=seed,
                 shuffle_block_size=options.shuffle_block_size,
             )
+            lock_in_memory(self)
         self._check_nodes()
         self.repeats, self.shared_decodes = repeats, shared_decodes
         self._ends = np.cumsum(self.samples_per_shard)
         index = str(self.stream.folder / INDEX)
         self._rows = RowReader(cast(list[MDSReader], self.shards), self.stream.folder, index, low_resolution)
+        address = remote or local
+        self.bad = BadImages(
+            self.num_samples,
+            options.max_bad_fraction,
+            split=os.path.join(address, split),
+            remedy=f"`vitcomposer inspect {address} --split {split} --decode`",
+        )
         self._epoch = 0
         self._pid: int | None = None
         self._failure = _Failure()
-        self._ahead: _FetchAhead | None = None
+        self._ahead: FetchAhead | None = None
         # Forked workers would share the connection that fetched the index.
         self.stream._downloader.clean_up()
 
@@ -230,6 +201,49 @@ class ImageStream(StreamingDataset):
         if copy and not self.shuffle:
             copy, label = 0, IGNORE_LABEL
         return {"image": image, "label": label, "sample_id": sample_id, "copy": copy, "epoch": epoch, "step": step}
+
+    def replace(self, samples: list[dict[str, Any]], error: ValueError) -> list[dict[str, Any]]:
+        """For views of a sample that cannot be decoded, those of the next one of the split, in the same epoch.
+
+        The rule knows neither worker nor rank nor what was read before, so batches stay the same with any number of
+        them and after a resume; and the next sample almost always lies in the same shard, which is here.
+
+        Raises:
+            ConfigError: More than ``options.max_bad_fraction`` of the images are bad.
+            ShardError: The next one cannot be had.
+        """
+        bad = samples[0]["sample_id"]
+        first = samples[0].get("stands_for", bad)
+        following = (bad + 1) % self.num_samples
+        self.bad.add(bad, self.place(bad), str(error), f"Sample_id {following} stands in for it.")
+        if following == first:
+            self._fail(ShardError(f"No image of {self.bad.split} can be decoded. Write it again."))
+        shard, row, *_ = (int(value[0]) for value in self._locate(np.array([following])))
+        image, label = self._read(shard, row)
+        found = {"image": image, "label": label, "sample_id": following, "stands_for": first}
+        return [{**sample, **found} for sample in samples]
+
+    def skip(self, sample: dict[str, Any], error: ValueError) -> None:
+        """Count a sample that cannot be decoded and that evaluation goes on without.
+
+        Raises:
+            ConfigError: As :meth:`replace`.
+        """
+        sample_id = sample["sample_id"]
+        self.bad.add(sample_id, self.place(sample_id), str(error), "It is left out of the evaluation.")
+
+    def label_on_disk(self, sample_id: int) -> int | None:
+        """What a shard that is here says, before anything of it is checked; None where it cannot be read."""
+        shard, row, *_ = (int(value[0]) for value in self._locate(np.array([sample_id])))
+        try:
+            return self._rows.read(shard, row)[1]
+        except (OSError, ShardError, ValueError):  # reading it in earnest will tell
+            return None
+
+    def place(self, sample_id: int) -> str:
+        """Shard of a sample and its row there."""
+        shard, row, *_ = (int(value[0]) for value in self._locate(np.array([sample_id])))
+        return f"{self.shards[shard].file_pairs[0][0].basename}, sample {row}"
 
     def _read(self, shard_id: int, row: int) -> tuple[Image, int]:
         """Image and label of a row, bringing the shard back where it is not here or not checked yet."""
@@ -320,13 +334,13 @@ class ImageStream(StreamingDataset):
         done = steps_before(epoch, first, samples_per_rank=len(self), batch_size=batch_size, ranks=world.num_ranks)
         return done + world.worker_of_rank + np.arange(count) // batch_size * world.workers_per_rank
 
-    def _begin_ahead(self, shards: NDArray[np.int64]) -> _FetchAhead | None:
+    def _begin_ahead(self, shards: NDArray[np.int64]) -> FetchAhead | None:
         if self._ahead:
             self._ahead.stop()
         assert self.predownload is not None
         is_needed = self.cache_limit or np.any(self._shard_states.numpy()[shards] != _LOCAL)
         window = self.predownload + 1
-        self._ahead = _FetchAhead(self._prepare_ahead, shards.astype(np.int32), window) if is_needed else None
+        self._ahead = FetchAhead(self._prepare_ahead, shards.astype(np.int32), window) if is_needed else None
         return self._ahead
 
     def _chunk(

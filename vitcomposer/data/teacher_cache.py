@@ -22,11 +22,10 @@ import torch
 from composer.utils import dist
 from filelock import FileLock
 from numpy.typing import NDArray
-from streaming.base.storage.download import CloudDownloader
-from streaming.base.util import retry
 
 from vitcomposer.data.collate import Sample, view_seed
 from vitcomposer.data.crops import Box
+from vitcomposer.data.download import DownloadError, download, open_downloader
 from vitcomposer.data.mixing import Batch
 from vitcomposer.data.rows import MAX_MAPS, ShardError
 from vitcomposer.data.shards import INDEX
@@ -235,12 +234,12 @@ class _Files:
                 with self._lock("."):
                     self._fetch(MANIFEST)
             manifest = json.loads((self._folder / MANIFEST).read_bytes())
-        except FileNotFoundError:
-            key = "cache.local" if self._remote is None else "cache.remote"
-            remedy = "Write one with `vitcomposer cache-teacher`; one that was broken off is finished by the same call."
-            raise ConfigError(f"{key} must hold {MANIFEST}, got {self.place!r}. {remedy}") from None
         except Exception as error:  # every object store has its own
-            raise ConfigError(f"{self.place}/{MANIFEST} cannot be read: {type(error).__name__}: {error}.") from error
+            if isinstance(error, FileNotFoundError) or isinstance(error, DownloadError) and error.missing:
+                key = "cache.local" if self._remote is None else "cache.remote"
+                remedy = "Write one with `vitcomposer cache-teacher`; one that was broken off is finished by that."
+                raise ConfigError(f"{key} must hold {MANIFEST}, got {self.place!r}. {remedy}") from None
+            raise ConfigError(f"{self.place}/{MANIFEST} cannot be read: {_cause(error)}.") from error
         written = manifest.get("version") if isinstance(manifest, dict) else None
         rule = f"of format {VERSION}, which this version reads"
         require(written == VERSION, f"{self.place}/{MANIFEST}", rule, written, "Write the cache again.")
@@ -255,7 +254,7 @@ class _Files:
                     if not self._has_hash(name, expected):
                         self._fetch(name)
         except Exception as error:  # every object store has its own
-            raise ConfigError(f"{self.place}/{name} cannot be read: {type(error).__name__}: {error}.") from error
+            raise ConfigError(f"{self.place}/{name} cannot be read: {_cause(error)}.") from error
         if not self._has_hash(name, expected):
             raise ConfigError(f"{self.place}/{name} is missing or is not that of its {MANIFEST}. {self._remedy(name)}")
         entries = json.loads((self._folder / name).read_bytes())["shards"]
@@ -304,9 +303,8 @@ class _Files:
         return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == expected
 
     def _error(self, name: str, fault: Exception) -> ShardError:
-        said = str(fault) if isinstance(fault, ValueError) else f"{type(fault).__name__}: {fault}"
         return ShardError(
-            f"Shard {self.place}/{name} of the teacher cache cannot be read: {said}. {self._remedy(name)}"
+            f"Shard {self.place}/{name} of the teacher cache cannot be read: {_cause(fault)}. {self._remedy(name)}"
         )
 
     def _remedy(self, name: str) -> str:
@@ -323,11 +321,9 @@ class _Files:
         """Download a file beside its place and move it there."""
         assert self._remote is not None
         path = self._folder / name
-        part = path.with_name(path.name + ".part")
-        part.unlink(missing_ok=True)  # left by a killed run, it would be taken for the whole file
-        downloader = CloudDownloader.get(self._remote)
-        source = os.path.join(self._remote, name)
-        retry(clean_up_fn=downloader.clean_up, num_attempts=self._retries)(
-            lambda: downloader.download(source, str(part), self._timeout)
-        )()
-        os.replace(part, path)
+        source, downloader = os.path.join(self._remote, name), open_downloader(self._remote)
+        download(downloader, source, path, retries=self._retries, timeout=self._timeout)
+
+
+def _cause(fault: Exception) -> str:
+    return str(fault) if type(fault) in (ValueError, DownloadError) else f"{type(fault).__name__}: {fault}"

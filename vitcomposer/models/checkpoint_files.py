@@ -9,12 +9,15 @@ import argparse
 import datetime
 import re
 from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vitcomposer.models.checkpoint_shares import read_shares
 
 _WRAPPERS = ("state", "classy_state_dict", "base_model", "model", "state_dict", "teacher", "student")
 _WRAPPER_PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
@@ -32,7 +35,7 @@ _RENAMED = (
 
 
 def read_checkpoint(path: str | PathLike[str]) -> Any:
-    """The content of a .safetensors or torch file, read without running code from it.
+    """The content of a .safetensors or torch file, or a folder of shares, read without running code from it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -58,15 +61,15 @@ def read_checkpoint(path: str | PathLike[str]) -> Any:
         ) from error
 
 
-def check_harmless(path: str | PathLike[str]) -> None:
-    """Refuse a torch file that would run code when it is unpickled as a whole; no tensor of it is read.
+def check_harmless(path: str | PathLike[str]) -> Any:
+    """The content of a torch file, or an error if it would run code when unpickled as a whole; no tensor is read.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It would, or it is no file that ``torch.save`` writes today.
     """
     try:
-        _load(Path(path), mmap=True)
+        return _load(Path(path), mmap=True)
     except _UnsafeError as error:
         raise ValueError(f"{path} needs {error}, and loading that can run any code") from error
 
@@ -78,6 +81,9 @@ class _UnsafeError(Exception):
 def _load(path: Path, *, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(_harmless_types()):
+            if path.is_dir():
+                harmless = partial(torch.load, map_location="cpu", weights_only=True)
+                return read_shares(path, harmless, tensors=not mmap)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise

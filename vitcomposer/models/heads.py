@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vitcomposer.models.transformer import INIT_STD, check_choice
 
@@ -96,7 +97,8 @@ class SwAVHead(nn.Module):
     def normalize_prototypes(self) -> None:
         """Bring every prototype back to length 1, in place; for after each optimizer step."""
         for weight in self.prototypes:
-            weight.copy_(F.normalize(weight, dim=1))
+            rows = weight.to_local() if isinstance(weight, DTensor) else weight  # FSDP2 shares out whole rows
+            rows.copy_(F.normalize(rows, dim=1))
 
 
 class DINOHead(nn.Module):

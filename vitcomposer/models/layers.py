@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6
 # Above this rate a block computes its branches on the kept samples alone. Gathering them and adding back costs what
@@ -168,7 +169,13 @@ class Block(nn.Module):
         drop_path_rate: Share of samples whose residual branch is dropped, drawn separately for the two branches: a
             fixed number of samples that are not computed at all, or each sample by itself, see ``kept_samples``.
         init_values: Start of the LayerScale factors; 0 builds a block without LayerScale.
+
+    Attributes:
+        recompute: In training keep nothing but the input; the backward pass computes the rest again, and draws the same
+            dropout and stochastic depth (arXiv:1604.06174).
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -190,6 +197,12 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, *attn_inputs: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Within the module, so that FSDP2 gathers the weights once for both passes over it in backward.
+            return checkpoint(self._forward, x, *attn_inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._forward(x, *attn_inputs)
+
+    def _forward(self, x: Tensor, *attn_inputs: Tensor) -> Tensor:
         x = self._add(x, lambda part: self.ls1(self.attn(self.norm1(part), *attn_inputs)))
         return self._add(x, lambda part: self.ls2(self.mlp(self.norm2(part))))
 

@@ -77,6 +77,15 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"model.{option} must be {' or '.join(choices)}, got {value!r}")
 
 
+def num_recomputed(share: float, blocks: int) -> int:
+    """How many of the blocks that learn compute their activations twice, at least one where ``share`` is above 0.
+
+    The first ones: when the backward pass comes to them it has freed what the others kept, so that their turn, one at
+    a time, is no new peak.
+    """
+    return min(blocks, max(1, round(share * blocks))) if share > 0 else 0
+
+
 def nearest_multiples(value: int, step: int) -> tuple[int, int]:
     """The multiples of ``step`` around ``value``, at least ``step``."""
     lower = max(step, value // step * step)

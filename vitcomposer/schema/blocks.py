@@ -26,6 +26,13 @@ def did_you_mean(given: str, known: Collection[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def require_plain_address(key: str, address: str | None) -> None:
+    """Raise ConfigError for an address that carries a password or a signature: it would be in every file of the run."""
+    secret = address is not None and re.search(r"://[^/\s]*:[^/\s]*@|://[^\s]*[?#]", address) is not None
+    remedy = "Take them out: every store reads its own from the environment (docs/object_stores.md)."
+    require(not secret, key, "an address without password, query and signature", "one with", remedy)
+
+
 def _fraction(key: str, value: float, remedy: str) -> None:
     require(0.0 <= value <= 1.0, key, "in [0, 1]", value, remedy)
 
@@ -107,9 +114,10 @@ class Data:
     timeout: float = 600.0  # seconds the loader waits for one batch
     cache_limit: str | None = None  # bytes of disk per node, such as 200gb
     predownload: int | None = None  # samples per worker
-    download_retry: int = 2
-    download_timeout: float = 60.0  # seconds per shard
+    download_retry: int = 5  # tries of a shard after the first, with pauses of 1, 2, 4, ... 30 seconds between them
+    download_timeout: float = 60.0  # seconds without a byte after which a try is given up (s3://)
     validate_hash: str | None = "xxh64"  # checked where the index carries that hash
+    max_bad_fraction: float = 0.001  # images of a split that cannot be decoded, left out; more end the run
     num_canonical_nodes: int | None = None
     shuffle_block_size: int | None = None
     # Where flips, colour, blur and geometry run, with the same pixels. auto: on a GPU, but RandAugment in the workers.
@@ -127,6 +135,10 @@ class Data:
             self.local,
             "Set data.local=/fast/disk/cache.",
         )
+        require_plain_address("data.remote", self.remote)
+        require(self.download_retry >= 0, "data.download_retry", "0 or more", self.download_retry, "5 is usual.")
+        waits = self.download_timeout > 0
+        require(waits, "data.download_timeout", "a number of seconds above 0", self.download_timeout, "60 is usual.")
         limit = self.cache_limit
         known = limit is None or re.fullmatch(r"[0-9.]+ *[kmgt]?b?", limit.lower()) is not None
         require(known, "data.cache_limit", "a number of bytes", limit, "Write it like 200gb.")
@@ -135,6 +147,8 @@ class Data:
         )
         require(self.prefetch_factor >= 1, "data.prefetch_factor", "1 or more", self.prefetch_factor, "2 is usual.")
         require(self.timeout > 0, "data.timeout", "a number of seconds above 0", self.timeout, "600 is usual.")
+        remedy = "0 lets none pass, 0.001 one in a thousand."
+        _fraction("data.max_bad_fraction", self.max_bad_fraction, remedy)
         require(self.synthetic_samples >= 1, "data.synthetic_samples", "1 or more", self.synthetic_samples, "Use 1024.")
 
 
@@ -278,11 +292,13 @@ class Run:
     error. ``attention_backends`` are what fused attention may use on a GPU, the first that can run the call is taken
     (null: PyTorch's own order); benchmarks/gpu.py measures which order is fastest. ``parallelism: fsdp2`` has each rank
     keep a share of the weights, their average and the optimizer's state, where ``ddp`` has each rank keep them all; it
-    trains the same, saves memory and costs communication.
+    trains the same, saves memory and costs communication. ``activation_checkpointing`` is the share of the transformer
+    blocks whose activations are computed again in the backward pass instead of kept; it trains the same, bit for bit.
     """
 
     name: str  # config.load fills in the name of the yaml
     folder: str = "runs"
+    remote: str | None = None  # where on an object store a copy of the folder is kept, such as s3://bucket/runs
     eval_interval: str = "1ep"
     save_interval: str = "1ep"
     keep_checkpoints: int = 2
@@ -290,16 +306,37 @@ class Run:
     attention_interval: str | None = None  # of measuring non-locality and gates of a transformer; null: not at all
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     progress_bar: bool = True
-    device_train_microbatch_size: int | None = None  # null: the device's share of the batch
+    device_train_microbatch_size: int | str | None = None  # null: the device's share of the batch; auto: what fits
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
+    activation_checkpointing: float = 0.0  # 1: all blocks
+    sharded_checkpoints: bool = False  # fsdp2 on a disk that all nodes see: each rank writes its share, into one folder
     compile: bool = False
     attention_backends: list[Literal["cudnn", "flash", "efficient", "math"]] | None = None
     deterministic: bool = False
+    dist_timeout: float = 600.0  # seconds that a rank waits for the others before the run ends
+    skip_nonfinite_steps: int = 0  # of the whole run: left out where a gradient is NaN or infinite; then the run ends
 
     def __post_init__(self) -> None:
+        local = "://" not in self.folder
+        require(local, "run.folder", "a folder on this machine", self.folder, "Add run.remote=s3://BUCKET/PATH for it.")
+        require_plain_address("run.remote", self.remote)
+        known = self.remote is None or re.match(r"(s3|gs|azure|oci)://[^/]+", self.remote) is not None
+        remedy = "Write it like s3://BUCKET/runs."
+        require(known, "run.remote", "null or an address that starts with s3, gs, azure or oci", self.remote, remedy)
         require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self.keep_checkpoints, "2 is usual.")
+        wait, remedy = self.dist_timeout, "Allow for the longest save and download; 600 is usual."
+        require(wait > 0, "run.dist_timeout", "a number of seconds above 0", wait, remedy)
+        skip, remedy = self.skip_nonfinite_steps, "0 ends the run at the first."
+        require(skip >= 0, "run.skip_nonfinite_steps", "0 or more", skip, remedy)
         size = self.device_train_microbatch_size
-        require(size is None or size >= 1, "run.device_train_microbatch_size", "1 or more", size, "Leave it out.")
+        fits = size is None or size == "auto" or (not isinstance(size, str) and size >= 1)
+        require(fits, "run.device_train_microbatch_size", "1 or more, auto or null", size, "Leave it out.")
+        shares, remedy = self.sharded_checkpoints, "Leave it out."
+        fits = not shares or self.parallelism == "fsdp2"
+        require(fits, "run.sharded_checkpoints", "false with run.parallelism=ddp", shares, remedy)
+        require(not shares or self.remote is None, "run.sharded_checkpoints", "false with run.remote", shares, remedy)
+        remedy = "1 is all of them, 0 switches it off."
+        _fraction("run.activation_checkpointing", self.activation_checkpointing, remedy)
         backends = self.attention_backends
         named = backends is None or (backends and len(set(backends)) == len(backends))
         remedy = "Write [cudnn, flash, efficient, math], or null for PyTorch's own order."

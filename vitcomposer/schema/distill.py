@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vitcomposer.schema.blocks import IMAGENET_MEAN, IMAGENET_STD, require
+from vitcomposer.schema.blocks import IMAGENET_MEAN, IMAGENET_STD, require, require_plain_address
 from vitcomposer.schema.supervised import Supervised
 
 
@@ -53,6 +53,9 @@ class TeacherCache:
 
     local: str  # folder, or the cache of remote
     remote: str | None = None
+
+    def __post_init__(self) -> None:
+        require_plain_address("cache.remote", self.remote)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead
@@ -65,7 +66,8 @@ class SwAV(SelfSupervisedTask):
     def loss(self, outputs: tuple[Tensor, list[Tensor]], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         embeddings, scores = outputs
         self._log_usage(scores[0].detach())
-        return self.objective(scores, embeddings, self.head.prototypes, use_queue=self._use_queue, hard=self._hard)
+        prototypes = [_whole(weight) for weight in self.head.prototypes] if self._use_queue else self.head.prototypes
+        return self.objective(scores, embeddings, prototypes, use_queue=self._use_queue, hard=self._hard)
 
     def train_flops_per_image(self, crop_sizes: Sequence[int]) -> float:
         embedding = multi_crop_flops(nn.Sequential(self.trunk, self.head.projection), crop_sizes)
@@ -83,3 +85,8 @@ class SwAV(SelfSupervisedTask):
             shares = self.usage / self.usage.sum()
             entropy = torch.special.entr(shares).sum() / math.log(len(shares))
             self.logger.log_metrics({"swav/prototype_usage": entropy})
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Of all ranks, where FSDP2 has each keep a share and the head's forward pass is over; without gradient."""
+    return weight.full_tensor().detach() if isinstance(weight, DTensor) else weight
