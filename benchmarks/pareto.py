@@ -40,9 +40,11 @@ MODEL = {
 DATA: dict[str, dict[str, Any]] = {
     "digits": {
         "model.image_size": 24,
+        "model.embed_dim": 128,
         "max_duration": "30ep",
         "schedule.t_warmup": "3ep",
-        "optimizer.lr": 2e-3,
+        "global_train_batch_size": 64,
+        "optimizer.lr": 1.5e-3,
     },
     "fashion": {
         "model.image_size": 28,
