@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,14 @@ def shared_memory_of_streams_released() -> Iterator[None]:
             atexit.unregister(block.cleanup)
             with suppress(BufferError):  # its memory is still mapped by an array, which frees it later
                 block.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard() -> None:
+    """A run that a signal has stopped ignores further ones to its end, which here is not that of the process."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def read_photo(name: str) -> Image.Image:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,16 @@ def check_folders(cfg: Any) -> None:
 
 def _unwritable(key: str, given: str, folder: Path, remedy: str) -> str | None:
     trial = folder / f".writable-{uuid.uuid4().hex}"
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             trial.write_bytes(bytes(4096))
         finally:
             trial.unlink(missing_ok=True)
+        if is_new:  # a run that is refused later leaves nothing
+            with suppress(OSError):
+                folder.rmdir()
     except OSError as error:
         return f"{key} must be a folder that can be written, got {given!r}: {_why(error)}. {remedy}"
     return None
