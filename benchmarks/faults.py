@@ -1,6 +1,7 @@
 """Run the tests of faults and write what a user sees of each: python benchmarks/faults.py --out benchmarks/results
 
-``--slow`` adds the tests that take minutes, such as twenty kills of a run with two ranks.
+``--slow`` adds the tests that take minutes, such as twenty kills of a run with two ranks. ``--told FILE ...`` takes the
+rows of tests that ran before, with VITCOMPOSER_FAULTS=FILE in their environment.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 320  # characters of a message in the table
 HEAD = [
     "# Faults: what a user sees, and for how long",
     "",
@@ -45,6 +47,7 @@ def markdown(rows: list[dict[str, str | float]]) -> str:
         # A temporary folder says nothing to a reader.
         seen = re.sub(r"/[^\s'\"`]*/pytest-[^/\s]+(/popen-\w+)?/[^/\s'\"`]+", "...", str(row["seen"])).strip()
         seen = seen.replace("|", "\\|").replace("\n", " ")
+        seen = seen if len(seen) <= LONGEST else f"{seen[:LONGEST].rstrip()} ..."
         test = str(row["test"]).removeprefix("tests/faults/").replace("|", "\\|")
         lines.append(f"| {row['fault']} | {seen} | {row['seconds']:.1f} | {test} |")
     return "\n".join([*lines, "", f"{len(rows)} faults, Python {platform.python_version()}, {platform.system()}.", ""])
@@ -54,8 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--slow", action="store_true", help="the tests marked slow too")
+    parser.add_argument("--told", nargs="+", type=Path, help="rows of tests that ran before")
     args = parser.parse_args()
-    rows = rows_of(["-m", "slow or not slow"] if args.slow else [])
+    if args.told:
+        lines = [line for path in args.told for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = list({(row["test"], row["fault"]): row for row in map(json.loads, lines)}.values())
+    else:
+        rows = rows_of(["-m", "slow or not slow"] if args.slow else [])
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "faults.md").write_text(markdown(rows), encoding="utf-8")
     print(markdown(rows))

@@ -356,6 +356,7 @@ def test_bad_curriculum_stops_train_before_the_first_batch(tmp_path, capsys):
     assert "algorithms.Curriculum.compute must be 2 shares" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_ranks_see_the_planned_sizes_before_and_after_a_resume(photo_mds, tmp_path):
     """The algorithm compares every batch with the plan on each rank; the plan grows with max_duration."""

@@ -20,6 +20,7 @@ def launch(launcher: list[str], arguments: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_two_ranks_see_disjoint_samples_that_cover_the_set(photo_mds: Path, tmp_path: Path) -> None:
     overrides = [*tiny_photo_overrides(photo_mds, tmp_path, "ids"), "augment.repeated_augmentation=1"]
     launch([str(BIN / "composer"), "-n", "2"], ["tests/two_ranks.py", str(tmp_path), DEIT, *overrides])
@@ -30,6 +31,7 @@ def test_two_ranks_see_disjoint_samples_that_cover_the_set(photo_mds: Path, tmp_
         assert set(first) | set(second) == set(range(len(PHOTOS) * per_class))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_ranks_learn_the_photographs(photo_mds: Path, tmp_path: Path) -> None:
     """deit_ti at a size for CPU, with less augmentation: 20 epochs are 240 steps, not 375,000."""
@@ -67,6 +69,7 @@ def test_torchrun_starts_it_and_two_ranks_end_with_the_losses_of_one(photo_mds: 
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_two_nodes_stream_from_a_remote_and_resume(photo_mds: Path, tmp_path: Path) -> None:
     """Two launchers as on two machines, one disk for the run; the second start goes on where the first ended."""
     with socket.socket() as free:

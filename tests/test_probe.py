@@ -297,6 +297,7 @@ def test_weights_of_another_model_are_refused(
     assert "absent.pt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(photo_mds: Path, tmp_path: Path) -> None:
     size = ["evaluation.global_batch_size=16", "knn.k=[1,5]", "knn.train_samples=101"]
     composer = [str(Path(sys.executable).parent / "composer"), "-n", "2", "train.py"]

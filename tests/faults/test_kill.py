@@ -385,6 +385,7 @@ def test_signals_that_do_not_stop_tear_no_checkpoint(handlers: None, unbroken: P
     assert_same(saved(tmp_path / "run"), saved(unbroken))
 
 
+@pytest.mark.slow
 def test_signal_while_a_run_starts_up_is_no_stop_with_a_checkpoint(tmp_path: Path, tell: Tell) -> None:
     """143 would have schedulers start a run again for ever that its launcher ended because another rank failed."""
     command = [sys.executable, "train.py", DEIT, *tiny(tmp_path, "run")]
