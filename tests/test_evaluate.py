@@ -146,10 +146,34 @@ def test_what_cannot_be_measured_on_is_refused(
         ([str(tmp_path / "images" / "rocket")], "hold one folder of images per class"),
         (["s3://bucket/data"], "--cache must name a folder"),
         ([str(tmp_path / "images"), "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        ([str(tmp_path / "images"), "--max-bad-fraction", "1"], "--max-bad-fraction must be in [0, 1), got 1.0"),
         ([str(tmp_path / "images"), "--device", "cuda:77"], "--device must be a device of this machine"),
     ):
         assert main(["eval", str(trained_run), "--data", *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_left_out_up_to_a_share(
+    trained_run: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = tmp_path / "photos"
+    shutil.copytree(photo_folder / "val", val)
+    gone = sorted((val / "rocket").iterdir())[:2]
+    arguments = ["eval", str(trained_run), "--weights", "raw", "--batch-size", "7", "--device", "cpu", "--workers", "0"]
+    for name, change in (("broken", lambda path: path.write_bytes(b"no image")), ("without", Path.unlink)):
+        for path in gone:
+            change(path)
+        more = ["--data", str(val), "--out", str(tmp_path / name)]
+        assert main([*arguments, *more, "--max-bad-fraction", "0.05" if name == "broken" else "0"]) == 0
+        if name == "broken":
+            assert f"{IMAGES - 2} images (2 more cannot be read)" in capsys.readouterr().out
+            share = f"{2 / IMAGES - 0.001:.4f}"
+            assert main([*arguments, *more, "--max-bad-fraction", share]) == 2
+            error = capsys.readouterr().err
+            assert str(gone[1]) in error and f"More than {float(share):g} of the {IMAGES} images are" in error
+    pages = [json.loads((tmp_path / name / "eval.json").read_text())["results"] for name in ("broken", "without")]
+    assert [page[0].pop("bad_images") for page in pages] == [2, 0]
+    assert pages[0] == pages[1]
 
 
 def test_confusions_are_counted_and_drawn_for_few_and_for_many_classes() -> None:

@@ -51,7 +51,7 @@ def test_run_folder_tells_the_whole_story(reference: Path) -> None:
     assert len(losses(reference)) == STEPS
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 4])
 def test_same_seed_gives_identical_losses_with_any_number_of_workers(
     reference: Path, photo_mds: Path, tmp_path: Path, workers: int
 ) -> None:

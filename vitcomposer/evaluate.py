@@ -33,6 +33,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--real", metavar="FILE", help="real.json of ImageNet-ReaL")
     parser.add_argument("--cache", metavar="DIR", help="folder for the shards of an object store")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder eval of a run folder")
+    help_text = "share of the images that may be left out because they cannot be read (default: %(default)g)"
+    parser.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="F", help=help_text)
     add_loading(parser)
     parser.set_defaults(run=_run)
 
@@ -68,6 +70,8 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer.scores import measure, open_labelled, with_real_labels
 
     device = choose_device(args)
+    share = args.max_bad_fraction
+    require(0 <= share < 1, "--max-bad-fraction", "in [0, 1)", share, "0.001 leaves out one image in a thousand.")
     models = _models(args)
     first = next(iter(models.values()))
     real = read_real_labels(args.real, first.class_names) if args.real else None
@@ -85,7 +89,8 @@ def _run(args: argparse.Namespace) -> int:
         with tqdm(
             total=data.images.num_samples, unit=" images", desc=data.images.name, disable=None, leave=False
         ) as bar:
-            found = measure(networks, data, device=device, bf16=args.bf16, on_images=bar.update)
+            options = {"device": device, "bf16": args.bf16, "max_bad_fraction": share}
+            found = measure(networks, data, **options, on_images=bar.update)
         for kind, scores in found.items():
             results.append(_result(kind, scores, data))
             _print(results[-1])
@@ -113,6 +118,7 @@ def _result(kind: str, scores: "Scores", data: "Labelled") -> dict[str, Any]:
         "data": data.images.name,
         "weights": kind,
         "images": scores.images,
+        "bad_images": scores.bad_images,
         "top1": scores.top1,
         "top5": scores.top5,
         "loss": scores.loss if math.isfinite(scores.loss) else None,
@@ -128,7 +134,8 @@ def _print(result: dict[str, Any]) -> None:
         if result[key] is not None
     ]
     loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
-    print(f"{result['data']}, {result['weights']}: {', '.join(figures)}, loss {loss}, {result['images']:,} images")
+    bad = f" ({result['bad_images']} more cannot be read)" if result["bad_images"] else ""
+    print(f"{result['data']}, {result['weights']}: {', '.join(figures)}, loss {loss}, {result['images']:,} images{bad}")
 
 
 def _folder(result: dict[str, Any], before: list[dict[str, Any]]) -> str:

@@ -1,5 +1,7 @@
 """How good classifiers are on labelled images: one decode of each image for all of them."""
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,8 @@ from vitcomposer.data.labelled import model_classes, open_labelled_images, real_
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.trained import Trained
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -29,9 +33,11 @@ class Scores:
         class_top1: Mean of the classes' top-1, those without images aside.
         real: Share of images whose prediction is among their ReaL labels, those without such labels aside.
         labels, predictions: Outputs of the model, by image.
+        bad_images: Those that could not be decoded and are in none of the others.
     """
 
     images: int
+    bad_images: int
     top1: float
     top5: float | None
     loss: float
@@ -107,6 +113,7 @@ def measure(
     *,
     device: str | torch.device = "cpu",
     bf16: bool = False,
+    max_bad_fraction: float = 0.0,
     on_images: Callable[[int], Any] | None = None,
 ) -> dict[str, Scores]:
     """Measure networks on the same images.
@@ -114,19 +121,23 @@ def measure(
     Args:
         networks: In eval mode, on ``device``, normalised images (B, 3, S, S) to logits (B, classes).
         bf16: Run them under autocast to bfloat16.
+        max_bad_fraction: Of the images, left out where they cannot be read, and named in the log.
         on_images: Told of the images of every batch when they are done.
 
     Raises:
-        ValueError: An image that cannot be read, or a label that stands for no class.
+        ValueError: More images than that cannot be read, or a label stands for no class.
     """
     device = torch.device(device)
+    bad: set[int] = set()
     labels: list[Tensor] = []
     ids: list[Tensor] = []
     answers: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in networks}
     with torch.inference_mode():
         for batch in data.loader:
             real = batch["label"] != IGNORE_LABEL  # not the padding
-            _check_batch(batch, data)
+            _leave_out(batch, real, data, bad, max_bad_fraction)
+            if not real.any():
+                continue
             images = data.normalize({"image": batch["image"].to(device, non_blocking=True)})["image"][_all(real)]
             outputs = _outputs(batch["label"][real], data)
             target = outputs.to(device)
@@ -138,7 +149,7 @@ def measure(
             ids.append(batch["sample_id"][real])
             if on_images is not None:
                 on_images(len(outputs))
-    return {name: _scores(labels, ids, parts, data) for name, parts in answers.items()}
+    return {name: _scores(labels, ids, parts, data, len(bad)) for name, parts in answers.items()}
 
 
 def _all(chosen: Tensor) -> Any:
@@ -146,10 +157,21 @@ def _all(chosen: Tensor) -> Any:
     return slice(None) if bool(chosen.all()) else chosen
 
 
-def _check_batch(batch: dict[str, Any], data: Labelled) -> None:
+def _leave_out(batch: dict[str, Any], real: Tensor, data: Labelled, bad: set[int], max_bad_fraction: float) -> None:
+    """Take the images that cannot be read out of the real ones."""
     for row, reason in batch["broken"]:
-        where = data.images.describe(int(batch["sample_id"][row]))
-        raise ValueError(f"{where} cannot be read: {reason}. Every image counts: mend it or take it away.")
+        sample_id = int(batch["sample_id"][row])
+        if real[row]:
+            bad.add(sample_id)
+        real[row] = False
+        where, total = data.images.describe(sample_id), data.images.num_samples
+        if len(bad) > max_bad_fraction * total or len(bad) == total:
+            left_out = f" More than {max_bad_fraction:g} of the {total:,} images are like that." if len(bad) > 1 else ""
+            raise ValueError(
+                f"{where} cannot be read: {reason}.{left_out} Every image counts: mend it or take it away, or leave "
+                f"such images out with --max-bad-fraction {max(0.001, math.ceil(1e4 * len(bad) / total) / 1e4):g}."
+            )
+        log.warning("%s cannot be read: %s. It is left out.", where, reason)
 
 
 def _outputs(labels: Tensor, data: Labelled) -> Tensor:
@@ -170,7 +192,9 @@ def _answers(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return logits.argmax(dim=1).int(), (best == target[:, None]).any(dim=1), loss
 
 
-def _scores(labels: list[Tensor], ids: list[Tensor], parts: list[tuple[Tensor, ...]], data: Labelled) -> Scores:
+def _scores(
+    labels: list[Tensor], ids: list[Tensor], parts: list[tuple[Tensor, ...]], data: Labelled, bad_images: int
+) -> Scores:
     truth = torch.cat(labels).int().numpy()
     predictions, among_five, losses = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     right = predictions.numpy() == truth
@@ -179,6 +203,7 @@ def _scores(labels: list[Tensor], ids: list[Tensor], parts: list[tuple[Tensor, .
     seen = images > 0
     return Scores(
         images=len(truth),
+        bad_images=bad_images,
         top1=float(right.mean()),
         top5=float(among_five.double().mean()) if data.num_classes > 5 else None,
         loss=float(losses.double().mean()),

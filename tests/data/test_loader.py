@@ -101,7 +101,7 @@ def test_train_batches_reach_the_model_as_images_and_soft_targets(root, workers)
 
 def test_batches_do_not_depend_on_the_workers(root):
     found = []
-    for workers in (0, 1, 2):
+    for workers in (0, 1, 3, 4):
         cfg = config(local=str(root), num_workers=workers, repeats=3)
         loader = loader_of(build_dataspec(cfg, "train", seed=1, device_batch_size=8))
         found.append([batch for _ in range(2) for batch in loader])

@@ -1,6 +1,7 @@
 """Mapped shards: slices without copies or descriptors, dropped with their shard, and no way to a bus error."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.data.test_columns import write_columns
 from tests.data.test_stream import image, jpeg, load, open_stream, raw_sample, shard, write_split
 from vitcomposer.data import rows as rows_module
 from vitcomposer.data import shards as shards_module
+from vitcomposer.data.jpeg import decode_rgb
 from vitcomposer.data.rows import RowReader, ShardError
 from vitcomposer.data.stream import StreamOptions
 from vitcomposer.schema import ConfigError
@@ -174,15 +176,23 @@ def test_pil_columns_become_raw_samples(tmp_path, mode):
     assert found["image"] == raw_sample(np.asarray(picture.convert("RGB")))
 
 
-def test_a_pil_sample_without_its_pixels_is_named(tmp_path):
+@pytest.mark.parametrize("mode", ["RGB", "L", "1"])
+@pytest.mark.parametrize("field", ["width", "mode", "length of the mode"])
+def test_a_pil_sample_without_its_pixels_is_a_broken_image(tmp_path, mode, field):
+    picture = image(0).convert(mode)
     with MDSWriter(out=str(tmp_path / "train"), columns={"x": "pil", "y": "int"}) as writer:
-        writer.write({"x": image(0), "y": 0})
+        for label in range(2):
+            writer.write({"x": picture, "y": label})
     path = tmp_path / "train" / "shard.00000.mds"
     data = path.read_bytes()
-    at = data.index(b"RGB") - 12
-    path.write_bytes(data[:at] + (17).to_bytes(4, "little") + data[at + 4 :])
-    with pytest.raises(ShardError, match="shard.00000.mds cannot be read: an image of 12x17 has 576 bytes"):
-        open_stream(tmp_path, batch_size=1)[0]
+    at = data.index(struct.pack("<3I", *picture.size, len(mode)))
+    value = {"width": picture.width + 5, "mode": 0xFFFFFFFF, "length of the mode": 1 << 31}[field]
+    at += {"width": 0, "mode": 12, "length of the mode": 8}[field]
+    path.write_bytes(data[:at] + value.to_bytes(4, "little") + data[at + 4 :])
+    stream = open_stream(tmp_path, batch_size=1)
+    with pytest.raises(ValueError, match="raw sample"):
+        decode_rgb(stream[0]["image"])
+    assert decode_rgb(stream[1]["image"]).shape[:2] == (picture.height, picture.width)
 
 
 def test_low_resolution_reads_the_small_column(tmp_path):

@@ -241,11 +241,20 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
 
 
 def raw_sample(pil: memoryview) -> bytes:
-    """A value of encoding ``pil`` as a raw sample."""
-    width, height, mode_size = struct.unpack_from("<3I", pil)
-    pixels = pil[12 + mode_size :]
-    if bytes(pil[12 : 12 + mode_size]) != b"RGB":
-        pixels = mds_decode("pil", bytes(pil)).convert("RGB").tobytes()
-    if len(pixels) != 3 * height * width:
-        raise ShardError(f"an image of {height}x{width} has {len(pixels)} bytes")
+    """A value of encoding ``pil`` as a raw sample; one that is not whole as one that no decoder takes."""
+    if len(pil) < _PIL_HEAD.size:
+        return RAW_MAGIC
+    width, height, mode_size = _PIL_HEAD.unpack_from(pil)
+    pixels: bytes | memoryview = pil[_PIL_HEAD.size + mode_size :]
+    if bytes(pil[_PIL_HEAD.size : _PIL_HEAD.size + mode_size]) != b"RGB":
+        if width * height > 8 * len(pixels):  # a bit a pixel is the least, and Pillow would make room for all of them
+            pixels = b""
+        else:
+            try:
+                pixels = mds_decode("pil", bytes(pil)).convert("RGB").tobytes()
+            except (ValueError, KeyError):  # another length than the mode has, or no mode
+                pixels = b""
     return b"".join((struct.pack("<4s3I", RAW_MAGIC, height, width, 0), pixels))
+
+
+_PIL_HEAD = struct.Struct("<3I")
