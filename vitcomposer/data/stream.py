@@ -20,6 +20,7 @@ from streaming.base.format.mds.reader import MDSReader
 from streaming.base.world import World
 
 from vitcomposer.data.bad_images import BadImages
+from vitcomposer.data.cache_room import prepare_within_limit
 from vitcomposer.data.fetch_ahead import FetchAhead
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange, steps_before
@@ -275,7 +276,11 @@ class ImageStream(StreamingDataset):
         self._failure.raise_if_set()
         self._enter_process()
         try:
-            super().prepare_shard(shard_id, blocking)
+            check = self._failure.raise_if_set
+            if self.cache_limit and prepare_within_limit(self, shard_id, may_wait=blocking, check=check):
+                return
+            if blocking or not self.cache_limit:
+                super().prepare_shard(shard_id, blocking)
         except Exception as error:
             if self._shard_states[shard_id] == _ShardState.PREPARING:
                 self._shard_states[shard_id] = _ShardState.REMOTE
