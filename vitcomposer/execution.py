@@ -2,12 +2,15 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import skip_init
 
 from vitcomposer.models.layers import Block
 from vitcomposer.models.transformer import ImageTransformer, num_recomputed
@@ -123,6 +126,29 @@ def shard_blocks(task: nn.Module, cfg: Any, *, world_size: int) -> ParallelismCo
     # A dict would need an environment variable too: its key fsdp2 Composer passes over, and trains DDP.
     saved = "sharded" if cfg.run.sharded_checkpoints else "full"
     return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type=saved, mixed_precision="FULL"))
+
+
+def average_gradients(task: nn.Module) -> None:
+    """Have FSDP2's gradients be the mean over the ranks as DDP's are, where the collectives of the device give the sum.
+
+    Gloo takes ``ReduceOp.AVG`` of a reduce-scatter for ``SUM`` and says nothing (torch 2.7), so that gradients on CPUs
+    are too large by the number of ranks. What this torch does is measured, since later ones may divide by themselves.
+    """
+    shared = [module for module in task.modules() if isinstance(module, FSDPModule)]
+    weight = next((p for module in shared for p in cast(nn.Module, module).parameters()), None)
+    if weight is None:
+        return
+    probe = skip_init(nn.Linear, 1, 1, bias=False, device=weight.device)  # draws no random numbers
+    fully_shard(probe)
+    probe(torch.ones(1, 1, device=weight.device)).sum().backward()
+    grad = cast(DTensor, probe.weight.grad)  # pyright: ignore[reportAttributeAccessIssue]
+    found = grad.full_tensor().item()
+
+    def divide(reduced: Tensor) -> None:  # before the gradients of microbatches are added up
+        reduced.div_(found)
+
+    for module in shared if found != 1 else []:
+        module.set_all_reduce_hook(divide)
 
 
 def attention_order(names: Sequence[str] | None) -> AbstractContextManager[Any]:

@@ -33,6 +33,7 @@ from vitcomposer.checkpoint_folder import LATEST
 from vitcomposer.execution import (
     SHARDED,
     attention_order,
+    average_gradients,
     check_execution,
     compile_forward,
     recompute_activations,
@@ -49,7 +50,7 @@ from vitcomposer.run_folder import (
     run_folder,
 )
 from vitcomposer.schema import ConfigError, Init, Model, require
-from vitcomposer.tasks import Classification, SimCLR, SwAV
+from vitcomposer.tasks import Classification, SelfSupervisedTask
 
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
@@ -227,7 +228,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
             f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
             f"{placement.world_size} x {placement.device}, {cfg.precision}, peak lr {peak_lr:.3g}"
         )
-    return Trainer(
+    trainer = Trainer(
         model=task,
         train_dataloader=train,
         eval_dataloader=list(evaluators) or None,
@@ -253,6 +254,8 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         progress_bar=False,
         load_path=_checkpoint_of_this_kind(folder, cfg),
     )
+    average_gradients(task)
+    return trainer
 
 
 def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
@@ -266,10 +269,10 @@ def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
 
 
 def _sharding(task: ComposerModel, cfg: Any) -> ParallelismConfig:
-    if not isinstance(task, Classification | SimCLR | SwAV):
+    if not isinstance(task, Classification | SelfSupervisedTask):
         raise ConfigError(
-            f"run.parallelism must be ddp in the recipe {cfg.recipe}, which has not been shown to train the "
-            f"same on shares, got {SHARDED!r}. Set run.parallelism=ddp."
+            f"run.parallelism must be ddp in the recipe {cfg.recipe}, whose trunk does not learn, got {SHARDED!r}. "
+            "Set run.parallelism=ddp."
         )
     return shard_blocks(task, cfg, world_size=dist.get_world_size())
 
