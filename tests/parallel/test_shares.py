@@ -102,9 +102,9 @@ def test_run_with_shares_resumes_bit_for_bit_and_exports_as_one_with_files(tmp_p
     def run(name: str, *more: str) -> list[str]:
         return [CONVIT, *overrides(tmp_path, name, STEPS, fsdp2, *more)]
 
-    train_on(
-        2, [run("file"), run("shares", shares), run("resumed", shares, f"{STOP}7"), run("resumed", shares)], tmp_path
-    )
+    recompute = "run.activation_checkpointing=1"  # which changes no bit either
+    resumed_run = [run("resumed", shares, f"{STOP}7"), run("resumed", shares, recompute)]
+    train_on(2, [run("file"), run("shares", shares), *resumed_run], tmp_path)
     file, whole, resumed = (
         read_checkpoint(tmp_path / name / "checkpoints/latest-rank0.pt") for name in ("file", "shares", "resumed")
     )
@@ -122,3 +122,15 @@ def test_run_with_shares_resumes_bit_for_bit_and_exports_as_one_with_files(tmp_p
     train_on(2, [run("resumed", shares)], tmp_path)
     assert losses(tmp_path / "resumed") == losses(tmp_path / "shares")
     assert json.loads((tmp_path / "resumed/summary.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shares_of_two_ranks_go_on_with_three(tmp_path: Path) -> None:
+    def run(name: str, *more: str) -> list[str]:
+        return [CONVIT, *overrides(tmp_path, name, STEPS, "global_train_batch_size=12", *more)]
+
+    shares = ["run.parallelism=fsdp2", "run.sharded_checkpoints=true"]
+    train_on(2, [run("whole"), run("shares", *shares, f"{STOP}7")], tmp_path)
+    assert "Saved by 2 ranks, goes on with 3" in train_on(3, [run("shares", *shares)], tmp_path)
+    assert losses(tmp_path / "shares") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
