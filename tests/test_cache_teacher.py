@@ -212,7 +212,7 @@ def test_two_ranks_write_the_cache_of_one(
     launcher: list[str], overrides: list[str], whole: Path, tmp_path: Path
 ) -> None:
     program = str(Path(sys.executable).parent / launcher[0])
-    sizes = ["--crop-sets", str(SETS), "--top-k", "all", "--shard-images", "48", "--batch-size", "16"]
+    sizes = ["--crop-sets", str(SETS), "--shard-images", "48", "--batch-size", "16"]
     command = ["-m", "vitcomposer", "cache-teacher", YAML, *overrides, *sizes, "--out", str(tmp_path)]
     done = subprocess.run(
         [program, *launcher[1:], "2", *command], cwd=ROOT, capture_output=True, text=True, timeout=280

@@ -150,7 +150,8 @@ def test_last_checkpoints_of_a_run_are_those_of_the_last_steps(tmp_path: Path) -
     [
         (["a", "b", "--method", "greedy", "--data", "d"], "--split must be given for --method greedy"),
         (["a", "b", "--split", "val"], "--data must be given together with --split"),
-        (["a"], "CHECKPOINT must be two or more models"),
+        (["."], "CHECKPOINT must be two or more models"),
+        (["a"], "There is no a. Give run folders"),
         (["a", "--last", "0"], "--last must be 1 or more"),
     ],
 )

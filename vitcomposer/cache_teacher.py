@@ -16,7 +16,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("yaml", help="of the recipe distill")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.local=FOLDER")
     parser.add_argument("--crop-sets", type=int, required=True, help="views of each image; call again for more")
-    parser.add_argument("--top-k", default="10", help="logits that are stored of a view, or all (default: %(default)s)")
+    help_text = "logits that are stored of a view, or all (default: 10, or all of fewer classes)"
+    parser.add_argument("--top-k", help=help_text)
     help_text = "folder or s3://bucket/prefix (default: cache.local of the yaml, else data.local with -teacher)"
     parser.add_argument("--out", help=help_text)
     parser.add_argument("--seed", type=int, help="of the views (default: that of the yaml)")
@@ -36,10 +37,10 @@ def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     from vitcomposer import config
 
-    top_k = args.top_k
-    require(top_k == "all" or top_k.isdecimal(), "--top-k", "a number of classes, or all", top_k, "10 is usual.")
     cfg = config.load(args.yaml, args.overrides)
     require(isinstance(cfg, Distill), "recipe", "distill", cfg.recipe, "Use a yaml with a teacher.")
+    top_k = args.top_k or str(min(10, cfg.model.num_classes))
+    require(top_k == "all" or top_k.isdecimal(), "--top-k", "a number of classes, or all", top_k, "10 is usual.")
     from vitcomposer.data.rows import ShardError
     from vitcomposer.teacher_writer import write_cache
 

@@ -81,9 +81,11 @@ def last_checkpoints(source: str, last: int | None) -> list[str]:
     """The last files of a run folder, oldest first; the source itself where no number or no run folder is given.
 
     Raises:
-        ValueError: The run kept fewer.
+        ValueError: There is no such thing, or the run kept fewer.
     """
     folder = Path(source, "checkpoints")
+    if not Path(source).exists():
+        raise ValueError(f"There is no {source}. Give run folders, checkpoints in them, or exported folders.")
     if last is None or not folder.is_dir():
         return [source]
     steps = {int(m[1]): path for path in folder.glob("*-rank0.pt") if (m := re.search(r"-ba(\d+)-rank0$", path.stem))}
