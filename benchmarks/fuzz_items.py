@@ -104,7 +104,7 @@ def compare(data: bytes, whole: Any, original: bytes, rng: random.Random) -> dic
     try:
         with Image.open(io.BytesIO(data), formats=image_formats()) as image:
             reference = np.array(image.convert("RGB")) if image.width * image.height < 1 << 24 else None
-    except Exception:
+    except Exception:  # Pillow raises almost anything on damaged data, and each is a refusal
         reference = None
         found["pillow"] = "both refuse" if whole is None else "we alone decode"
     else:
