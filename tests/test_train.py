@@ -1,17 +1,22 @@
 """One run and another: the same seed, other workers, a kill and a resume, a signal, a finished run started again."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from recipes import RECIPES
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
+from vitcomposer import config
+from vitcomposer.trainer import fit
 
 DEIT = str(ROOT / "yamls/deit_ti.yaml")
 STEPS = 24  # two epochs of 192 photographs, 16 a batch
@@ -58,6 +63,17 @@ def test_same_seed_gives_identical_losses_with_any_number_of_workers(
     overrides = [*tiny_photo_overrides(photo_mds, tmp_path, "again"), f"data.num_workers={workers}"]
     assert run_train([DEIT, *overrides]) == 0
     assert losses(tmp_path / "again") == losses(reference)
+
+
+def test_run_that_is_over_leaves_nothing_in_memory(photo_mds: Path, tmp_path: Path) -> None:
+    """Of several in one process, such as a search over settings."""
+    cfg = config.load(DEIT, [*tiny_photo_overrides(photo_mds, tmp_path, "gone"), "max_duration=2ba"])
+    trainer = RECIPES[cfg.recipe].build(cfg)
+    model, optimizer = (weakref.ref(part) for part in (trainer.state.model, trainer.state.optimizers[0]))
+    assert fit(trainer, cfg) == 0
+    del trainer
+    gc.collect()
+    assert model() is None and optimizer() is None
 
 
 def test_another_seed_gives_other_losses(reference: Path, photo_mds: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From checked parts to a composer.Trainer: the one place that calls it, and the run folder it resumes from."""
 
+import atexit
 import ctypes
 import dataclasses
 import os
@@ -14,6 +15,7 @@ from composer.models import ComposerModel
 from composer.utils import MissingConditionalImportError, dist, reproducibility
 from composer.utils.parallelism import ParallelismConfig
 from torch import nn
+from torch.distributed.checkpoint import state_dict
 from torch.optim import Optimizer
 
 from vitcomposer import config, optim
@@ -314,7 +316,17 @@ def fit(trainer: Trainer, cfg: Any) -> int:
         _end_workers(trainer)
         trainer.engine.close()
         raise
+    finally:
+        _let_go(trainer)
     return STOPPED_BY_SIGNAL if stopped.stopped else 0
+
+
+def _let_go(trainer: Trainer) -> None:
+    """Drop what Composer and torch keep of a closed run to the end of the process: its weights and its optimizer."""
+    atexit.unregister(trainer.engine._close)
+    names = getattr(state_dict, "_get_fqns", None)  # private, and a cache of modules
+    if hasattr(names, "cache_clear"):
+        names.cache_clear()
 
 
 def _has_all_steps(trainer: Trainer) -> bool:
