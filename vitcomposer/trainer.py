@@ -324,9 +324,9 @@ def fit(trainer: Trainer, cfg: Any) -> int:
 def _let_go(trainer: Trainer) -> None:
     """Drop what Composer and torch keep of a closed run to the end of the process: its weights and its optimizer."""
     atexit.unregister(trainer.engine._close)
-    names = getattr(state_dict, "_get_fqns", None)  # private, and a cache of modules
-    if hasattr(names, "cache_clear"):
-        names.cache_clear()
+    forget = getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", None)  # private, and a cache of modules
+    if forget is not None:
+        forget()
 
 
 def _has_all_steps(trainer: Trainer) -> bool:
