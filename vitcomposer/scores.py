@@ -159,17 +159,22 @@ def _all(chosen: Tensor) -> Any:
 
 def _leave_out(batch: dict[str, Any], real: Tensor, data: Labelled, bad: set[int], max_bad_fraction: float) -> None:
     """Take the images that cannot be read out of the real ones."""
+    total = data.images.num_samples
     for row, reason in batch["broken"]:
-        sample_id = int(batch["sample_id"][row])
-        if real[row]:
-            bad.add(sample_id)
+        if not real[row]:
+            continue
         real[row] = False
-        where, total = data.images.describe(sample_id), data.images.num_samples
-        if len(bad) > max_bad_fraction * total or len(bad) == total:
-            left_out = f" More than {max_bad_fraction:g} of the {total:,} images are like that." if len(bad) > 1 else ""
+        sample_id = int(batch["sample_id"][row])
+        bad.add(sample_id)
+        where = data.images.describe(sample_id)
+        if len(bad) == total:
+            raise ValueError(f"{where} cannot be read: {reason}. No image of {data.images.name} can: write it again.")
+        if len(bad) > max_bad_fraction * total:
+            share = max(0.001, math.ceil(1e4 * len(bad) / total) / 1e4)
+            others = f" More than {max_bad_fraction:g} of the {total:,} images are like that." if len(bad) > 1 else ""
             raise ValueError(
-                f"{where} cannot be read: {reason}.{left_out} Every image counts: mend it or take it away, or leave "
-                f"such images out with --max-bad-fraction {max(0.001, math.ceil(1e4 * len(bad) / total) / 1e4):g}."
+                f"{where} cannot be read: {reason}.{others} Every image counts: mend it or take it away, or leave "
+                f"such images out with --max-bad-fraction {share:g} or more."
             )
         log.warning("%s cannot be read: %s. It is left out.", where, reason)
 

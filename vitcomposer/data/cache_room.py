@@ -15,7 +15,7 @@ from streaming.base.dataset import _ShardState
 if TYPE_CHECKING:
     from vitcomposer.data.stream import ImageStream
 
-_STATES = {state: int(state) for state in _ShardState}
+_REMOTE, _PREPARING, _LOCAL = (int(state) for state in (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL))
 
 
 def prepare_within_limit(stream: "ImageStream", shard_id: int, *, may_wait: bool, check: Callable[[], None]) -> bool:
@@ -37,30 +37,30 @@ def prepare_within_limit(stream: "ImageStream", shard_id: int, *, may_wait: bool
         sleep(TICK)
     if not room:
         return False
-    added, state = 0, _ShardState.REMOTE
+    added, state = 0, _REMOTE
     try:
-        added, state = stream.stream.prepare_shard(shard), _ShardState.LOCAL
+        added, state = stream.stream.prepare_shard(shard), _LOCAL
     finally:
         with stream._cache_filelock:
             stream.cache_usage += added - need
             stream._shard_access_times[shard_id] = time_ns()
             stream._shard_states[shard_id] = state
-    return state == _ShardState.LOCAL
+    return True
 
 
 def _take_room(stream: "ImageStream", shard_id: int, need: int) -> bool | None:
     """Count a shard's bytes and mark it; False where it is not absent, None where others have to end first."""
     states = stream._shard_states.numpy()
     with stream._cache_filelock:
-        if states[shard_id] != _STATES[_ShardState.REMOTE]:
+        if states[shard_id] != _REMOTE:
             return False
         limit = stream.cache_limit
         assert isinstance(limit, int)
-        while stream.cache_usage + need > limit and np.any(states == _STATES[_ShardState.LOCAL]):
+        while stream.cache_usage + need > limit and np.any(states == _LOCAL):
             stream._evict_coldest_shard()
         # Alone, a shard comes even where the index fills the limit: nothing would make room later.
-        if stream.cache_usage + need > limit and np.any(states == _STATES[_ShardState.PREPARING]):
+        if stream.cache_usage + need > limit and np.any(states == _PREPARING):
             return None
         stream.cache_usage += need
-        states[shard_id] = _STATES[_ShardState.PREPARING]
+        states[shard_id] = _PREPARING
         return True
