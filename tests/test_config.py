@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vitcomposer import config
 from vitcomposer.schema import CONFIGS, ConfigError
@@ -90,11 +91,59 @@ def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
         config.load(page)
 
 
-def test_secret_of_the_environment_does_not_get_into_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "${oc.env:AWS_SECRET_ACCESS_KEY}"),
+        ("AWS_SECRET_ACCESS_KEY", '${oc.env:"AWS_SECRET_ACCESS_KEY"}'),
+        ("AWS_SECRET_ACCESS_KEY", "${oc.env:'AWS_SECRET_ACCESS_KEY'}"),
+        ("AWS_SECRET_ACCESS_KEY", "s3://${ oc.env:AWS_SECRET_ACCESS_KEY , none}/host"),
+        ("AWS_SECRET_ACCESS_KEY", "${oc.env:${run.name}}"),
+        ("AWS_SECRET_ACCESS_KEY", "${oc.decode:'${oc.env:AWS_SECRET_ACCESS_KEY}'}"),
+        ("AWS_SECRET_ACCESS_KEY", "${oc.select:nowhere,${oc.env:AWS_SECRET_ACCESS_KEY}}"),
+        ("DATABASE_URL", "${oc.env:DATABASE_URL}"),
+        ("SLURM_JWT", "${oc.env:SLURM_JWT}"),
+        ("MY_PASSWD", "${oc.env:MY_PASSWD}"),
+        ("GITHUB_PAT", "${oc.env:GITHUB_PAT}"),
+        ("HARMLESS", "${oc.env:HARMLESS}"),
+    ],
+)
+def test_no_reference_reads_the_environment_outside_the_list(
+    name: str, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "canary-of-the-test")
+    given = ["data.local=/cache", "run.name=AWS_SECRET_ACCESS_KEY", f"data.remote={reference}"]
+    with pytest.raises(ConfigError, match=f"(?s)data.remote.*must not read the environment variable {name}") as error:
+        config.load(DEIT, given)
+    assert "canary" not in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_place_of_a_job_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", "/data")
-    assert config.load(DEIT, ["data.local=${oc.env:DATA}/imagenet"]).data.local == "/data/imagenet"
-    for given in ("${oc.env:AWS_SECRET_ACCESS_KEY}", "s3://${ oc.env:AWS_SECRET_ACCESS_KEY , none}@host"):
-        with pytest.raises(ConfigError, match="data.remote must not read the environment") as error:
-            config.load(DEIT, ["data.local=/cache", f"data.remote={given}"])
-        assert "canary" not in str(error.value)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    cfg = config.load(DEIT, ["data.local=${oc.env:DATA}/imagenet", "run.name=deit_${oc.env:SLURM_JOB_ID}"])
+    assert (cfg.data.local, cfg.run.name) == ("/data/imagenet", "deit_4711")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WANDB_API_KEY", "0123456789abcdef"),
+        ("DB", "postgres://user:password@host/db"),
+        ("X", "github_pat_" + 22 * "a"),
+    ],
+)
+def test_a_credential_that_the_shell_wrote_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ConfigError, match=f"data.local must not hold the value of the environment variable {name}"
+    ) as e:
+        config.load(DEIT, [f"data.local=/data/{value}/x"])
+    assert value not in str(e.value)
+
+
+def test_resolvers_of_a_caller_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARMLESS", "7")
+    config.load(DEIT)
+    assert OmegaConf.create({"a": "${oc.env:HARMLESS}"}).a == "7"

@@ -1,17 +1,26 @@
 """From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf."""
 
-import re
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean
+from vitcomposer.schema.credentials import variable_within
 
-_SECRET = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w*(?:SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY)\w*)", re.I)
+# What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
+# everything else of the environment stays out of it; the shell can write any other value into a key by itself.
+ENVIRONMENT = frozenset(
+    "DATA DATASETS HOME HOSTNAME SCRATCH TMPDIR USER WORK "
+    "SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NUM_NODES SLURM_TMPDIR "
+    "PBS_JOBID PBS_JOBNAME LSB_JOBID JOB_ID SKYPILOT_TASK_ID".split()
+)
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
@@ -24,12 +33,20 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
     Raises:
         ConfigError: The first key that is unknown, missing, of the wrong type or out of range.
     """
+    with _environment_behind_a_list():
+        return _load(path, overrides)
+
+
+def _load(path: str | Path, overrides: Iterable[str]) -> Any:
     page = _read(Path(path))
     changes = _parse_overrides(overrides)
     schema = _schema_of(OmegaConf.merge(page, changes), path)
     base = OmegaConf.merge(OmegaConf.structured(schema), {"run": {"name": Path(path).stem}})
     merged = _merge(_merge(base, page, str(path)), changes, "the command line")
-    _check_secrets(OmegaConf.to_container(merged))
+    try:
+        _check_secrets(OmegaConf.to_container(merged, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, str(path))) from error
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{missing[0]} is required and missing in {path}. Add it to the yaml. All missing: {missing}")
@@ -44,15 +61,34 @@ def to_yaml(cfg: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 
 
+@contextmanager
+def _environment_behind_a_list() -> Iterator[None]:
+    """``${oc.env:NAME}`` reads the variables of ENVIRONMENT alone, however the reference is written or nested."""
+    OmegaConf.register_resolver("oc.env", _variable, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_resolver("oc.env", oc.env, replace=True)
+
+
+def _variable(name: str, *default: Any) -> Any:
+    if name not in ENVIRONMENT:
+        raise ConfigError(
+            f"A yaml must not read the environment variable {name}, which the run folder would keep. "
+            f"It may read {', '.join(sorted(ENVIRONMENT))}; have the shell write any other value: key=$NAME."
+        )
+    return oc.env(name, *default)
+
+
 def _check_secrets(value: Any, key: str = "") -> None:
     """Refuse what would carry a credential of the environment into config.yaml, logs and reports."""
     if isinstance(value, dict | list):
         entries = value.items() if isinstance(value, dict) else enumerate(value)
         for name, entry in entries:
             _check_secrets(entry, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, str) and (found := _SECRET.search(value)):
+    elif isinstance(value, str) and (name := variable_within(value)):
         raise ConfigError(
-            f"{key} must not read the environment variable {found[1]}, got {value!r}: the run folder would keep it. "
+            f"{key} must not hold the value of the environment variable {name}: the run folder would keep it. "
             "Leave it in the environment, where the object stores' clients look for it."
         )
 
@@ -100,6 +136,7 @@ def _explain(error: OmegaConfBaseException, origin: str, base: Any = None, more:
     """OmegaConf's first line says what is wrong; the full key and the origin say where."""
     key = getattr(error, "full_key", None) or _first_bad_key(base, more)
     reason = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
+    reason = reason.removeprefix(f"{ConfigError.__name__} raised while resolving interpolation: ")
     return f"{key or 'The configuration'} (from {origin}): {reason}"
 
 

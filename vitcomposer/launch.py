@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vitcomposer.schema import require
+from vitcomposer.schema.credentials import holds_credential, is_credential_name, variable_within
 
 _KUBERNETES = ("kubernetes", "jobset", "pytorchjob")
 # Names of objects, and of hosts that are made from them with a few more letters.
 _DNS_LABEL = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 _WORD = r"[\w][\w.,:@%+/=-]*"
 _TIME = r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}"
-_CREDENTIAL = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_KEY|PRIVATE", re.I)
 
 
 def add_command(commands: Any) -> None:
@@ -194,9 +194,11 @@ def _check_text(args: argparse.Namespace) -> None:
     for option in (args.yaml, *args.overrides, *getattr(args, "env", []), getattr(args, "setup", None) or ""):
         require("\n" not in option, "the command line", "without line breaks", option, "Write it in one line.")
     for override in args.overrides:
-        secret = re.search(r"://[^/@\s]*:[^/@\s]*@", override) is not None
+        secret = holds_credential(override) or variable_within(override)
         remedy = "Take them out: every store reads its own from the environment."
-        require(not secret, override.partition("=")[0], "an address without credentials", "one with", remedy)
+        require(not secret, override.partition("=")[0], "without credentials", "some", remedy)
+    secret = holds_credential(getattr(args, "setup", None) or "")
+    require(not secret, "--setup", "without credentials", "some", "Read them from the environment of the machine.")
     for secret in getattr(args, "secret", []):
         fits = re.fullmatch(r"[A-Za-z]\w*" if args.engine == "skypilot" else r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", secret)
         rule = "the name of a variable" if args.engine == "skypilot" else "the name of a Secret"
@@ -245,11 +247,12 @@ def _name(engine: str, name: str) -> str:
 
 def _environment(given: list[str]) -> tuple[tuple[str, str], ...]:
     pairs = [text.partition("=") for text in given]
-    for (name, equals, _), text in zip(pairs, given, strict=True):
+    for (name, equals, value), text in zip(pairs, given, strict=True):
         fits = bool(equals) and re.fullmatch(r"[A-Za-z_]\w*", name, re.A) is not None
         require(fits, "--env", "NAME=VALUE", text, "Write it like NCCL_SOCKET_IFNAME=eth0.")
         remedy = "Put it where the engine keeps secrets (--secret), or into the environment that you submit from."
-        require(_CREDENTIAL.search(name) is None, "--env", "free of credentials", name, remedy)
+        secret = is_credential_name(name) or holds_credential(value) or variable_within(value)
+        require(not secret, "--env", "free of credentials", name, remedy)
     return tuple((name, value) for name, _, value in pairs)
 
 
