@@ -20,7 +20,9 @@ from vitcomposer.data.jpeg_markers import read_index
 from vitcomposer.data.mds import convert
 from vitcomposer.data.mds_shard import parse_bytes
 from vitcomposer.data.sources import FolderSource
+from vitcomposer.data.storage import S3Store
 from vitcomposer.data.stored import StoreOptions, check_image
+from vitcomposer.schema import Data
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -360,3 +362,16 @@ def test_workers_import_neither_torch_nor_streaming() -> None:
     code = "import sys, vitcomposer.data.mds; print({'torch', 'streaming', 'composer'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x#1", "s3://bucket/x?versionId=3", "s3://me:secret@bucket/x"])
+def test_place_that_data_remote_would_refuse_is_refused(folder: Path, address: str) -> None:
+    with pytest.raises(ValueError, match="The address of a data set must be an address without") as caught:
+        convert(FolderSource(folder), address, workers=1)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match="data.remote must be an address without"):
+        Data(remote=address, local="cache")
+
+
+def test_slashes_before_a_key_are_left_out_as_readers_leave_them_out() -> None:
+    assert S3Store("s3://bucket//deep/x/").prefix == S3Store("s3://bucket/deep/x").prefix == "deep/x/"

@@ -14,6 +14,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from vitcomposer.schema import require_plain_address
+
 _PARTIAL = ".partial"
 _READS = 4  # of a body that breaks off, which boto3 does not ask for again
 _PASSWORD = re.compile(r"(?<=://)[^/\s'\"]*:[^/\s'\"]*@")
@@ -96,7 +98,7 @@ class S3Store:
     """A prefix of a bucket of S3 or of a server that speaks its protocol (``S3_ENDPOINT_URL``)."""
 
     def __init__(self, url: str) -> None:
-        match = re.fullmatch(r"s3://([^/]+)/?(.*?)/*", url)
+        match = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", url)  # readers leave out slashes before the key too
         if not match:
             raise ValueError(f"An S3 address must read s3://bucket/prefix, got {url!r}.")
         self.url = url.rstrip("/")
@@ -190,9 +192,10 @@ def open_store(location: str | Path) -> Store:
     """The store at a path or ``s3://`` address; nothing is read or made yet.
 
     Raises:
-        ValueError: Another kind of address.
+        ValueError: Another kind of address, or one that ``data.remote`` would refuse.
     """
     text = os.fspath(location)
+    require_plain_address("The address of a data set", text)
     if text.startswith("s3://"):
         return S3Store(text)
     if "://" in text:

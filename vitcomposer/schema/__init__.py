@@ -20,6 +20,7 @@ from vitcomposer.schema.blocks import (
     Schedule,
     did_you_mean,
     require,
+    require_plain_address,
 )
 from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
@@ -57,6 +58,7 @@ __all__ = [
     "TeacherCache",
     "did_you_mean",
     "require",
+    "require_plain_address",
 ]
 
 CONFIGS: dict[str, type] = {
