@@ -38,7 +38,9 @@ def knn_accuracy(
     size = int(all_reduce(bank[1].new_tensor(len(bank[1]))))
     if max(k) > size:
         raise ValueError(f"knn.k must be at most {size}, the number of training features, got {max(k)}. Lower it.")
-    num_classes = 1 + int(all_reduce(bank[1].max(), dist.ReduceOp.MAX))
+    # A rank may have none, where its images cannot be read.
+    last = bank[1].max() if len(bank[1]) else bank[1].new_tensor(-1)
+    num_classes = 1 + int(all_reduce(last, dist.ReduceOp.MAX))
     features, labels = F.normalize(queries[0].float(), dim=1), queries[1]
     blocks = _blocks_of_all_ranks(F.normalize(bank[0].float(), dim=1), bank[1], bank_rows)
     cosines, neighbours = nearest(features, blocks, max(k))

@@ -28,8 +28,7 @@ class Scores:
 
     Attributes:
         top5: None with up to five classes.
-        loss: Mean cross-entropy of all images. (Training logs the mean over batches, which weighs a short last batch
-            as much as the others.)
+        loss: Mean cross-entropy of all images, as training logs it.
         class_top1: Mean of the classes' top-1, those without images aside.
         real: Share of images whose prediction is among their ReaL labels, those without such labels aside.
         labels, predictions: Outputs of the model, by image.

@@ -43,11 +43,11 @@ class ReadyRanks:
         print(json.dumps(what), file=self.process.stdin, flush=True)
         return self.answer()
 
-    def start(self, arguments: list[str], log: Path, notes: Path | None = None) -> "ReadyRun":
+    def start(self, arguments: list[str], log: Path, notes: Path | None = None, *, ranks: int = 2) -> "ReadyRun":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        group = self.call(start=arguments, ranks=2, port=port, log=str(log), notes=notes and str(notes))
+        group = self.call(start=arguments, ranks=ranks, port=port, log=str(log), notes=notes and str(notes))
         self.groups.append(group)
         return ReadyRun(self, group)
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from tests.conftest import run_train, tiny_photo_overrides
 from tests.faults import watched_run
 from tests.faults.conftest import Tell
-from tests.faults.small_run import DEIT, assert_same, names, rows, saved
+from tests.faults.small_run import DEIT, assert_same, names, rows, saved, tiny
 from tests.faults.started_runs import ComposerRun, ReadyRanks, finish, ready
 from tests.test_self_supervised import digits as digits
 from tests.test_self_supervised import page
@@ -65,6 +66,31 @@ def test_run_goes_on_with_another_number_of_ranks_and_the_same_samples(
     whole.mkdir()
     assert watched_run.main([str(whole), DEIT, *tiny_photo_overrides(photo_mds, tmp_path, "whole"), *small]) == 0
     assert samples(notes) == samples(whole) and len(samples(notes)) == 24
+
+
+def test_evaluation_measures_the_same_on_one_two_and_three_ranks(ready: ReadyRanks, tmp_path: Path) -> None:
+    """37 images in steps of 12: on two and three ranks the last batch is padding alone on all of them but the first."""
+    options = ["data.synthetic_samples=37", "max_duration=1ep", "global_train_batch_size=12", "optimizer.lr=0.02"]
+    options += ["evaluation.global_batch_size=12", "algorithms.EMA={smoothing: 0.5, update_interval: 1ba}"]
+    assert run_train([DEIT, *tiny(tmp_path, "1"), *options]) == 0
+    runs = {"1": json.loads((tmp_path / "1/summary.json").read_text())}
+    for ranks in (2, 3):
+        run = tmp_path / str(ranks)
+        shutil.copytree(tmp_path / "1", run)
+        (run / "summary.json").unlink()  # as a kill during the evaluation leaves it, which is then made up for
+        (run / "metrics.jsonl").unlink()
+        log = tmp_path / f"{ranks}.log"
+        assert finish(ready.start([DEIT, *tiny(tmp_path, str(ranks)), *options], log, ranks=ranks)) == 0, (
+            log.read_text()
+        )
+        runs[str(ranks)] = json.loads((run / "summary.json").read_text())
+        line = read_metrics(run / "metrics.jsonl")[-1]
+        measured = {name: value for name, value in line.items() if name.startswith("metrics/")}
+        alone = read_metrics(tmp_path / "1/metrics.jsonl")[-1]
+        assert len(measured) == 6 and measured == pytest.approx({name: alone[name] for name in measured}, abs=1e-6)
+    for name in ("top1", "top5", "loss", "top1_ema", "top5_ema"):
+        assert [run[name] for run in runs.values()] == pytest.approx([runs["1"][name]] * 3, abs=1e-6), name
+    assert [run["world_size"] for run in runs.values()] == [1, 2, 3] and runs["1"]["loss"] != pytest.approx(math.log(8))
 
 
 @pytest.mark.slow

@@ -107,11 +107,13 @@ def build_knn_monitor(knn: KNN, task: ComposerModel, train: DataSpec, val: DataS
     """The monitor that a block of a yaml describes, whose name is ``key``.
 
     Raises:
-        ConfigError: More neighbours than there are training samples.
+        ConfigError: More neighbours than there are training samples, or a split with fewer samples than ranks.
     """
-    size = train.num_samples
-    assert size is not None, "our loaders know their length"
+    size, queries, ranks = train.num_samples, val.num_samples, dist.get_world_size()
+    assert size is not None and queries is not None, "our loaders know their length"
     require(max(knn.k) <= size, f"{key}.k", f"at most {size}, the number of training samples", knn.k, "Lower it.")
+    rule, remedy = f"left out with fewer than {ranks} images in a split, one for each rank", "Start fewer ranks."
+    require(min(size, queries) >= ranks, key, rule, f"{size} and {queries} images", remedy)
     return KNNMonitor(task, train, val, k=knn.k, temperature=knn.temperature, interval=knn.interval)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from composer.metrics import CrossEntropy
 from composer.models import ComposerModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -48,12 +48,41 @@ class Classification(ComposerModel):
 
 
 def classification_metrics(num_classes: int) -> dict[str, Metric]:
-    """``top1``, ``loss`` and, where it says something (above five classes), ``top5``; padding is left out."""
+    """``top1``, ``loss`` and, where it says something (above five classes), ``top5``: means over the images.
+
+    Padding is left out, so neither the size of a batch nor the number of ranks changes them.
+    """
 
     def accuracy(top_k: int) -> Metric:
         return MulticlassAccuracy(num_classes, average="micro", top_k=top_k, ignore_index=IGNORE_LABEL)
 
-    metrics: dict[str, Metric] = {"top1": accuracy(1), "loss": CrossEntropy(ignore_index=IGNORE_LABEL)}
+    metrics: dict[str, Metric] = {"top1": accuracy(1), "loss": MeanCrossEntropy()}
     if num_classes > 5:
         metrics["top5"] = accuracy(5)
     return metrics
+
+
+class MeanCrossEntropy(Metric):
+    """Cross-entropy of the images of all ranks over their number, in float64; padding is left out.
+
+    Composer's metric of this name is a mean over batches: a short batch weighs as much as a full one, and one of
+    padding alone makes it NaN.
+    """
+
+    total: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, C), labels int64 (B,)."""
+        losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="none")
+        self.total += losses.double().sum()
+        self.images += (labels != IGNORE_LABEL).sum()
+
+    def compute(self) -> Tensor:
+        """In nats; NaN without an image."""
+        return self.total / self.images
