@@ -1,6 +1,5 @@
 """From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,13 @@ from vitcomposer.schema.credentials import variable_within
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
 # everything else of the environment stays out of it; the shell can write any other value into a key by itself.
-ENVIRONMENT = frozenset(
-    "DATA DATASETS HOME HOSTNAME SCRATCH TMPDIR USER WORK "
-    "SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NUM_NODES SLURM_TMPDIR "
-    "PBS_JOBID PBS_JOBNAME LSB_JOBID JOB_ID SKYPILOT_TASK_ID".split()
-)
+# fmt: off
+ENVIRONMENT = frozenset({
+    "DATA", "DATASETS", "HOME", "HOSTNAME", "SCRATCH", "TMPDIR", "USER", "WORK", "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NUM_NODES", "SLURM_TMPDIR", "PBS_JOBID",
+    "PBS_JOBNAME", "LSB_JOBID", "JOB_ID", "SKYPILOT_TASK_ID",
+})
+# fmt: on
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
