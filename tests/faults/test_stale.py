@@ -94,6 +94,72 @@ def test_memory_and_locks_of_killed_runs_go_and_those_of_living_ones_stay(photo_
     tell("shared memory and locks of a run killed at its start", "removed by the next start", seconds)
 
 
+@pytest.mark.skipif(not MEMORY.is_dir(), reason="shared memory is not listed on this system")
+def test_memory_of_a_run_in_another_container_stays_until_it_is_killed(
+    photo_mds: Path, monkeypatch: pytest.MonkeyPatch, tell: Tell
+) -> None:
+    """Containers that share /dev/shm need not see each other's processes."""
+    forks = multiprocessing.get_context("fork")
+    number, stop = forks.Value("i", -1), forks.Event()
+
+    def live() -> None:
+        torch.distributed.is_initialized = lambda: False
+        stream = ImageStream(local=str(photo_mds), split="train", batch_size=8, shuffle=True, seed=0)
+        number.value = stream._shm_prefix_int
+        stop.wait()
+
+    monkeypatch.setattr(start, "_mapped_files", lambda: "")
+    other = forks.Process(target=live)
+    other.start()
+    try:
+        deadline = time.monotonic() + 60
+        while number.value < 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        blocks = [MEMORY / f"{number.value:06}_{kind}" for kind in ("locals", "barrier", "next_epoch")]
+        start.clear_stale_memory()
+        assert all(block.exists() for block in blocks)
+        other.kill()
+        other.join()
+        began = time.monotonic()
+        start.clear_stale_memory()
+        assert not any(block.exists() for block in blocks)
+    finally:
+        other.kill()
+    tell("a run in another container on the same /dev/shm", "its memory stays until it ends", time.monotonic() - began)
+
+
+def of_another_user(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock.touch()
+    monkeypatch.setattr(os, "getuid", lambda: int(lock.name.split("-")[1]))  # who did not make it
+
+
+def a_link(lock: Path, _: pytest.MonkeyPatch) -> None:
+    victim = lock.with_name("victim")
+    victim.write_text("precious")
+    lock.symlink_to(victim)
+
+
+def a_folder(lock: Path, _: pytest.MonkeyPatch) -> None:
+    lock.mkdir()
+
+
+@pytest.mark.parametrize("plant", [of_another_user, a_link, a_folder])
+def test_a_planted_lock_does_not_stop_a_start(
+    plant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start, "_MEMORY", tmp_path)
+    lock = tmp_path / f"vitcomposer-{os.getuid() + (plant is of_another_user)}-0.lock"
+    plant(lock, monkeypatch)
+    began = time.monotonic()
+    with start.one_start_at_a_time():
+        pass
+    assert time.monotonic() - began < 10
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {lock} ") and said.count("\n") == 1
+    if plant is a_link:
+        assert lock.with_name("victim").read_text() == "precious"
+
+
 def enter(folder: Path, entered: Any) -> None:
     tempfile.tempdir = str(folder)
     torch.distributed.is_initialized = lambda: False  # what a test before this one began does not outlive a fork

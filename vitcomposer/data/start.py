@@ -1,9 +1,13 @@
 """How the runs of one machine set up their data sets without disturbing each other, and what killed ones leave."""
 
 import atexit
+import fcntl
 import itertools
 import os
+import stat
+import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,8 +40,7 @@ def one_start_at_a_time() -> Iterator[None]:
     if _MEMORY.is_dir():
         prefix._check_and_find = lambda *_, **__: _free_number(node)
     if get_local_rank() == 0:
-        with suppress(Timeout):
-            lock.acquire()
+        _acquire(lock)
     try:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -45,6 +48,25 @@ def one_start_at_a_time() -> Iterator[None]:
     finally:
         prefix._check_and_find = search
         lock.release()
+
+
+def _acquire(lock: FileLock) -> None:
+    """Take the lock, or say why the start goes on without: a file there that is not this user's must not stop it."""
+    path = Path(lock.lock_file)
+    try:
+        found = path.lstat() if os.path.lexists(path) else None
+        if found is None or (stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()):
+            with suppress(Timeout):
+                lock.acquire()
+            return
+        why = f"belongs to user {found.st_uid}" if found.st_uid != os.getuid() else "is no plain file"
+    except OSError as error:
+        why = f"cannot be opened: {error.strerror}"
+    print(
+        f"warning: {path} {why}; going on without it. Two starts at the same moment on this machine may now disturb "
+        "each other: remove it.",
+        file=sys.stderr,
+    )
 
 
 def _free_number(node: int) -> int:
@@ -68,11 +90,17 @@ def lock_in_memory(dataset: StreamingDataset) -> None:
     """Put the lock files of a data set beside its shared memory, and away with it when this process ends.
 
     Streaming leaves two in the temporary folder for every data set that there ever was, and passes their numbers over.
+    The block that names the data set is held by a lock of the system, shared by its ranks and workers, for as long as
+    one of them lives: that is what tells its memory from that of a killed run, in every container that sees it.
     """
     if not _MEMORY.is_dir():
         return
-    barrier, cache = (_MEMORY / f"{dataset._shm_prefix_int:06}_{name}" for name in _LOCKS)
+    number = f"{dataset._shm_prefix_int:06}"
+    barrier, cache = (_MEMORY / f"{number}_{name}" for name in _LOCKS)
     dataset._shared_barrier.filelock_path, dataset._cache_filelock_path = str(barrier), str(cache)
+    held = os.open(_MEMORY / f"{number}_{LOCALS}", os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    weakref.finalize(dataset, os.close, held)
     if get_local_rank() == 0:
         for path in (barrier, cache):
             atexit.register(path.unlink, missing_ok=True)
@@ -81,8 +109,9 @@ def lock_in_memory(dataset: StreamingDataset) -> None:
 def clear_stale_memory() -> None:
     """Remove the shared memory and the locks of killed runs, which Streaming would stumble over (its issue 781).
 
-    Only what belongs to blocks that no process has mapped: ``streaming.base.util.clean_stale_shared_memory`` also takes
-    those of a run that is alive on this machine. Outside Linux, where the blocks cannot be listed, nothing is done.
+    Only what no process holds: ``streaming.base.util.clean_stale_shared_memory`` also takes the memory of a run that is
+    alive on this machine. To be called within :func:`one_start_at_a_time`: a data set that is being made holds nothing
+    yet. Outside Linux, where the blocks cannot be listed, nothing is done.
     """
     if not _MEMORY.is_dir() or not os.path.isdir("/proc/self"):
         return
@@ -90,11 +119,30 @@ def clear_stale_memory() -> None:
     in_use = _mapped_files() if found else ""
     for path in found:
         # A data set maps the block that names it before it locks anything, and for as long as it lives.
-        holder = path if path.name[7:] in SHM_TO_CLEAN else path.with_name(f"{path.name[:6]}_{LOCALS}")
-        if str(holder) not in in_use:
+        named = path.with_name(f"{path.name[:6]}_{LOCALS}")
+        holder = path if path.name[7:] in SHM_TO_CLEAN else named
+        # The memory of other users of Streaming is not held by a lock; of those in other containers nothing is seen.
+        if not _is_held(named) and str(holder) not in in_use:
             with suppress(FileNotFoundError):  # another start removes it too
                 if path.stat().st_uid == os.getuid():
                     path.unlink()
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process, in whichever container, has the lock of :func:`lock_in_memory`."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:  # of another user
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(file)
 
 
 def _mapped_files() -> str:
