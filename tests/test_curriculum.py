@@ -5,16 +5,20 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from composer.core import Time
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.conftest import run_train, tiny_photo_overrides
+from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.data.test_stream import end_workers, load, open_stream, write_split
 from tests.test_launch import BIN, DEIT, launch
 from tests.test_train import losses, weights
+from vitcomposer import config
 from vitcomposer.algorithms import build_algorithms
 from vitcomposer.curriculum import Curriculum, Plan, build_plan, check_network, split_options
 from vitcomposer.data import ops
@@ -25,7 +29,8 @@ from vitcomposer.data.policies import RandAugment
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.flops import forward_flops
 from vitcomposer.models import build_model
-from vitcomposer.schema import Augment, ConfigError, Mixing
+from vitcomposer.optim import CosineWithWarmup, cosine_with_warmup
+from vitcomposer.schema import Augment, ConfigError, Mixing, Schedule
 
 SIZES, SHARES = [16, 24, 32, 48], [0.1, 0.2, 0.3, 0.4]
 FLOPS = {96: 0.176, 160: 0.493, 192: 0.721, 224: 1.0}  # of a DeiT-S, relative
@@ -103,10 +108,80 @@ def test_stages_follow_one_another_and_use_every_step(steps):
         assert abs(stage.steps - steps * weight / sum(weights)) < 1
 
 
-def test_rand_augment_rises_linearly_to_its_full_strength():
-    plan = plan_of(21, rand_augment_from=0.2)
-    assert [plan.rand_augment(step) for step in (0, 5, 10, 20, 21)] == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0])
+def test_rand_augment_rises_by_the_share_of_the_compute():
+    plan = plan_of(25, [16, 32], [0.5, 0.5], rand_augment_from=0.2, rand_augment_levels=5)
+    assert [stage.steps for stage in plan.stages] == [20, 5]
+    expected = [0.2] * 8 + [0.4] * 8 + [0.6] * 5 + [0.8] * 2 + [1.0] * 2
+    assert [plan.rand_augment(step) for step in range(25)] == pytest.approx(expected)
+    assert plan.rand_augment(25) == 1.0, "asked for after the last step"
     assert {plan_of(21).rand_augment(step) for step in range(22)} == {1.0}
+
+
+def test_share_of_the_compute_is_that_of_the_flops_before_a_step():
+    plan = plan_of(30)
+    costs = [plan.train_flops_per_image(step) for step in range(30)]
+    shares = [sum(costs[:step]) / sum(costs) for step in range(31)]
+    assert [plan.compute_share(step) for step in range(31)] == pytest.approx(shares, rel=1e-12)
+    assert plan.compute_share(7.5) == pytest.approx((shares[7] + shares[8]) / 2)
+    assert plan.compute_share(40) == 1.0
+
+
+# What each tenth of the compute begins with in the study (LeapLabTHU/EfficientTrain, _ET_pp_main_deitS.py: pixels,
+# rand-m{index}-mstd0.5-inc1 and a warm-up over 0.2 of the run; utils.py: a cosine after it, to 1e-6 of 4e-3).
+STUDY = [
+    *((96, 0, 0.0), (96, 1, 0.5)),
+    *((160, 2, 1.0), (160, 3, 0.96194), (160, 4, 0.85359), (160, 5, 0.69143)),
+    *((192, 6, 0.50013), (192, 7, 0.30883)),
+    *((224, 8, 0.14666), (224, 9, 0.03830)),
+]
+
+
+@pytest.mark.parametrize(("name", "epochs", "drop_path"), [("vit_s_medium", 200, 0.1), ("vit_s_hot", 300, 0.15)])
+def test_yaml_has_the_size_strength_and_learning_rate_of_the_study_at_each_tenth_of_the_compute(
+    name, epochs, drop_path
+):
+    cfg = config.load(ROOT / f"yamls/{name}.yaml")
+    pixels = sum((224 / size) ** 2 for size, _, _ in STUDY) / 10
+    assert cfg.max_duration == f"{epochs * pixels:.0f}ep" and cfg.model.drop_path_rate == drop_path
+    options, _ = split_options(cfg.algorithms)
+    steps_per_epoch = 1_281_167 // cfg.global_train_batch_size
+    plan = build_plan(
+        options,
+        build_model("deit_small_patch16", num_classes=1000, image_size=224),
+        image_size=224,
+        max_duration=cfg.max_duration,
+        steps_per_epoch=steps_per_epoch,
+        images_per_step=cfg.global_train_batch_size,
+        forward_flops=forward_flops,
+    )
+    begins = [next(step for step in range(plan.steps) if plan.compute_share(step + 0.5) >= i / 10) for i in range(10)]
+    sizes = [plan.stage_of(step).image_size for step in begins]
+    magnitudes = [9 * plan.rand_augment(step) for step in begins]
+    lrs = [learning_rate(cfg.schedule, plan, steps_per_epoch, step) for step in begins]
+    assert list(zip(sizes, map(round, magnitudes), strict=True)) == [(size, m) for size, m, _ in STUDY]
+    assert magnitudes == pytest.approx([m for _, m, _ in STUDY]) and cfg.augment.rand_augment == "rand-m9-mstd0.5-inc1"
+    assert lrs == pytest.approx([lr for _, _, lr in STUDY], abs=1e-4)
+    last = learning_rate(cfg.schedule, plan, steps_per_epoch, plan.steps)
+    assert last * cfg.optimizer.peak_lr(cfg.global_train_batch_size) == pytest.approx(1e-6)
+
+
+def learning_rate(schedule: Schedule, plan: Plan, steps_per_epoch: int, step: int) -> float:
+    """The factor of the peak that the Trainer trains a step at."""
+    factor = CosineWithWarmup(
+        schedule.t_warmup,
+        alpha_i=schedule.alpha_i,
+        alpha_f=schedule.alpha_f,
+        cosine_from=schedule.cosine_from,
+        global_train_batch_size=plan.images_per_step,
+        compute_share=plan.compute_share if schedule.progress == "compute" else None,
+    )
+    state: Any = SimpleNamespace(
+        max_duration=Time(plan.steps, "ba"),
+        dataloader_len=steps_per_epoch,
+        timestamp=SimpleNamespace(batch=step),
+        schedulers=[],
+    )
+    return factor(state)
 
 
 @pytest.mark.parametrize(("duration", "steps"), [("3ep", 30), ("17ba", 17), ("33sp", 5), ("1e2ba", 100)])
@@ -155,6 +230,7 @@ GOOD = {"image_sizes": [16, 24, 32], "compute": [0.3, 0.3, 0.4]}
         ({"compute": None}, "compute must be 3 shares"),
         ({"rand_augment_from": 1.5}, r"algorithms.Curriculum.rand_augment_from must be in \[0, 1\], got 1.5"),
         ({"rand_augment_from": 0.0}, "rand_augment_from must be 1 unless augment.rand_augment is .* inc1"),
+        ({"rand_augment_levels": 1}, "algorithms.Curriculum.rand_augment_levels must be a whole number above 1, got 1"),
         ({"image_size": 3}, r"algorithms.Curriculum.image_size must be one of .* Did you mean 'image_sizes'"),
     ],
 )
@@ -287,7 +363,15 @@ def test_strength_scales_the_magnitude_that_is_drawn():
 
 # Runs
 
-RUN = ["max_duration=2ep", "model.image_size=48", "run.save_interval=1ba", "run.keep_checkpoints=20"]
+SCHEDULE = ["schedule.t_warmup=0.2dur", "schedule.alpha_i=0", "schedule.alpha_f=0.01", "schedule.cosine_from=warmup"]
+RUN = [
+    *SCHEDULE,
+    "schedule.progress=compute",
+    "max_duration=2ep",
+    "model.image_size=48",
+    "run.save_interval=1ba",
+    "run.keep_checkpoints=20",
+]
 BLOCK = f"algorithms.Curriculum={{image_sizes: {SIZES}, compute: {SHARES}, rand_augment_from: 0.0}}"
 
 
@@ -295,6 +379,10 @@ def synthetic(folder: Path, *overrides: str) -> list[str]:
     """Six steps an epoch."""
     tiny = tiny_photo_overrides(Path("unused"), folder, "run")
     return [DEIT, *tiny, "data.local=null", "data.source=synthetic", "data.synthetic_samples=100", *RUN, *overrides]
+
+
+def factor(share: float) -> float:
+    return cosine_with_warmup(share, 1.0, 0.2, alpha_i=0.0, alpha_f=0.01, cosine_from="warmup")
 
 
 def lines(run: Path) -> list[dict]:
@@ -317,7 +405,13 @@ def test_run_visits_the_four_sizes_and_counts_their_flops(unbroken):
     assert sorted(set(sizes)) == SIZES and sizes == sorted(sizes) and len(sizes) == 12
     for size, weight in zip(SIZES, weights, strict=True):
         assert abs(sizes.count(size) - 12 * weight / sum(weights)) < 1
-    assert [row["curriculum/rand_augment"] for row in rows] == pytest.approx([i / 11 for i in range(12)])
+    costs = [flops[size] for size in sizes]
+    shares = [sum(costs[:step]) / sum(costs) for step in range(13)]
+    levels = [int(5 * (low + high)) for low, high in itertools.pairwise(shares)]  # ten levels, by the middle of a step
+    assert [row["curriculum/rand_augment"] for row in rows] == pytest.approx([level / 9 for level in levels])
+    lrs = [row["lr"] for row in rows]
+    peak, shape = max(lrs) / max(factor(share) for share in shares[:12]), [factor(share) for share in shares[:12]]
+    assert lrs == pytest.approx([peak * value for value in shape], rel=1e-9)
     summary = json.loads((unbroken / "summary.json").read_text())
     assert summary["train_flops"] == 16 * sum(flops[size] for size in sizes)
     assert summary["finished"] and summary["top1"] is not None

@@ -25,12 +25,14 @@ class Curriculum:
     Args:
         image_sizes: Pixels, ascending; the last is that of the model.
         compute: Share of the run's training FLOPs that each size gets; their sum is 1.
-        rand_augment_from: Factor on RandAugment's magnitude at the first step; it rises linearly to 1 at the last.
+        rand_augment_from: Factor on RandAugment's magnitude at the first step; at the last it is 1.
+        rand_augment_levels: Number of factors, at equal distances, each for the same share of the compute.
     """
 
     image_sizes: Sequence[int]
     compute: Sequence[float]
     rand_augment_from: float = 1.0
+    rand_augment_levels: int = 10  # of EfficientTrain++, whose magnitudes are 0, 1, ..., 9
 
     def __post_init__(self) -> None:
         key = "algorithms.Curriculum."
@@ -44,6 +46,9 @@ class Curriculum:
         is_factor = _are_numbers([strength]) and 0 <= strength <= 1
         remedy = "EfficientTrain++ uses 0.0; 1.0 leaves RandAugment as it is."
         require(is_factor, f"{key}rand_augment_from", "in [0, 1]", strength, remedy)
+        levels, rule = self.rand_augment_levels, "a whole number above 1"
+        is_count = isinstance(levels, int) and not isinstance(levels, bool) and levels > 1
+        require(is_count, f"{key}rand_augment_levels", rule, levels, "EfficientTrain++ uses 10.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ class Plan:
         steps_per_epoch: Batches of one pass over the data.
         images_per_step: Over all devices.
         full_flops: Of one training image at the model's size with all its patches.
-        rand_augment_from: See Curriculum.
+        rand_augment_from, rand_augment_levels: See Curriculum.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class Plan:
         images_per_step: int,
         full_flops: float,
         rand_augment_from: float = 1.0,
+        rand_augment_levels: int = 10,
     ) -> None:
         self.stages = tuple(stages)
         self.steps = sum(stage.steps for stage in stages)
@@ -114,6 +120,7 @@ class Plan:
         self.images_per_step = images_per_step
         self.full_flops = full_flops
         self.rand_augment_from = rand_augment_from
+        self.rand_augment_levels = rand_augment_levels
         self._first_steps = [stage.first_step for stage in stages]
 
     def stage_of(self, step: int) -> Stage:
@@ -124,10 +131,20 @@ class Plan:
         """FLOPs of one image in the forward and backward pass of a step."""
         return self.stage_of(step).train_flops_per_image
 
+    def compute_share(self, step: float) -> float:
+        """Share of the run's training FLOPs that is spent when a step begins; a fraction of a step counts as such."""
+        flops = [stage.steps * stage.train_flops_per_image for stage in self.stages]
+        if not sum(flops):  # of a network that costs nothing
+            return min(1.0, step / self.steps)
+        done = [max(0.0, min(1.0, (step - stage.first_step) / stage.steps)) for stage in self.stages]
+        return sum(share * cost for share, cost in zip(done, flops, strict=True)) / sum(flops)
+
     def rand_augment(self, step: int) -> float:
-        """The factor on RandAugment's magnitude, which grows by the same amount at every step."""
-        progress = min(1.0, step / max(1, self.steps - 1))
-        return self.rand_augment_from + (1 - self.rand_augment_from) * progress
+        """The factor on RandAugment's magnitude, which grows by the same amount after equal shares of the compute."""
+        highest = self.rand_augment_levels - 1
+        # By the middle of the step: whole steps leave the beginning of a stage a fraction of one off its share.
+        level = min(highest, int(self.rand_augment_levels * self.compute_share(step + 0.5)))
+        return self.rand_augment_from + (1 - self.rand_augment_from) * level / highest
 
     def view(self, step: int) -> tuple[int, float]:
         """What the loader makes for a step: image size and factor on RandAugment's magnitude."""
@@ -259,13 +276,14 @@ def build_plan(
     for n, size, kept, f in parts:
         stages.append(Stage(first_step=first, steps=n, image_size=size, num_patches_kept=kept, train_flops_per_image=f))
         first += n
-    rises_from = options.rand_augment_from if isinstance(options, Curriculum) else 1.0
+    rises = isinstance(options, Curriculum)
     return Plan(
         stages,
         steps_per_epoch=steps_per_epoch,
         images_per_step=images_per_step,
         full_flops=full,
-        rand_augment_from=rises_from,
+        rand_augment_from=options.rand_augment_from if rises else 1.0,
+        rand_augment_levels=options.rand_augment_levels if rises else 10,
     )
 
 

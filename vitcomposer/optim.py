@@ -184,6 +184,8 @@ class CosineWithWarmup:
     Args:
         t_warmup: Time string in ep, ba or sp, or a share of the run such as ``0.05dur``.
         global_train_batch_size: Images per step over all ranks; turns samples into batches.
+        compute_share: Share of the run's training FLOPs that is spent when a step begins, by which warm-up and cosine
+            move; None has them move by steps.
     """
 
     def __init__(
@@ -194,12 +196,14 @@ class CosineWithWarmup:
         alpha_f: float,
         cosine_from: CosineFrom,
         global_train_batch_size: int,
+        compute_share: Callable[[float], float] | None = None,
     ) -> None:
         self.t_warmup = _parse_time("schedule.t_warmup", t_warmup)
         self.alpha_i = alpha_i
         self.alpha_f = alpha_f
         self.cosine_from: CosineFrom = cosine_from
         self.global_train_batch_size = global_train_batch_size
+        self.compute_share = compute_share
 
     def __call__(self, state: "State", ssr: float = 1.0) -> float:
         assert state.max_duration is not None, "the Trainer sets max_duration before it compiles schedulers"
@@ -215,7 +219,10 @@ class CosineWithWarmup:
         )
         # The Trainer asks once while it compiles (it has no schedulers yet) for the first batch; then after each batch,
         # before it counts that batch, for the next one.
-        t = int(state.timestamp.batch) + (1 if state.schedulers else 0)
+        t: float = int(state.timestamp.batch) + (1 if state.schedulers else 0)
+        if self.compute_share is not None:
+            t, total = self.compute_share(t), 1.0
+            warmup = value if unit == "dur" else self.compute_share(warmup)
         return cosine_with_warmup(
             t, total, warmup, alpha_i=self.alpha_i, alpha_f=self.alpha_f, cosine_from=self.cosine_from
         )

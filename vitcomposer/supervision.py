@@ -100,6 +100,7 @@ def build_supervision(
         optimizer=optim.build_optimizer(model, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size),
         algorithms=[*algorithms, *build_stage_algorithms(options, plan, model)],
         train_flops_per_image=plan.train_flops_per_image,
+        compute_share=plan.compute_share,
         callbacks=build_attention_monitor(cfg, model, val_loader.dataset, mean=augment.mean, std=augment.std),
         compiled=compiled,
     )

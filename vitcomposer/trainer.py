@@ -192,6 +192,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     optimizer: Optimizer,
     algorithms: Sequence[Algorithm],
     train_flops_per_image: Callable[[int], float],
+    compute_share: Callable[[float], float] | None = None,
     callbacks: Sequence[Callback] = (),
     compiled: Sequence[nn.Module] = (),
 ) -> Trainer:
@@ -200,6 +201,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     Args:
         evaluators: May be empty: a task without labels has nothing to evaluate by itself.
         train_flops_per_image: FLOPs of one training image at a step.
+        compute_share: Of the run's FLOPs, spent before a step; None where all steps cost the same.
         callbacks: The recipe's own, after those of every run.
         compiled: Whose forward passes ``run.compile`` is about; none is the whole task's.
     """
@@ -241,6 +243,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
             alpha_f=schedule.alpha_f,
             cosine_from=schedule.cosine_from,
             global_train_batch_size=cfg.global_train_batch_size,
+            compute_share=compute_share if schedule.progress == "compute" else None,
         ),
         algorithms=list(algorithms),
         callbacks=[*every, *callbacks, saver],

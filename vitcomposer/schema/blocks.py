@@ -271,13 +271,15 @@ class Schedule:
     """Linear warm-up from ``alpha_i`` to 1, then a cosine to ``alpha_f``, as factors of the peak learning rate.
 
     ``cosine_from: start`` counts the cosine's phase from the first step, as DeiT and timm do; ``warmup`` from the end
-    of the warm-up, as big_vision does.
+    of the warm-up, as big_vision does. ``progress: compute`` moves both by the share of the run's training FLOPs that
+    is spent, as EfficientTrain++ does (arXiv:2405.08768): a step on small images then counts for less.
     """
 
     t_warmup: str  # Composer time string, in the units of max_duration or a share such as 0.05dur
     alpha_i: float
     alpha_f: float
     cosine_from: Literal["start", "warmup"]
+    progress: Literal["steps", "compute"] = "steps"  # the same where all steps cost the same
 
     def __post_init__(self) -> None:
         _fraction("schedule.alpha_i", self.alpha_i, "It is the first learning rate as a share of the peak.")
