@@ -17,6 +17,8 @@ from sklearn.datasets import load_sample_image
 from timm.data import auto_augment as timm
 from torchvision import transforms
 
+from tests.conftest import ROOT
+from vitcomposer import config
 from vitcomposer.data import ops
 from vitcomposer.data.ops import Step, apply_program
 from vitcomposer.data.policies import (
@@ -152,7 +154,7 @@ def test_rand_augment_draws_as_timm(name: str, global_generators: None) -> None:
 
 
 @pytest.mark.parametrize("direction", ["", "-inc1", "-t3a", "-t3aw", "-tweights"])
-@pytest.mark.parametrize("magnitude", ["m0", "m3", "m9", "m10", "m12-mmax20", "m30-mmax20"])
+@pytest.mark.parametrize("magnitude", ["m0", "m3", "m9", "m10", "m12-mmax20", "m15-mmax30"])
 def test_rand_augment_values_equal_timm_in_closed_form(magnitude: str, direction: str, global_generators: None) -> None:
     """Without noise an operation has one value, or one for each sign; all of them are met in this many draws."""
     name = f"rand-{magnitude}-p1-n9{direction}" if direction != "-t3a" else f"rand-{magnitude}-p1{direction}"
@@ -171,6 +173,29 @@ def test_rand_augment_that_timm_would_not_read_raises(name: str) -> None:
         ConfigError, match=r"augment\.rand_augment must be .* got .*Write it like rand-m9-mstd0\.5-inc1"
     ):
         build(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rand-m15-n2-p1.0", "of at most 10, .*got 'rand-m15-n2-p1.0'. Write m15-mmax30 there, or m10"),
+        ("rand-m9-mmax8", "of at most 8, .*got 'rand-m9-mmax8'"),
+        ("rand-m40-mmax30", "of at most 30, .* Write m40-mmax40 there, or m30"),
+    ],
+)
+def test_magnitude_that_timm_would_cut_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"augment\.rand_augment must be a magnitude {message}"):
+        build(name)
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l"])
+def test_yaml_of_augreg_rotates_by_half_as_much_again_as_that_of_vit_s(name: str) -> None:
+    """Medium2 of AugReg (arXiv:2106.10270) has magnitude 15 where light2 has 10: 45 degrees, not 30."""
+    angles = {}
+    for yaml in ("vit_s", name):
+        rand_augment = config.load(ROOT / f"yamls/{yaml}.yaml").augment.rand_augment
+        angles[yaml] = {abs(value) for value in values_of(our_draws(build(rand_augment), 300))[ops.ROTATE]}
+    assert angles == {"vit_s": {30.0}, name: {45.0}}
 
 
 def test_interpolation_is_part_of_the_code() -> None:

@@ -84,7 +84,7 @@ class RandAugment:
         strength: Factor on the magnitude, before its spread (mstd) and the bounds.
 
     Raises:
-        ConfigError: ``name`` is not one that timm reads completely.
+        ConfigError: ``name`` is not one that timm reads completely, or its magnitude is above the largest (10 or mmax).
     """
 
     def __init__(
@@ -99,10 +99,14 @@ class RandAugment:
         )
         sections = _read_sections(name)
         increasing = sections.get("inc", "0") == "1"
-        self._magnitude = strength * float(sections.get("m", _LARGEST))
+        magnitude = float(sections.get("m", _LARGEST))
+        self._largest = float(sections.get("mmax", 0)) or _LARGEST
+        rule = f"a magnitude of at most {self._largest:g}, to which timm cuts it without a word"
+        remedy = f"Write m{magnitude:g}-mmax{max(30.0, magnitude):g} there, or m{self._largest:g}."
+        require(magnitude <= self._largest, "augment.rand_augment", rule, name, remedy)
+        self._magnitude = strength * magnitude
         self._std = float(sections.get("mstd", 0))
         self._prob = float(sections.get("p", 0.5))
-        self._largest = float(sections.get("mmax", 0)) or _LARGEST
         self.length = int(sections.get("n", 2))
         weights = _CHOICES.get(sections.get("t", ""))
         # Only choices with weights are drawn without replacement.
