@@ -57,7 +57,8 @@ def explain(error: BaseException, cfg: Any) -> Report | None:
 
 def _message(error: BaseException) -> str:
     """What was said, also in a loader worker: torch hands it on inside the text of its traceback."""
-    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    kind = type(error)
+    name = f"{kind.__qualname__}: " if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}: "
     text = str(error)
     return text.rpartition(name)[2].strip() if text.startswith("Caught ") else text
 
@@ -112,7 +113,7 @@ def end_together(error: BaseException, cfg: Any) -> int:
     report = explain(error, cfg)
     if report is None:
         traceback.print_exception(error)
-        report = {"status": FAILED, "text": f"{type(error).__name__}: {error}".splitlines()[0]}
+        report = {"status": FAILED, "text": f"{type(error).__name__}: {_message(error)}".splitlines()[0]}
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     interrupted = isinstance(error, KeyboardInterrupt)  # as all ranks are, and their launcher
     reports = {rank: report}

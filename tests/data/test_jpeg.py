@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
 from vitcomposer.data import jpeg
+from vitcomposer.data.stored import StoreOptions, store_image
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,78 @@ def test_reduced_decode_is_close_and_only_on_request(size: int, least: float, ph
     assert torch.equal(exact, whole)
     with pytest.raises(ValueError, match="inside the 187x251 image"):
         jpeg.decode_crop_into(encoded, (10, 0, 181, 251), exact, "bicubic", "dct")
+
+
+def with_sampling(encoded: bytes, factors: tuple[int, ...]) -> bytes:
+    """The file with other sampling factors in its frame header, one byte for each component."""
+    at = encoded.index(b"\xff\xc0")
+    changed = bytearray(encoded)
+    changed[at + 11 : at + 11 + 3 * len(factors) : 3] = bytes(factors)
+    return bytes(changed)
+
+
+SAMPLINGS = [
+    (16 * across + down, chroma, chroma) for across in range(1, 5) for down in range(1, 5) for chroma in (17, 34)
+]
+ODD_SAMPLINGS = [
+    *SAMPLINGS,
+    (0x22, 0x21, 0x12),
+    (0x11, 0x11, 0x21),
+    (0x41, 0x12, 0x12),
+    (0x00, 0x11, 0x11),
+    (0x51, 0x11, 0x11),
+]
+
+
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
+def test_every_sampling_gives_the_pixels_of_pillow_or_is_refused(subsampling: str, photo: Image.Image) -> None:
+    """Of 4:2:0 with 1 x 4 and 4 x 1 the scan stays sound: an MCU has four blocks of luma and two of chroma again."""
+    sound = encode(photo.resize((160, 128)), "JPEG", quality=90, subsampling=subsampling)
+    decoded = 0
+    for factors in ODD_SAMPLINGS:
+        encoded = with_sampling(sound, factors)
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        except Exception:  # Pillow raises almost anything on damaged data, and each is a refusal
+            with pytest.raises(ValueError):
+                jpeg.decode_rgb(encoded)
+            continue
+        decoded += 1
+        assert jpeg.read_size(encoded) == (128, 160)
+        np.testing.assert_array_equal(jpeg.decode_rgb(encoded), expected, err_msg=str(factors))
+        np.testing.assert_array_equal(jpeg.decode_region(encoded, (3, 5, 60, 90)), expected[3:63, 5:95], str(factors))
+    assert decoded >= 14
+
+
+@pytest.mark.parametrize(("offset", "value"), [(4, 12), (4, 16), (9, 2), (9, 4)])
+def test_odd_precision_or_number_of_components_is_refused_as_pillow_does(
+    offset: int, value: int, photo: Image.Image
+) -> None:
+    encoded = bytearray(encode(photo, "JPEG", quality=90))
+    encoded[encoded.index(b"\xff\xc0") + offset] = value
+    with pytest.raises((OSError, SyntaxError)):
+        Image.open(io.BytesIO(encoded)).load()
+    for read in (jpeg.decode_rgb, lambda data: jpeg.decode_region(data, (0, 0, 8, 8))):
+        with pytest.raises(ValueError):
+            read(bytes(encoded))
+
+
+def flat_arithmetic(side: int, marker: int = 0xC9) -> bytes:
+    """A grey JPEG of some 100 bytes whatever its size: arithmetic coding writes nothing where nothing is unexpected."""
+
+    def segment(marker: int, payload: bytes) -> bytes:
+        return bytes((0xFF, marker)) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+    quantisation, frame = segment(0xDB, bytes([0] + [16] * 64)), struct.pack(">BHHBBBB", 8, side, side, 1, 1, 0x11, 0)
+    scan = segment(0xDA, bytes((1, 1, 0, 0, 63, 0)))
+    return b"\xff\xd8" + quantisation + segment(marker, frame) + scan + b"\xff\xd9"
+
+
+def test_bound_on_pixels_for_each_byte_is_that_of_huffman_codes_alone() -> None:
+    encoded = flat_arithmetic(600)
+    assert jpeg.read_size(encoded) == (600, 600)
+    np.testing.assert_array_equal(jpeg.decode_rgb(encoded), np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")))
+    assert store_image(encoded, StoreOptions(seekable=True)).outcome == "kept: arithmetic"
+    for bomb in (flat_arithmetic(65500), flat_arithmetic(600, marker=0xC0)):
+        with pytest.raises(ValueError, match="pixels, which .* bytes do not hold"):
+            jpeg.read_size(bomb)

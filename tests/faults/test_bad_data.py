@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,8 +23,10 @@ from tests.faults.conftest import Tell
 from tests.test_cache_teacher import OPTIONS
 from tests.test_cache_teacher import YAML as CACHED
 from tests.test_cache_teacher import weights as weights
-from vitcomposer import config
+from vitcomposer import config, failures
 from vitcomposer.cli import main
+from vitcomposer.data import collate, multicrop
+from vitcomposer.data.files import TolerantCollate
 from vitcomposer.data.loader import build_dataspec
 from vitcomposer.data.multicrop import MultiCrop
 from vitcomposer.data.stream import ImageStream, StreamOptions
@@ -280,6 +282,38 @@ def seen_labels(mds: Path) -> list[tuple[str, int, int]]:
             begin = sum(each[0] == split for each in found)
             found += [(split, begin + row, int(reader[row]["label"])) for row in range(shard["samples"])]
     return found
+
+
+def fail(*_: object) -> None:
+    """What a decoder must never do."""
+    raise KeyError(6)
+
+
+@pytest.mark.parametrize(("split", "workers"), [("train", 0), ("train", 1), ("val", 1)])
+def test_a_fault_of_the_decoder_names_the_sample(
+    photo_mds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: Literal["train", "val"], workers: int
+) -> None:
+    monkeypatch.setattr(collate, "read_size", fail)
+    argv = [*tiny_photo_overrides(photo_mds, tmp_path, "x"), f"data.num_workers={workers}"]
+    loader = build_dataspec(config.load(DEIT, argv), split, seed=0, device_batch_size=16).dataloader
+    with pytest.raises(RuntimeError) as caught:
+        list(loader)
+    place = rf"{photo_mds}/{split}/shard\.\d+\.mds, sample \d+ \(sample_id \d+\), of [\d,]+ bytes: KeyError: 6"
+    assert re.fullmatch(place, failures._message(caught.value))
+    assert failures.explain(caught.value, None) is None, "it deserves its traceback"
+
+
+def test_a_fault_of_the_decoder_in_crops_of_several_sizes_or_in_files_names_the_sample(
+    photo_mds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multicrop, "read_size", fail)
+    monkeypatch.setattr(collate, "read_size", fail)
+    stream = ImageStream(local=str(photo_mds), split="train", batch_size=4, shuffle=True, seed=0)
+    cut = MultiCrop(num_crops=(2,), size_crops=(32,), crop_scales=((0.3, 1),), seed=7, source=stream)
+    with pytest.raises(RuntimeError, match=r"train/shard\.\d+\.mds, sample 3 \(sample_id 3\).*: KeyError: 6"):
+        cut([{**stream[3], "epoch": 1, "copy": 0}])
+    tolerant = TolerantCollate(image_size=16, crop_ratio=0.875, interpolation="bicubic", num_classes=100)
+    assert tolerant([stream[3]])["broken"] == [(0, "KeyError: 6")]
 
 
 def damage(path: Path) -> None:

@@ -61,6 +61,10 @@ class Source(Protocol):
         """A sample that is left out."""
         ...
 
+    def describe(self, sample_id: int) -> str:
+        """Where a sample lies."""
+        ...
+
 
 class TrainCollate:
     """Training samples to ``image`` uint8 (B, 3, S, S), ``label``, ``sample_id`` and the draws for the device.
@@ -167,6 +171,8 @@ class TrainCollate:
                 return seeds, rngs, self._decode(samples[first]["image"], rngs, images[first:end])
             except ValueError as error:
                 samples[first:end] = replaced(self._source, samples[first:end], error)
+            except Exception as error:
+                raise unexpected(self._source, samples[first], error) from error
 
     def _decode(self, encoded: bytes | memoryview, rngs: Sequence[random.Random], outs: Tensor) -> list[Box]:
         """One random view of the image for each generator, and their boxes."""
@@ -231,6 +237,8 @@ class EvalCollate:
                 self._source.skip(sample, error)
                 batch["image"][i].zero_()
                 batch["label"][i] = IGNORE_LABEL
+            except Exception as error:
+                raise unexpected(self._source, sample, error) from error
         return batch
 
     def _centre(self, encoded: bytes | memoryview, out: Tensor) -> None:
@@ -313,6 +321,12 @@ def unreadable(sample: Sample, error: ValueError) -> ValueError:
         f"sample_id {sample['sample_id']}: the image ({len(sample['image'])} bytes) cannot be read: {error}. "
         "Write the data set again without it or with a sound copy."
     )
+
+
+def unexpected(source: Source | None, sample: Sample, error: Exception) -> RuntimeError:
+    """The error that says at which sample something happened that no image should cause."""
+    where = f"sample_id {sample['sample_id']}" if source is None else source.describe(sample["sample_id"])
+    return RuntimeError(f"{where}, of {len(sample['image']):,} bytes: {type(error).__name__}: {error}")
 
 
 def _runs(samples: list[Sample]) -> Iterator[tuple[int, int]]:

@@ -80,9 +80,11 @@ class TolerantCollate(EvalCollate):
             try:
                 self._check(sample["image"])
                 self._centre(sample["image"], batch["image"][row])
-            except (ValueError, OSError) as error:
+            except MemoryError:
+                raise  # the machine's fault, not the image's
+            except Exception as error:  # whatever it is, it ends no answers to other images
                 batch["image"][row].zero_()
-                broken.append((row, getattr(error, "strerror", None) or str(error)))
+                broken.append((row, _reason(error)))
         return {**batch, "broken": broken}
 
     def _check(self, encoded: bytes | memoryview | OSError) -> None:
@@ -90,6 +92,12 @@ class TolerantCollate(EvalCollate):
             raise encoded
         if not len(encoded):
             raise ValueError("the file is empty")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValueError | OSError):
+        return getattr(error, "strerror", None) or str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def crop_loader(

@@ -210,6 +210,10 @@ def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
                 decode_rgb(raw_sample(memoryview(value)) if encoding == "pil" else value)
         except (ValueError, ShardError, struct.error) as error:
             return str(error)
+        except MemoryError:
+            raise  # the machine's fault, not the image's
+        except Exception as error:  # the list of what is broken ends at no sample
+            return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -43,13 +43,11 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
         ValueError: The header belongs to no image format that Pillow knows.
     """
     if _is_jpeg(encoded):
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
-        except ValueError:
-            pass  # Pillow decides below whether it is broken
-        else:
-            check_jpeg_size(int(height), int(width), len(encoded))
-            return int(height), int(width)
+        header = _read_header(encoded)
+        if header is not None:  # else Pillow decides below whether it is broken
+            height, width, _ = header
+            check_jpeg_size(height, width, encoded)
+            return height, width
     if _is_raw(encoded):
         return _raw_pixels(encoded).shape[:2]
     with _open(encoded) as image:
@@ -63,13 +61,15 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
         ValueError: The image is truncated or damaged; the message is the decoder's.
     """
     if _is_jpeg(encoded):
-        try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-            check_jpeg_size(int(height), int(width), len(encoded))
+        header = _read_header(encoded)
+        if header is not None:
+            height, width, colorspace = header
+            check_jpeg_size(height, width, encoded)
             if colorspace in _SAME_AS_PILLOW:
-                return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
-        except ValueError:
-            pass  # harmless damage, such as stray bytes before a marker, which Pillow reads over, or a broken image
+                try:
+                    return simplejpeg.decode_jpeg(encoded, colorspace="RGB")
+                except ValueError:
+                    pass  # harmless damage, such as stray bytes before a marker, which Pillow reads over, or broken
     if _is_raw(encoded):
         return _raw_pixels(encoded)
     with _open(encoded) as image:
@@ -161,6 +161,15 @@ def warm_up() -> None:
     resize_rgb(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1, 3), np.uint8), True)
 
 
+def _read_header(encoded: Encoded) -> tuple[int, int, str] | None:
+    """Height, width and colour space of a JPEG; None where libjpeg-turbo's interface cannot tell them."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+    except (ValueError, KeyError):  # KeyError: simplejpeg has no name for a luma of 1 x 4, a rotated 4:1:1
+        return None
+    return int(height), int(width), colorspace
+
+
 def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
     """The image's pixels; of a baseline JPEG possibly only those above ``bottom`` and a few rows more.
 
@@ -171,7 +180,7 @@ def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
     frame = _find_frame(encoded)
     if frame is not None and encoded[-2:] == b"\xff\xd9":
         at, height, width, unit = frame
-        check_jpeg_size(height, width, len(encoded))
+        check_jpeg_size(height, width, encoded)
         rows = -(-(bottom + 2) // unit) * unit  # two more: chroma is blended with the row of samples below
         if 0 < rows < height:
             cut = bytearray(encoded)
@@ -251,7 +260,7 @@ def _open(encoded: Encoded) -> Image.Image:
     except Exception as error:  # as above; also DecompressionBombError, which is no OSError
         raise ValueError(_reason(error)) from error
     if _is_jpeg(encoded):
-        check_jpeg_size(image.height, image.width, len(encoded))
+        check_jpeg_size(image.height, image.width, encoded)
     return image
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 INDEX_MAGIC = b"vitseek1"
 INDEX_HEAD = struct.Struct("<8s4HI")  # magic, MCUs a segment, segments a row, rows, zero, offset of the first segment
 SOF0, SOF1, SOF2 = 0xC0, 0xC1, 0xC2
+ARITHMETIC = range(0xC9, 0xD0)  # the frames whose coding has no least number of bits for a block (0xCC is no frame)
 DHT, DQT, DRI, SOS, SOI, EOI = 0xC4, 0xDB, 0xDD, 0xDA, 0xD8, 0xD9
 APP1, APP11, APP14 = 0xE1, 0xEB, 0xEE
 
@@ -129,6 +130,25 @@ def parse_scans(data: bytes) -> tuple[Markers, list[Scan], list[Segment]]:
         scans.append(state.read_scan(data, segment))
 
 
+def frame_marker(data: bytes | memoryview) -> int:
+    """The marker of the frame, which names the way of coding; 0 where there is none before the first scan."""
+    position = 2
+    try:
+        while True:
+            segment = _next_segment(data, position)
+            if _is_frame(segment.marker):
+                return segment.marker
+            if segment.marker in (SOS, EOI):
+                return 0
+            position = segment.stop
+    except ValueError:
+        return 0
+
+
+def _is_frame(marker: int) -> bool:
+    return 0xC0 <= marker <= 0xCF and marker not in _NOT_SOF
+
+
 def scan_end(data: bytes, start: int) -> int:
     """Where the marker after the entropy-coded data from ``start`` on begins."""
     match = _SCAN_END.search(data, start)
@@ -170,7 +190,7 @@ def _parse(data: bytes) -> tuple[Markers, "_State"]:
     ), state
 
 
-def _next_segment(data: bytes, position: int) -> Segment:
+def _next_segment(data: bytes | memoryview, position: int) -> Segment:
     start = position
     if data[start : start + 1] != b"\xff":
         raise ValueError(f"byte {start} must begin a marker, or the file ends there")
@@ -206,7 +226,7 @@ class _State:
         if marker == 0x01:  # TEM: no content
             return
         payload = data[_payload_start(data, segment) : segment.stop]
-        if 0xC0 <= marker <= 0xCF and marker not in _NOT_SOF:
+        if _is_frame(marker):
             if self.frame is not None:
                 raise ValueError("the file holds more than one frame")
             self.frame = _read_frame(marker, payload)

@@ -16,6 +16,7 @@ from vitcomposer.data.collate import (
     random_key,
     replaced,
     run_programs,
+    unexpected,
 )
 from vitcomposer.data.crops import random_resized_box
 from vitcomposer.data.jpeg import Interpolation, read_size
@@ -104,6 +105,8 @@ class MultiCrop:
                 return rng
             except ValueError as error:
                 (samples[at],) = replaced(self._source, [sample], error)
+            except Exception as error:
+                raise unexpected(self._source, sample, error) from error
 
     def _cut(self, encoded: bytes | memoryview, rng: random.Random, outs: list[Tensor]) -> None:
         """Every crop of one image, ``outs`` holding those of each group."""

@@ -16,6 +16,8 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
+from vitcomposer.data.jpeg_markers import ARITHMETIC, frame_marker
+
 _T = TypeVar("_T")
 
 RAW_MAGIC = b"\x00RAW"
@@ -136,14 +138,15 @@ def image_formats() -> tuple[str, ...]:
     return tuple(sorted(_FORMATS & Image.OPEN.keys()))
 
 
-def check_jpeg_size(height: int, width: int, size: int) -> None:
-    """Refuse a JPEG of ``size`` bytes whose header alone would take gigabytes.
+def check_jpeg_size(height: int, width: int, jpeg: bytes | memoryview) -> None:
+    """Refuse a JPEG whose header alone would take gigabytes.
 
     Raises:
-        ValueError: It says more pixels than the bytes can hold.
+        ValueError: It says more pixels than its bytes can hold.
     """
-    if height * width > min(_MAX_PIXELS, _PIXELS_PER_BYTE * size):
-        raise ValueError(f"its header says {width} x {height} pixels, which {size:,} bytes do not hold")
+    pixels, held = height * width, _PIXELS_PER_BYTE * len(jpeg)
+    if pixels > _MAX_PIXELS or (pixels > held and frame_marker(jpeg) not in ARITHMETIC):
+        raise ValueError(f"its header says {width} x {height} pixels, which {len(jpeg):,} bytes do not hold")
 
 
 def raw_sample(image: Image.Image) -> bytes:
@@ -185,7 +188,7 @@ class _Picture:
         self._image = _explained(lambda: Image.open(BytesIO(data), formats=image_formats()))
         self.format, self.size = str(self._image.format), self._image.size
         if data[:2] == b"\xff\xd8":
-            check_jpeg_size(self._image.height, self._image.width, len(data))
+            check_jpeg_size(self._image.height, self._image.width, data)
 
     def check(self) -> None:
         """Decode to the last pixel."""

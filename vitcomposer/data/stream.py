@@ -241,6 +241,10 @@ class ImageStream(StreamingDataset):
         except (OSError, ShardError, ValueError):  # reading it in earnest will tell
             return None
 
+    def describe(self, sample_id: int) -> str:
+        """Where a sample lies, with its split."""
+        return f"{self.bad.split}/{self.place(sample_id)} (sample_id {sample_id})"
+
     def place(self, sample_id: int) -> str:
         """Shard of a sample and its row there."""
         shard, row, *_ = (int(value[0]) for value in self._locate(np.array([sample_id])))
