@@ -31,7 +31,7 @@ def classification() -> ComposerModel:
 
 
 def distillation() -> ComposerModel:
-    loss = DistillationLoss(soft_target_cross_entropy, kind="hard", alpha=0.5, temperature=1.0, kl="batchmean")
+    loss = DistillationLoss(soft_target_cross_entropy, kind="hard", alpha=0.5, temperature=1.0, kl="batch")
     return Distillation(nn.Identity(), loss=loss, num_classes=CLASSES, teacher=None, sees_unmixed=False)
 
 

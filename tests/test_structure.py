@@ -18,6 +18,7 @@ LAYERS = {
     "vitcomposer.config": 0,
     "vitcomposer.ranks": 0,
     "vitcomposer.averages": 0,
+    "vitcomposer.run_metrics": 0,
     "vitcomposer.models": 1,
     "vitcomposer.losses": 1,
     "vitcomposer.data": 2,

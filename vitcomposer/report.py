@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from vitcomposer.callbacks.record import read_metrics
+from vitcomposer.run_metrics import read_metrics
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1600a", "#2c7d3f", "#6e6e6e"
 KNN_COLORS = (ORANGE, BLUE, GREEN, "#8a4fa3", "#b3913a", GREY)

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.faults.conftest import Tell
-from vitcomposer.callbacks.record import read_metrics
+from vitcomposer.run_metrics import read_metrics
 
 ATTENTION = "model.blocks.1.attn"
 CLIPPING = "algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"

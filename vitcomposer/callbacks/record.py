@@ -25,6 +25,7 @@ from torch.version import cuda as cuda_version
 from vitcomposer.callbacks.throughput import Throughput
 from vitcomposer.data.shards import CLASS_NAMES
 from vitcomposer.data.stream import ImageStream
+from vitcomposer.run_metrics import read_metrics
 
 FACTS = ("recipe", "model", "seed", "lr_peak")
 PACKAGES = (
@@ -250,17 +251,6 @@ class RunRecord(LoggerDestination):
     def _metric(self, label: str, name: str) -> float | None:
         value = self._evaluated.get(f"metrics/{label}/{name}")
         return None if value is None else _number(value)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
-    return lines
 
 
 def describe_environment() -> dict[str, Any]:
