@@ -67,7 +67,7 @@ def test_rejected_algorithm_says_why_and_what_to_do(name):
         (
             {"GradientClipping": {"clipping_type": "nrm", "clipping_threshold": 1.0}},
             {},
-            r"algorithms.GradientClipping.clipping_type must be norm, value or adaptive, got 'nrm'",
+            r"algorithms.GradientClipping.clipping_type must be one of norm, norm_per_parameter, value, adaptive, got",
         ),
         (
             {"GradientClipping": {"clipping_type": "norm", "clipping_threshold": "one"}},
@@ -109,6 +109,18 @@ def test_gradient_clipping_bounds_the_norm_over_microbatches():
     scale = 0.1 / global_norm(free.gradients[0])
     for before, after in zip(free.gradients[0], clipped.gradients[0], strict=True):
         torch.testing.assert_close(after, before * scale, rtol=1e-4, atol=1e-8)
+
+
+def test_gradient_clipping_per_parameter_bounds_the_norm_of_each_over_microbatches():
+    """The rule of DINO's code: g * min(1, 0.05 / (|g| + 1e-6)), each by itself."""
+    _, _, free = fit([], "1ba", device_train_microbatch_size=2)
+    algorithm = build("GradientClipping", clipping_type="norm_per_parameter", clipping_threshold=0.05)
+    _, _, clipped = fit(algorithm, "1ba", device_train_microbatch_size=2)
+    norms = [g.norm().item() for g in free.gradients[0]]
+    assert min(norms) < 0.04 and max(norms) > 0.1, "some are clipped and some are not"
+    for before, after in zip(free.gradients[0], clipped.gradients[0], strict=True):
+        expected = before * min(1.0, 0.05 / (before.norm().item() + 1e-6))
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["value", "adaptive"])

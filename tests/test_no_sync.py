@@ -72,7 +72,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_schedulefree"])
-@pytest.mark.parametrize("clipping", ["norm", "value", "adaptive"])
+@pytest.mark.parametrize("clipping", ["norm", "norm_per_parameter", "value", "adaptive"])
 def test_step_reads_back_only_what_composer_reads(optimizer: str, clipping: str) -> None:
     model = build_model(
         "deit_tiny_distilled_patch16", num_classes=5, image_size=16, patch_size=8, depth=2, drop_path_rate=0.5

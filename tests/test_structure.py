@@ -157,7 +157,7 @@ DISTILLATION = {
     [
         (("deit_ti", "deit_s", "deit_b"), {"model.name"}),
         (("deit_ti_distilled", "deit_s_distilled", "deit_b_distilled"), {"model.name"}),
-        (("deit_s", "deit_s_distilled"), DISTILLATION | {"recipe", "model.name"}),
+        (("deit_s", "deit_s_distilled"), DISTILLATION | {"recipe", "model.name", "optimizer.no_weight_decay"}),
         (("convit_ti", "convit_s", "convit_b"), {"model.name"}),
         (("vit_s_medium", "vit_s_hot"), {"max_duration", "model.drop_path_rate"}),
         (("vit_s", "vit_b", "vit_l"), {"model.name", "augment.rand_augment", "mixing.mixup_alpha"}),

@@ -28,7 +28,12 @@ timm_optim: Any = timm.optim  # it does not declare what it exports
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, *, decay_all: bool = False, layer_lrs: Sequence[float] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    no_weight_decay: Sequence[str] | None = None,
+    decay_all: bool = False,
+    layer_lrs: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: with ``weight_decay`` and, ``weight_decay: 0``, without.
 
@@ -37,16 +42,21 @@ def param_groups(
     dotted name or its end: ``pos_embed`` also means ``encoder.pos_embed``. A group without parameters is left out.
 
     Args:
+        no_weight_decay: Names in place of the model's list.
         decay_all: All of them in the first group.
         layer_lrs: Learning rate of each layer, as :func:`layer_lrs` gives them. Then every layer has its own two
             groups, the highest layer first.
 
     Raises:
-        ValueError: A listed name that fits no parameter; the model lists it wrongly.
+        ConfigError: A name in ``no_weight_decay`` that fits no parameter.
+        ValueError: A name in the model's list that fits none; it is wrong there.
     """
-    listed = cast(Callable[[], set[str]], model.no_weight_decay)()
+    listed = cast(Callable[[], set[str]], model.no_weight_decay)() if no_weight_decay is None else no_weight_decay
     parameters = dict(model.named_parameters())
     lost = sorted(name for name in listed if not any(_ends_with(full, name) for full in parameters))
+    if no_weight_decay is not None:
+        rule, remedy = f"names of parameters of {type(model).__name__}", f"Drop {', '.join(lost)}."
+        require(not lost, "optimizer.no_weight_decay", rule, list(no_weight_decay), remedy)
     if lost:
         raise ValueError(
             f"{type(model).__name__}.no_weight_decay() must name parameters of the model, got {lost}, which fit none. "
@@ -107,7 +117,13 @@ def build_optimizer(model: nn.Module, optimizer: schema.Optimizer, *, global_tra
         options.setdefault("momentum", 0.9)
     lr = optimizer.peak_lr(global_train_batch_size)
     lrs = None if optimizer.layer_decay == 1 else layer_lrs(model, lr, optimizer.layer_decay)
-    groups = param_groups(model, optimizer.weight_decay, decay_all=optimizer.decay_all, layer_lrs=lrs)
+    groups = param_groups(
+        model,
+        optimizer.weight_decay,
+        no_weight_decay=optimizer.no_weight_decay,
+        decay_all=optimizer.decay_all,
+        layer_lrs=lrs,
+    )
     if name.endswith("muon"):
         for group in groups:
             group["use_fallback"] = any(parameter.ndim <= 1 for parameter in group["params"])

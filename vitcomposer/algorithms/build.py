@@ -9,13 +9,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from composer.algorithms import CutOut, GradientClipping, LabelSmoothing, LowPrecisionLayerNorm
+from composer.algorithms import CutOut, LabelSmoothing, LowPrecisionLayerNorm
 from composer.core import Algorithm, Event
 from torch import nn
 
 from vitcomposer import curriculum
 from vitcomposer.algorithms.curriculum import Curriculum
 from vitcomposer.algorithms.ema import EvaluationEMA
+from vitcomposer.algorithms.gradient_clipping import PER_PARAMETER, ParameterGradientClipping
 from vitcomposer.algorithms.patch_dropout import PatchDropout
 from vitcomposer.algorithms.sam import ResumableSAM
 from vitcomposer.schema import ConfigError, did_you_mean, require
@@ -24,7 +25,7 @@ from vitcomposer.schema import ConfigError, did_you_mean, require
 ALLOWED: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     "CutOut": (CutOut, {"input_key": "image"}),  # one square for the whole device batch, black before normalisation
     "EMA": (EvaluationEMA, {}),
-    "GradientClipping": (GradientClipping, {}),
+    "GradientClipping": (ParameterGradientClipping, {}),
     "LabelSmoothing": (LabelSmoothing, {"target_key": "target"}),
     "LowPrecisionLayerNorm": (LowPrecisionLayerNorm, {"apply_at": Event.INIT}),
     "SAM": (ResumableSAM, {}),
@@ -60,6 +61,8 @@ REJECTED: dict[str, str] = {
     "WeightStandardization": _NO_CONVOLUTIONS,
 }
 
+_CLIPPING = ("norm", PER_PARAMETER, "value", "adaptive")
+
 _Rule = tuple[Callable[[Any], bool], str, str]
 # What Composer's classes do not check, or only in the middle of the first batch.
 _RULES: dict[str, dict[str, _Rule]] = {
@@ -68,7 +71,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
         "length": (lambda v: 0 < v < 1, "in (0, 1)", "It is a share of the image's side; use 0.5."),
     },
     "GradientClipping": {
-        "clipping_type": (lambda v: v in ("norm", "value", "adaptive"), "norm, value or adaptive", "Use norm."),
+        "clipping_type": (lambda v: v in _CLIPPING, f"one of {', '.join(_CLIPPING)}", "Use norm."),
         "clipping_threshold": (lambda v: v > 0, "above 0", "Use 1.0 with norm."),
     },
     "LabelSmoothing": {"smoothing": (lambda v: 0 <= v < 1, "in [0, 1)", "Use 0.1.")},

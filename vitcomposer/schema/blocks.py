@@ -249,6 +249,8 @@ class Optimizer:
     lr_batch_size: int
     lr_scaling: Literal["linear", "sqrt", "none"]  # Goyal et al., arXiv:1706.02677
     weight_decay: float
+    # Not decayed, beside biases and what is one-dimensional; null: the network's tokens and positions.
+    no_weight_decay: list[str] | None = None
     decay_all: bool = False  # norms and biases too, as SwAV's LARS does, which adapts only what it decays
     layer_decay: float = 1.0  # factor of the learning rate from each block to the one below it; 1 is off
     options: dict[str, Any] = field(default_factory=dict)  # betas, eps, momentum, ...: of that optimizer
@@ -257,6 +259,8 @@ class Optimizer:
         require(self.lr > 0, "optimizer.lr", "above 0", self.lr, "DeiT uses 5e-4 at 512 images.")
         require(self.lr_batch_size >= 1, "optimizer.lr_batch_size", "1 or more", self.lr_batch_size, "DeiT uses 512.")
         require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay, "DeiT uses 0.05.")
+        named, rule = self.no_weight_decay, "null with optimizer.decay_all, which spares nothing"
+        require(not self.decay_all or named is None, "optimizer.no_weight_decay", rule, named, "Drop one of the two.")
         remedy = "0.75 is usual for fine-tuning, 1 switches it off."
         require(0 < self.layer_decay <= 1, "optimizer.layer_decay", "in (0, 1]", self.layer_decay, remedy)
 
