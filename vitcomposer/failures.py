@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from vitcomposer.callbacks import NonFiniteError, SaveError
 from vitcomposer.data.rows import ShardError
+from vitcomposer.data.shards import describe_cut_shard
 from vitcomposer.run_folder import run_folder
 from vitcomposer.schema import ConfigError
 
@@ -32,6 +34,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _OTHER_RANK = re.compile(r"gloo|nccl|closed by peer|connection reset|broken pipe|recvvalue|tcpstore", re.I)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
+_LATE = "DataLoader timed out"
 _AGAIN = "Then start the same command: it goes on from the last checkpoint."
 
 Report = dict[str, Any]  # status, text: the line, or None where another rank must know the cause
@@ -52,6 +55,10 @@ def explain(error: BaseException, cfg: Any) -> Report | None:
             return {"status": FAILED, "text": _message(each)}
         if isinstance(each, RuntimeError) and (worker := _WORKER.search(str(each))):
             return {"status": FAILED, "text": _worker(worker[1], str(each), cfg)}
+        if isinstance(each, RuntimeError) and _LATE in str(each):
+            return {"status": FAILED, "text": _late(cfg)}
+        if isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE):
+            return {"status": FAILED, "text": _open_files(each)}
     return {"status": FAILED, "text": None} if _is_of_another_rank(error) else None
 
 
@@ -85,6 +92,8 @@ def _disk(error: OSError, cfg: Any) -> str:
 
 def _worker(pids: str, text: str, cfg: Any) -> str:
     workers = cfg.data.num_workers
+    if "Bus error" in text and (cut := _cut_shard(cfg)):
+        return f"Loader worker {pids} has died: {cut}. It was cut while the run read it: put it back. {_AGAIN}"
     if "Bus error" in text:
         cause = "there is no room left in /dev/shm. Enlarge it (docker run --shm-size=16g)"
     elif "Killed" in text or "exited unexpectedly" in text:
@@ -93,6 +102,24 @@ def _worker(pids: str, text: str, cfg: Any) -> str:
         cause = f"{text.splitlines()[0]} Look at its own error above"
     less = f", or lower data.num_workers (now {workers}) and data.prefetch_factor (now {cfg.data.prefetch_factor})"
     return f"Loader worker {pids} has died, {cause}{less}. {_AGAIN}"
+
+
+def _late(cfg: Any) -> str:
+    return (
+        f"No batch came for data.timeout, {cfg.data.timeout:g} s: a loader worker hangs, or {cfg.data.local} cannot be "
+        f"reached. See what the workers wait for (py-spy dump), or raise data.timeout. {_AGAIN}"
+    )
+
+
+def _open_files(error: OSError) -> str:
+    return f"{error.strerror}: the limit of open files is too low for this run. Raise it (ulimit -n 65536). {_AGAIN}"
+
+
+def _cut_shard(cfg: Any) -> str | None:
+    if cfg.data.local is None:
+        return None
+    splits = (Path(cfg.data.local, split) for split in (cfg.data.train_split, cfg.data.val_split))
+    return next((cut for cut in map(describe_cut_shard, splits) if cut), None)
 
 
 def _out_of_memory(cfg: Any) -> str:

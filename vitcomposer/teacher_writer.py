@@ -28,6 +28,7 @@ from vitcomposer.data.loader import augments_on_device, open_dataset
 from vitcomposer.data.mds_plan import read_json, to_json
 from vitcomposer.data.mixing import Batch
 from vitcomposer.data.shards import INDEX
+from vitcomposer.data.start import check_worker_room
 from vitcomposer.data.storage import Store, open_store
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.data.teacher_cache import (
@@ -290,6 +291,9 @@ class _Batches:
 
 
 def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, batch_size: int) -> DataLoader:
+    workers, ahead = cfg.data.num_workers, cfg.data.prefetch_factor
+    batch_bytes = batch_size * 3 * cfg.model.image_size**2
+    check_worker_room("data.num_workers", workers, prefetch_factor=ahead, batch_bytes=batch_bytes)
     jpeg.warm_up()
     ops.warm_up()
     unmixed = _unmixed(cfg)
@@ -303,13 +307,12 @@ def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, ba
         views=_Recorded(seed),
         source=stream,
     )
-    workers = cfg.data.num_workers
     return DataLoader(
         _Samples(stream),  # pyright: ignore[reportArgumentType]
         batch_sampler=_Batches(tasks, batch_size),  # pyright: ignore[reportArgumentType]
         collate_fn=collate,
         num_workers=workers,
-        prefetch_factor=cfg.data.prefetch_factor if workers else None,
+        prefetch_factor=ahead if workers else None,
         timeout=cfg.data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),
     )

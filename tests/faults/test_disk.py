@@ -119,20 +119,27 @@ def test_cache_disk_full_names_the_cache_and_goes_on_when_there_is_room(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_no_room_in_shared_memory_says_so(tmp_path: Path, tell: Tell) -> None:
+@pytest.mark.parametrize(
+    ("room", "words"),
+    [("4k", "a place with 1 MiB of room"), ("64k", "a place with 1 MiB of room"), ("2m", "data.num_workers must be")],
+)
+def test_no_room_in_shared_memory_says_so_before_the_first_batch(
+    room: str, words: str, photo_mds: Path, tmp_path: Path, tell: Tell
+) -> None:
     when = tmp_path / "time"
-    argv = overrides(tmp_path / "runs", "run", "data.num_workers=1", "model.image_size=224")
+    argv = overrides(tmp_path / "runs", "run", "data.num_workers=9", "model.image_size=224")
+    argv += ["data.source=mds", f"data.local={photo_mds}", f"model.num_classes={len(PHOTOS)}"]
     train = [sys.executable, "tests/faults/faulty.py", "start", "0", "0", "nothing", str(when), *argv]
-    script = 'mount -t tmpfs -o size=300k tmpfs /dev/shm || exit 77; exec "$@"'
+    script = f'mount -t tmpfs -o size={room} tmpfs /dev/shm || exit 77; exec "$@"'
     command = ["unshare", "-m", "sh", "-c", script, "sh", *train]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     if done.returncode == 77 or "unshare: " in done.stderr:
         pytest.skip("this user may not mount a file system")
-    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.returncode == 2, done.stderr[-3000:]
     seen = error_line(done.stderr)
-    assert "/dev/shm" in seen and "data.num_workers" in seen
-    tell("/dev/shm is full", seen, seconds_since(tmp_path))
+    assert words in seen and "/dev/shm" in seen and "--shm-size" in seen
+    tell(f"/dev/shm of {room}", seen, 0.0)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from vitcomposer.data.augment import EvalTransform
 from vitcomposer.data.collate import EvalCollate, Sample
 from vitcomposer.data.loader import Split, open_dataset, source_of
 from vitcomposer.data.shards import ShardError
+from vitcomposer.data.start import check_worker_room
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
 from vitcomposer.schema import ConfigError
@@ -88,11 +89,14 @@ def build_centre_crops(
     share = np.array_split(ids, dist.get_world_size())[dist.get_global_rank()]
     jpeg.warm_up()
     workers = cfg.data.num_workers
+    image_size = cfg.evaluation.image_size or cfg.model.image_size
+    batch_bytes, ahead = device_batch_size * 3 * image_size**2, cfg.data.prefetch_factor
+    check_worker_room("data.num_workers", workers, prefetch_factor=ahead, batch_bytes=batch_bytes)
     loader = DataLoader(
         ChosenSamples(images, share, device_batch_size),
         batch_size=device_batch_size,
         collate_fn=EvalCollate(
-            image_size=cfg.evaluation.image_size or cfg.model.image_size,
+            image_size=image_size,
             crop_ratio=cfg.evaluation.crop_ratio,
             interpolation=cfg.evaluation.interpolation,
             # A trunk without classes says nothing about which labels there may be.
@@ -100,7 +104,7 @@ def build_centre_crops(
             source=source_of(images),
         ),
         num_workers=workers,
-        prefetch_factor=cfg.data.prefetch_factor if workers else None,
+        prefetch_factor=ahead if workers else None,
         persistent_workers=workers > 0,  # made before there is anything to disturb, see KNNMonitor
         timeout=cfg.data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -15,6 +15,7 @@ from vitcomposer.data.jpeg import Interpolation
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mixing import Batch
 from vitcomposer.data.sources import IMAGE_SUFFIXES
+from vitcomposer.data.start import check_worker_room
 
 _ANY_LABEL = 1 << 62
 
@@ -113,6 +114,7 @@ def crop_loader(
 
     Labels are those of the data set, unchecked.
     """
+    check_worker_room("--workers", workers, batch_bytes=batch_size * 3 * image_size**2)
     jpeg.warm_up()  # compiled kernels come from their cache on disk: the workers get them with the fork
     collate = TolerantCollate(
         image_size=image_size, crop_ratio=crop_ratio, interpolation=interpolation, num_classes=_ANY_LABEL

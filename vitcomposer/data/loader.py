@@ -18,7 +18,7 @@ from vitcomposer.data.augment import EvalTransform, TrainTransform
 from vitcomposer.data.collate import EvalCollate, Sample, TrainCollate
 from vitcomposer.data.mixing import Batch, split_batch
 from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
-from vitcomposer.data.start import clear_stale_memory, one_start_at_a_time
+from vitcomposer.data.start import check_worker_room, clear_stale_memory, one_start_at_a_time
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.data.teacher_cache import CachedTeacher
@@ -59,6 +59,7 @@ def build_dataspec(
     except ShardError as error:  # found before anything is read
         raise ConfigError(str(error)) from error
     train = split == "train"
+    image_size = cfg.model.image_size if train else cfg.evaluation.image_size or cfg.model.image_size
     # Compiled kernels come from their cache on disk: the workers get them with the fork.
     jpeg.warm_up()
     if train:
@@ -69,7 +70,7 @@ def build_dataspec(
         collate = TrainCollate(
             cfg.augment,
             cfg.mixing,
-            image_size=cfg.model.image_size,
+            image_size=image_size,
             num_classes=cfg.model.num_classes,
             seed=seed,
             augment_on_device=augments_on_device(cfg.data, rand_augment=cfg.augment.rand_augment is not None),
@@ -81,14 +82,22 @@ def build_dataspec(
         )
     else:
         collate = EvalCollate(
-            image_size=cfg.evaluation.image_size or cfg.model.image_size,
+            image_size=image_size,
             crop_ratio=cfg.evaluation.crop_ratio,
             interpolation=cfg.evaluation.interpolation,
             num_classes=cfg.model.num_classes,
             source=source_of(dataset),
         )
         transform = EvalTransform(cfg.augment.mean, cfg.augment.std)
-    return make_dataspec(dataset, cfg.data, collate, transform, batch_size=device_batch_size, drop_last=train)
+    return make_dataspec(
+        dataset,
+        cfg.data,
+        collate,
+        transform,
+        batch_size=device_batch_size,
+        sample_bytes=3 * image_size**2,
+        drop_last=train,
+    )
 
 
 def make_dataspec(
@@ -98,10 +107,18 @@ def make_dataspec(
     transform: Callable[[Batch], Batch],
     *,
     batch_size: int,
+    sample_bytes: int,
     drop_last: bool,
 ) -> DataSpec:
-    """The loader of a data set, its batches made by ``collate`` in the workers and by ``transform`` on the device."""
+    """The loader of a data set, its batches made by ``collate`` in the workers and by ``transform`` on the device.
+
+    Args:
+        batch_size: Images per batch and rank.
+        sample_bytes: Of the pixels that ``collate`` makes of a sample.
+    """
     workers = data.num_workers
+    batch_bytes = batch_size * sample_bytes
+    check_worker_room("data.num_workers", workers, prefetch_factor=data.prefetch_factor, batch_bytes=batch_bytes)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -198,6 +215,7 @@ def open_dataset(
             shared_decodes=shared_decodes,
         )
     assert data.local is not None
+    check_worker_room("data.num_workers", data.num_workers)
     _clear_stale_shared_memory()
     return ImageStream(
         remote=data.remote,

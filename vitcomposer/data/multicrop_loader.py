@@ -43,7 +43,16 @@ def build_multicrop_dataspec(cfg: SelfSupervised, *, device_batch_size: int) -> 
         source=source_of(dataset),
     )
     transform = MultiCropTransform(crops.mean, crops.std)
-    return make_dataspec(dataset, cfg.data, collate, transform, batch_size=device_batch_size, drop_last=True)
+    sample_bytes = sum(3 * count * size**2 for count, size in zip(crops.num_crops, crops.size_crops, strict=True))
+    return make_dataspec(
+        dataset,
+        cfg.data,
+        collate,
+        transform,
+        batch_size=device_batch_size,
+        sample_bytes=sample_bytes,
+        drop_last=True,
+    )
 
 
 def build_distortions(crops: Crops) -> list[ColorDistortion]:

@@ -263,3 +263,17 @@ def _remedy(error: DownloadError) -> str:
     if error.missing:
         return "Check data.remote, data.train_split and data.val_split, or write the split with `vitcomposer convert`."
     return error.remedy
+
+
+def describe_cut_shard(folder: Path) -> str | None:
+    """The first shard of a split on disk that is shorter than its index says, for a message; None where none is."""
+    try:
+        shards = json.loads((folder / INDEX).read_bytes())["shards"]
+        stored = {each["basename"]: each["bytes"] for each in (shard["raw_data"] for shard in shards)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    for name, size in stored.items():
+        path = folder / name
+        if path.is_file() and (found := path.stat().st_size) < size:
+            return f"{path} has {found:,} bytes, its index says {size:,}"
+    return None

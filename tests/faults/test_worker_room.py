@@ -1,0 +1,105 @@
+"""What loader workers need of a machine is looked at before the first batch, and what ends one is told truly."""
+
+import errno
+import resource
+import types
+from pathlib import Path
+
+import pytest
+
+from vitcomposer import config, failures
+from vitcomposer.data import start
+from vitcomposer.schema import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """The limits of open files, which a test may set; what start.py asks for is kept in ``now``."""
+    found = types.SimpleNamespace(now=(1024, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: found.now)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: setattr(found, "now", limits))
+    return found
+
+
+def test_workers_whose_batches_do_not_fit_are_refused_with_the_number_that_does(
+    limits: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_free_bytes", lambda: (1 << 20) + 65 * MEGABYTE)
+    start.check_worker_room("data.num_workers", 3, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
+    with pytest.raises(
+        ConfigError, match=r"data.num_workers must be at most 3: /dev/shm has 66 MB free.*got 4.*shm-size"
+    ):
+        start.check_worker_room("data.num_workers", 4, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="data.num_workers must be at most 1: .*of 2 ranks"):
+        start.check_worker_room("data.num_workers", 3, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
+
+
+def test_no_room_for_streaming_itself_is_refused_without_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "_free_bytes", lambda: 65_536)
+    with pytest.raises(ConfigError, match="/dev/shm must be a place with 1 MiB of room, got '65,536 bytes'"):
+        start.check_worker_room("data.num_workers", 0)
+
+
+@pytest.mark.parametrize(("soft", "hard", "workers", "after"), [(64, 4096, 2, 288), (1024, 4096, 2, 1024)])
+def test_the_limit_of_open_files_is_raised_as_far_as_needed(
+    soft: int, hard: int, workers: int, after: int, limits: types.SimpleNamespace
+) -> None:
+    limits.now = (soft, hard)
+    start.check_worker_room("data.num_workers", workers)
+    assert limits.now == (after, hard)
+
+
+def test_too_few_open_files_are_refused(limits: types.SimpleNamespace) -> None:
+    """The loader would wait for data.timeout: the descriptor that carries its batch could not be opened."""
+    limits.now = (64, 64)
+    with pytest.raises(ConfigError, match="The limit of open files must be at least 240 here, got 64. Raise it"):
+        start.check_worker_room("data.num_workers", 1)
+
+
+def bus_error() -> RuntimeError:
+    return RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+
+
+def test_a_bus_error_names_the_shard_that_was_cut_and_else_shared_memory(photo_mds: Path, tmp_path: Path) -> None:
+    overrides = [f"data.local={tmp_path}", "run.name=x"]
+    cfg = config.load(ROOT / "yamls/deit_ti.yaml", overrides)
+    for path in (photo_mds / "train").iterdir():
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / path.name).write_bytes(path.read_bytes())
+    said = failures.explain(bus_error(), cfg)
+    assert said and "/dev/shm" in said["text"]
+    shard = next((tmp_path / "train").glob("*.mds"))
+    size = shard.stat().st_size
+    with open(shard, "r+b") as file:
+        file.truncate(size // 2)
+    said = failures.explain(bus_error(), cfg)
+    assert said and said["status"] == failures.FAILED
+    assert f"{shard} has {size // 2:,} bytes, its index says {size:,}" in said["text"]
+    assert "/dev/shm" not in said["text"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("DataLoader timed out after 600.0 seconds"), "No batch came for data.timeout, 600 s"),
+        (OSError(errno.EMFILE, "Too many open files"), "the limit of open files is too low"),
+    ],
+)
+def test_an_error_of_the_loader_says_what_to_do(error: Exception, words: str) -> None:
+    said = failures.explain(error, config.load(ROOT / "yamls/deit_ti.yaml"))
+    assert said and words in said["text"] and said["status"] == failures.FAILED
+
+
+def test_too_many_open_files_is_seen_behind_what_came_after_it() -> None:
+    try:
+        try:
+            raise OSError(errno.EMFILE, "Too many open files")
+        except OSError:
+            _ = None.missing  # pyright: ignore[reportOptionalMemberAccess]
+    except AttributeError as error:
+        said = failures.explain(error, config.load(ROOT / "yamls/deit_ti.yaml"))
+    assert said and "limit of open files" in said["text"]
