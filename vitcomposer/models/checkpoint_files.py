@@ -5,21 +5,21 @@ training, MoCo-v3), ``{"teacher": ..., "student": ...}`` (DINO), ``{"classy_stat
 ``{"state": {"model": ...}}``, as .safetensors or as torch files.
 """
 
-import argparse
-import datetime
+import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitcomposer.models.checkpoint_shares import read_shares
+from vitcomposer.models.plain_pickle import UnsafeError
+from vitcomposer.models.torch_file import read_torch_file
 
 _WRAPPERS = ("state", "classy_state_dict", "base_model", "model", "state_dict", "teacher", "student")
+_LARGEST_HEADER = 1 << 20  # bytes, of a safetensors file with few tensors
 _WRAPPER_PREFIX = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+")
 # Where pre-training keeps the trunk, the first that occurs: ours and VISSL's, then MoCo-v3's and DINO's own.
 _TRUNKS = ("teacher_trunk.", "trunk.", "base_encoder.", "backbone.")
@@ -43,17 +43,10 @@ def read_checkpoint(path: str | PathLike[str]) -> Any:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # only needed for such files
-
-        try:
-            return load_file(path)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise _unreadable(path, error) from error
+        return _read_safetensors(path)
     try:
-        return _load(path, mmap=False)
-    except _UnsafeError as error:
+        return _load(path, tensors=True)
+    except UnsafeError as error:
         raise ValueError(
             f"{path} was not loaded: it needs {error}, and loading that can run any code. If you trust where it comes "
             f"from, keep its weights alone, once: torch.save(torch.load({str(path)!r}, weights_only=False)['model'], "
@@ -66,46 +59,37 @@ def check_harmless(path: str | PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It would, or it is no file that ``torch.save`` writes today.
+        ValueError: It would, or it is no file that ``torch.save`` writes.
     """
     try:
-        return _load(Path(path), mmap=True)
-    except _UnsafeError as error:
+        return _load(Path(path), tensors=False)
+    except UnsafeError as error:
         raise ValueError(f"{path} needs {error}, and loading that can run any code") from error
 
 
-class _UnsafeError(Exception):
-    """Names what a pickle wants to call."""
-
-
-def _load(path: Path, *, mmap: bool) -> Any:
+def _load(path: Path, *, tensors: bool) -> Any:
     try:
-        with torch.serialization.safe_globals(_harmless_types()):
-            if path.is_dir():
-                harmless = partial(torch.load, map_location="cpu", weights_only=True)
-                return read_shares(path, harmless, tensors=not mmap)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return read_shares(path, tensors=tensors) if path.is_dir() else read_torch_file(path, tensors=tensors)
+    except (FileNotFoundError, UnsafeError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} could not be read, is it a whole checkpoint? {error}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file  # only needed for such files
+
+    try:
+        with path.open("rb") as file:  # before a header takes ten times its size of memory
+            size, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if header > min(size, _LARGEST_HEADER + size // 8):
+            raise ValueError(f"its header has {header} bytes of the file's {size}")
+        return load_file(path)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch has no exception of its own for a file that it cannot read
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        raise (_unreadable(path, error) if blocked is None else _UnsafeError(blocked[1])) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
-    line = detail[1].strip() if detail else f"{type(error).__name__}: {error}".split("\n")[0]
-    return ValueError(f"{path} could not be read, is it a whole checkpoint? {line}")
-
-
-def _harmless_types() -> list[Any]:
-    """Types without side effects that Composer (clock, random state) and DeiT (arguments) store beside the weights."""
-    import numpy as np  # Composer needs numpy; a machine without it has no such files
-
-    reconstruct = np.empty(0).__reduce__()[0]  # its module has two names, by numpy version
-    numpy_types = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in ("u4", "i8", "f4", "f8")}]
-    renamed = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    return [*numpy_types, *renamed, datetime.timedelta, type(torch.__version__), argparse.Namespace]
+    except Exception as error:  # safetensors has no exception of its own that is public
+        line = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"{path} could not be read, is it a whole checkpoint? {line}") from error
 
 
 def model_tensors(content: Any) -> tuple[dict[str, Tensor], list[str]]:
