@@ -132,6 +132,31 @@ def test_ema_of_a_loaded_checkpoint_is_evaluated_without_training(tmp_path):
     assert_equal(weights(trained), weights(trainer))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "duration", "says"),
+    [
+        ({"smoothing": 0.9, "update_interval": "1ba"}, "30ba", None),
+        (
+            {"smoothing": 0.9, "update_interval": "1ba"},
+            "29ba",
+            "over 10 steps, more than a third of the 29 of this run",
+        ),
+        ({"smoothing": 0.9, "update_interval": "1ba"}, "29ba", "EMA={smoothing: 0.6552, update_interval: 1ba}"),
+        ({"smoothing": 0.5, "update_interval": "5ba"}, "29ba", "Leave it out of so short a run"),
+        ({"half_life": "2ep"}, "8ep", "over 3 epochs, more than a third of the 8 of this run"),
+        ({"half_life": "2ep"}, "33ba", None),  # 11 epochs
+    ],
+)
+def test_window_longer_than_a_third_of_the_run_is_said_at_the_start(arguments, duration, says, caplog):
+    class Stop(Callback):
+        def batch_end(self, state, logger):
+            state.stop_training()
+
+    with caplog.at_level("WARNING", logger="vitcomposer"):
+        fit(build("EMA", **arguments), duration, callbacks=[Stop()])
+    assert (says in caplog.text) if says else not caplog.text
+
+
 def test_averaged_weights_need_a_started_average(tmp_path):
     fit(build("EMA", half_life="2ba", update_interval="1ba", ema_start="5ba"), "1ba", **checkpointed(tmp_path))
     checkpoint = torch.load(tmp_path / "ba1.pt", weights_only=False)

@@ -16,7 +16,7 @@ from tests.conftest import PHOTOS, ROOT
 from vitcomposer import __version__
 from vitcomposer.algorithms import EvaluationEMA
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
-from vitcomposer.averages import EMA_STATE, SCHEDULE_FREE_STATE, averaged_weights
+from vitcomposer.averages import EMA_STATE, SCHEDULE_FREE_STATE, averaged_weights, better_weights
 from vitcomposer.models.checkpoints import read_checkpoint
 from vitcomposer.trained import Trained, load_each, load_trained
 
@@ -50,13 +50,80 @@ def test_run_folder_gives_its_average_its_raw_weights_and_what_they_are_for(trai
     assert list(found) == ["raw", "ema"]
     assert has_weights(found["raw"], saved["state"]["model"]) and not found["raw"].averaged
     auto = load_trained(trained_run)
-    assert has_weights(auto, averaged_weights(saved)) and auto.averaged
-    assert not has_weights(auto, saved["state"]["model"])
+    summary = json.loads((trained_run / "summary.json").read_text())
+    assert auto.averaged == (summary["top1_ema"] >= summary["top1"])
+    assert has_weights(auto, averaged_weights(saved) if auto.averaged else saved["state"]["model"])
+    averaged = load_trained(trained_run, weights="ema")
+    assert has_weights(averaged, averaged_weights(saved)) and averaged.averaged
+    assert not has_weights(averaged, saved["state"]["model"])
     assert not any(module.training for module in auto.network.modules())
     assert auto.class_names == tuple(sorted(PHOTOS))
     assert json.loads((trained_run / "class_names.json").read_text()) == sorted(PHOTOS)
     assert (auto.image_size, auto.crop_ratio, auto.interpolation) == (32, 0.875, "bicubic")
     assert load_trained(trained_run, ["evaluation.image_size=48"]).image_size == 48
+
+
+def evaluated(step: int, raw: float | None, average: float | None) -> str:
+    return json.dumps({"step": step, "metrics/eval/top1": raw, "metrics/ema/top1": average}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "averaged", "note"),
+    [
+        ([(36, 0.858, 0.769)], False, "raw (85.8 % top-1); the average has 76.9 %. --weights ema takes the other."),
+        ([(36, 0.769, 0.858)], True, "average (85.8 % top-1); the raw has 76.9 %. --weights raw takes the other."),
+        ([(36, 0.5, 0.5)], True, "average (50.0 % top-1); the raw has 50.0 %. --weights raw takes the other."),
+        # Of a later checkpoint, which is gone, and of an evaluation in which a number was not finite.
+        (
+            [(24, 0.6, 0.4), (36, None, 0.9), (48, 0.1, 0.9)],
+            False,
+            "raw (60.0 % top-1 at step 24); the average has 40.0 %. --weights ema takes the other.",
+        ),
+        (
+            [(12, 0.6, None)],
+            False,
+            "raw: neither was measured, and the average looks back over 20 steps, more than a third of the 36 done. "
+            "--weights ema takes the other.",
+        ),
+    ],
+)
+def test_better_of_the_two_is_taken_by_what_the_run_measured(
+    lines: list[Any], averaged: bool, note: str, changed_run: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = changed_run(lambda saved: None)
+    (run / "metrics.jsonl").write_text("".join(evaluated(*line) for line in lines))
+    for source in (run, run / LATEST):
+        trained = load_trained(source)
+        assert capsys.readouterr().err == f"note: weights: {note}\n"
+        kind = (
+            averaged_weights(read_checkpoint(run / LATEST))
+            if averaged
+            else read_checkpoint(run / LATEST)["state"]["model"]
+        )
+        assert trained.averaged == averaged and has_weights(trained, kind)
+    assert load_trained(run, weights="ema").averaged and capsys.readouterr().err == ""
+
+
+def test_average_without_a_measurement_is_taken_after_three_of_its_windows(
+    changed_run: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = changed_run(lambda saved: None)
+    for arguments, averaged, note in (
+        (
+            "{smoothing: 0.9, update_interval: 1ba}",
+            True,
+            "average: neither was measured, and the average looks back over 10 steps, of 36 done.",
+        ),
+        ("{smoothing: 0.9, update_interval: 2ba}", False, "over 20 steps, more than a third of the 36 done."),
+        ("{half_life: 1ep, smoothing: null, update_interval: null}", True, "over 2 epochs, of 6 done."),
+    ):
+        edit = read_checkpoint(run / LATEST)
+        edit["state"]["timestamp"]["Timestamp"]["epoch"] = 6
+        torch.save(edit, run / LATEST)
+        assert load_trained(run, [f"algorithms={{EMA: {arguments}}}"]).averaged == averaged
+        assert note in capsys.readouterr().err
+    kind, why = better_weights(36, {"ba": 36, "ep": 3}, None, None)
+    assert kind == "raw" and "nor is it known how long the average looks back" in why
 
 
 def test_checkpoint_file_and_yaml_give_the_same_network(trained_run: Path) -> None:

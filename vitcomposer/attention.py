@@ -34,7 +34,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--heads", type=int, nargs="+", metavar="HEAD", help="whose maps are drawn (default: all)")
     help_text = "of the run's yaml, such as evaluation.image_size=384 or init.weights=FILE"
     parser.add_argument("--override", action="append", default=[], metavar="key=value", help=help_text)
-    help_text = "auto is the average where there is one (default: %(default)s)"
+    help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=help_text)
     parser.set_defaults(run=_run)
 

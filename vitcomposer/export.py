@@ -38,7 +38,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder, made where it is missing")
     help_text = "one or more of %(choices)s (default: safetensors, which timm and vitcomposer read)"
     parser.add_argument("--format", nargs="+", choices=list(FILES), default=["safetensors"], help=help_text)
-    help_text = "auto: the moving average where there is one (default: %(default)s)"
+    help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=["auto", "raw", "ema"], default="auto", help=help_text)
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.set_defaults(run=_run)

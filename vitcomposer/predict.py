@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=help_text)
     help_text = "of the run's yaml, such as evaluation.image_size=384 or init.weights=FILE"
     parser.add_argument("--override", action="append", default=[], metavar="key=value", help=help_text)
-    help_text = "auto is the average where there is one (default: %(default)s)"
+    help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=help_text)
     help_text = f"classes of an image that are given (default: {DEFAULT_TOP_K}, or all where there are fewer)"
     parser.add_argument("--top-k", type=int, help=help_text)

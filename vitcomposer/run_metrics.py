@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -31,5 +31,5 @@ def last_evaluation(path: Path, step: int) -> tuple[int, float, float] | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)

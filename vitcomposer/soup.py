@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
     help_text = "of --data; for greedy held out from training, and not the one whose accuracy is reported"
     parser.add_argument("--split", help=help_text)
     parser.add_argument("--last", type=int, metavar="N", help="take the last N checkpoints of each run folder")
-    help_text = "auto: the moving average where there is one (default: %(default)s)"
+    help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=["auto", "raw", "ema"], default="auto", help=help_text)
     parser.add_argument("--batch-size", type=int, default=64, help="when measuring (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode (default: %(default)s)")

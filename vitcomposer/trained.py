@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from vitcomposer import config
-from vitcomposer.averages import saved_weights
+from vitcomposer.averages import averaging_window, better_weights, saved_weights
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.checkpoints import read_checkpoint
+from vitcomposer.run_metrics import last_evaluation
 from vitcomposer.schema import ConfigError, Model, Probe, Supervised
 
 Weights = Literal["auto", "raw", "ema"]
@@ -53,11 +55,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What was found: a Trained without its network, and the weights that could fill it."""
+    """What was found: a Trained without its network, and the weights that could fill it.
+
+    Attributes:
+        better: Which of the weights to take, and why.
+    """
 
     facts: dict[str, Any]
     model: Model
     weights: dict[str, Mapping[str, Any]]  # "raw" and "ema", those there are
+    better: tuple[str, str] | None = None  # where there are two
 
 
 def load_trained(source: str | Path, overrides: Sequence[str] = (), *, weights: Weights = "auto") -> Trained:
@@ -67,14 +74,18 @@ def load_trained(source: str | Path, overrides: Sequence[str] = (), *, weights: 
         source: A run folder, a checkpoint in one, a folder of ``vitcomposer export``, or a yaml of the recipe
             ``supervised`` or ``distill`` whose ``init.weights`` fill the whole network, head included.
         overrides: ``key=value`` on the yaml of the run; another ``model.image_size`` resizes the positions.
-        weights: The average where there is a started one (``auto``), the trained weights, or the average.
+        weights: ``auto`` takes the better of the trained weights and their average, see
+            ``averages.better_weights``, and says so on stderr; where there is one kind alone, that.
 
     Raises:
         ConfigError: Overrides or a configuration that cannot be used.
         ValueError: No classifier there, a file that is unsafe, damaged or of another network, or no such weights.
     """
     saved = _find(Path(source), overrides)
-    kind = ("ema" if "ema" in saved.weights else "raw") if weights == "auto" else weights
+    kind, why = saved.better or (next(iter(saved.weights)), None)
+    if weights == "auto" and why is not None:
+        print(f"note: {why}", file=sys.stderr)
+    kind = kind if weights == "auto" else weights
     if kind not in saved.weights:
         raise ValueError(f"{saved.facts['source']} must hold {_MISSING[kind]}")
     return _build(saved, kind)
@@ -187,7 +198,19 @@ def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None) ->
         "std": tuple(cfg.augment.std),
         "source": source,
     }
-    return _Saved(_with_names(facts, names, cfg.model), cfg.model, _weights_in(read_checkpoint(file)))
+    content = read_checkpoint(file)
+    weights = _weights_in(content)
+    better = _better_of(content, cfg.algorithms, file) if len(weights) > 1 else None
+    return _Saved(_with_names(facts, names, cfg.model), cfg.model, weights, better)
+
+
+def _better_of(content: Mapping[str, Any], algorithms: Mapping[str, Any], file: Path) -> tuple[str, str]:
+    """By what the run measured whose folder the file lies in, else by how long it was averaged."""
+    time = content["state"]["timestamp"]["Timestamp"]
+    measured = last_evaluation(file.parent.parent / "metrics.jsonl", time["batch"])
+    # A yaml which names the file of a run in init.weights may have another EMA, or none.
+    window = averaging_window(**algorithms["EMA"]) if "EMA" in algorithms else None
+    return better_weights(time["batch"], {"ba": time["batch"], "ep": time["epoch"]}, measured, window)
 
 
 def _weights_in(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

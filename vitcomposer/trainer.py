@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from vitcomposer import config, optim
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
+from vitcomposer.averages import EMA_LABEL
 from vitcomposer.callbacks import (
     BadImageCount,
     Checkpoints,
@@ -178,7 +179,7 @@ def _share(batch_size: int, key: str) -> int:
 def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval: str) -> list[Evaluator]:
     """``eval`` measures the raw weights; ``ema``, where there is an average, measures that on the same images."""
     names = list(task.get_metrics(is_train=False))
-    labels = ["eval", "ema"] if ema else ["eval"]
+    labels = ["eval", EMA_LABEL] if ema else ["eval"]
     return [Evaluator(label=lb, dataloader=val, metric_names=names, eval_interval=interval) for lb in labels]
 
 

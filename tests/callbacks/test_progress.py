@@ -40,6 +40,27 @@ def test_log_file_gets_one_plain_line_per_evaluation() -> None:
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
+def test_line_has_the_accuracy_of_the_average_beside_that_of_the_weights() -> None:
+    stream = io.StringIO()
+    throughput = Throughput(None, "fp32")
+    shown, seen = Progress(throughput, stream=stream), Evaluated()
+    trainer = tiny_run.build("2ep", callbacks=[throughput, shown, seen], ema=True)
+    trainer.fit()
+    trainer.close()
+    raw, average = (100 * seen.top1[label] for label in ("eval", "ema"))
+    assert f"top-1 {raw:.2f} %  EMA {average:.2f} %" in stream.getvalue().splitlines()[-1]
+
+
+class Evaluated(Callback):
+    """The last top-1 of each evaluator."""
+
+    def __init__(self) -> None:
+        self.top1: dict[str, float] = {}
+
+    def eval_end(self, state: Any, logger: Any) -> None:
+        self.top1[state.dataloader_label] = float(state.eval_metrics[state.dataloader_label]["top1"].compute())
+
+
 def test_log_file_gets_lines_by_time_without_evaluation() -> None:
     lines = run(io.StringIO(), "5ba", eval_interval=0, seconds_per_line=0.0).splitlines()
     assert [line.split("  ")[1] for line in lines] == [f"step {n}/5" for n in range(1, 6)]

@@ -2,11 +2,11 @@
 
 from vitcomposer.algorithms.build import ALLOWED, REJECTED, STAGED, build_algorithms, build_stage_algorithms
 from vitcomposer.algorithms.curriculum import Curriculum
-from vitcomposer.algorithms.ema import EMA_LABEL, EvaluationEMA
+from vitcomposer.algorithms.ema import EvaluationEMA
 from vitcomposer.algorithms.patch_dropout import PatchDropout
 from vitcomposer.algorithms.sam import ResumableSAM
 from vitcomposer.algorithms.self_supervised import BeginStep, CosineWeightDecay, FreezeAtStart, MomentumEncoder
-from vitcomposer.averages import averaged_weights
+from vitcomposer.averages import EMA_LABEL, averaged_weights
 
 __all__ = [
     "ALLOWED",

@@ -1,5 +1,6 @@
 """A moving average of the weights that training, checkpoints and exports never mistake for the weights."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,12 +8,16 @@ from composer.algorithms import EMA
 from composer.algorithms.ema.ema import EMAParameters
 from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
+from composer.utils import dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-EMA_LABEL = "ema"  # the Evaluator that measures the averaged weights
+from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
+from vitcomposer.averages import EMA_LABEL, averaging_window
+
+log = logging.getLogger(__name__)
 
 
 class EvaluationEMA(EMA):
@@ -58,6 +63,7 @@ class EvaluationEMA(EMA):
             if text is not None and Time.from_timestring(text).value <= 0:
                 raise ValueError(f"half_life and update_interval must be above 0, got {text!r}")
         super().__init__(half_life, smoothing, ema_start, update_interval)
+        self.window = averaging_window(half_life, smoothing, update_interval)
         if self.ema_start.unit not in (TimeUnit.DURATION, TimeUnit.EPOCH, TimeUnit.BATCH):
             raise ValueError(f"ema_start must be in dur, ep or ba, got {ema_start!r}")
 
@@ -73,6 +79,8 @@ class EvaluationEMA(EMA):
             return
         assert self.ema_model is not None, "Event.INIT runs before every other event"
         keep_shares(model)
+        if event == Event.FIT_START:
+            self._warn(state)
         # A loaded average lies, whole, where the checkpoint was read to.
         if event in (Event.FIT_START, Event.EVAL_START):
             self.ema_model.move_params_to_device(destination_model=model)
@@ -83,6 +91,22 @@ class EvaluationEMA(EMA):
             self.ema_weights_active = averaged
         if event == self.update_event:
             self._update(model, state)
+
+    def _warn(self, state: State) -> None:
+        """Say before the first step where the average will still hold much of where it began."""
+        per_epoch = 1 if self.window.unit == "ba" else steps_per_epoch(state)
+        run = total_steps(state) / per_epoch
+        if not self.window.is_long_for(run) or dist.get_global_rank() > 0:
+            return
+        tenth = 1 - 10 * self.update_interval.value / run
+        better = f"{{smoothing: {tenth:.4g}, update_interval: {self.update_interval.to_timestring()}}}"
+        log.warning(
+            "algorithms.EMA looks back over %s, more than a third of the %s of this run: at its end the average will "
+            "still hold much of where it began. %s",
+            self.window,
+            f"{run:,.0f}",
+            f"Over a tenth: algorithms.EMA={better}." if tenth > 0 else "Leave it out of so short a run.",
+        )
 
     @torch.no_grad()
     def _update(self, model: nn.Module, state: State) -> None:

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
-from composer.utils import dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from vitcomposer.algorithms.ema import keep_shares, of_this_rank
+from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
 
 
 class Stepped(Protocol):
@@ -32,7 +31,7 @@ class BeginStep(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        self.task.begin_step(step, steps_per_epoch=_steps_per_epoch(state), total_steps=_total_steps(state))
+        self.task.begin_step(step, steps_per_epoch=steps_per_epoch(state), total_steps=total_steps(state))
 
 
 class FreezeAtStart(Algorithm):
@@ -52,7 +51,7 @@ class FreezeAtStart(Algorithm):
         return event in (Event.FIT_START, Event.AFTER_TRAIN_BATCH)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        frozen = state.timestamp.batch.value < round(self.epochs * _steps_per_epoch(state))
+        frozen = state.timestamp.batch.value < round(self.epochs * steps_per_epoch(state))
         if event == Event.FIT_START:
             for optimizer in state.optimizers:
                 optimizer.register_state_dict_post_hook(_name_every_parameter)
@@ -86,7 +85,7 @@ class MomentumEncoder(Algorithm):
 
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        done = state.timestamp.batch.value / _total_steps(state)
+        done = state.timestamp.batch.value / total_steps(state)
         rate = (1 - self.momentum) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
         averages, sources = _shares(self.averages), _shares(self.sources)
         torch._foreach_lerp_(averages, sources, rate)  # pyright: ignore[reportPrivateImportUsage]
@@ -103,7 +102,7 @@ class CosineWeightDecay(Algorithm):
         return event == Event.BATCH_START
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        done = state.timestamp.batch.value / _total_steps(state)
+        done = state.timestamp.batch.value / total_steps(state)
         decay = self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
@@ -123,18 +122,3 @@ def _name_every_parameter(optimizer: Optimizer, state_dict: dict[str, Any]) -> N
     for group in state_dict["param_groups"]:
         for index in group["params"]:
             state_dict["state"].setdefault(index, {})
-
-
-def _steps_per_epoch(state: State) -> int:
-    assert state.dataloader_len is not None, "our loaders know their length"
-    return int(state.dataloader_len)
-
-
-def _total_steps(state: State) -> int:
-    """Steps of the whole run."""
-    assert state.max_duration is not None, "the Trainer sets it before it trains"
-    value, unit = state.max_duration.value, state.max_duration.unit.value
-    if unit == "ep":
-        return value * _steps_per_epoch(state)
-    assert isinstance(state.dataloader, DataLoader) and state.dataloader.batch_size is not None
-    return math.ceil(value / (state.dataloader.batch_size * dist.get_world_size())) if unit == "sp" else value

@@ -12,13 +12,14 @@ from composer.utils import dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vitcomposer.averages import EMA_LABEL
 from vitcomposer.callbacks.throughput import Throughput
 
 LOSS_SMOOTHING = 0.95  # share of the old value after each step
 
 
 class Progress(Callback):
-    """Shows epoch, step, smoothed loss, last evaluated top-1, images/s, elapsed and left time on rank 0.
+    """Shows epoch, step, smoothed loss, last evaluated top-1 (and the average's), images/s and times on rank 0.
 
     Put it behind ``throughput`` in the list of callbacks. Where ``stream`` is no terminal, a plain line appears every
     ``seconds_per_line``, after each evaluation and at the end.
@@ -36,7 +37,7 @@ class Progress(Callback):
         self._bar: tqdm | None = None  # only on a terminal
         self._cleanup = contextlib.ExitStack()
         self._loss: float | None = None
-        self._top1: float | None = None
+        self._top1: dict[str, float] = {}  # by the label of the evaluator
 
     def fit_start(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None, "Composer has set it before training"
@@ -86,8 +87,8 @@ class Progress(Callback):
             self._bar.set_description_str(f"{state.dataloader_label} {done}/{'?' if of is None else of.value}")
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        if state.dataloader_label == "eval" and "top1" in state.eval_metric_values:
-            self._top1 = float(state.eval_metric_values["top1"])
+        if state.dataloader_label is not None and "top1" in state.eval_metric_values:
+            self._top1[state.dataloader_label] = float(state.eval_metric_values["top1"])
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._show(state)
@@ -133,8 +134,10 @@ class Progress(Callback):
         facts = []
         if self._loss is not None:
             facts.append(f"loss {self._loss:.4f}")
-        if self._top1 is not None:
-            facts.append(f"top-1 {100 * self._top1:.2f} %")
+        if "eval" in self._top1:
+            facts.append(f"top-1 {100 * self._top1['eval']:.2f} %")
+        if EMA_LABEL in self._top1:
+            facts.append(f"EMA {100 * self._top1[EMA_LABEL]:.2f} %")
         speed = self.throughput.recent_images_per_sec
         if speed is not None:
             facts.append(f"{speed:,.0f} images/s")
