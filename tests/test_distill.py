@@ -70,8 +70,8 @@ def test_run_with_a_teacher_trains_the_student_alone(kind, changes, teacher_file
     assert run_train([YAML, *overrides, *teaching(teacher_files[kind], kind, **changes)]) == 0
     curve, summary = losses(tmp_path / kind), json.loads((tmp_path / kind / "summary.json").read_text())
     assert all(math.isfinite(loss) for loss in curve) and summary["finished"]
-    # Heads start at zero: a student that knows nothing is this far from labels and from a teacher's best class.
-    assert kind == "ours" or curve[0] == pytest.approx(math.log(CLASSES), rel=1e-5)
+    # Heads start with small weights: a student that knows nothing is this far from labels and a teacher's best class.
+    assert kind == "ours" or curve[0] == pytest.approx(math.log(CLASSES), abs=0.3)
     student = build_model("deit_tiny_distilled_patch16", num_classes=CLASSES, image_size=32, patch_size=8, depth=2)
     assert {name.removeprefix("model.") for name in weights(tmp_path / kind)} == set(student.state_dict())
     flops = 3 * forward_flops(student, 32) + forward_flops(new_network(kind), 32)

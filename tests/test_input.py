@@ -89,7 +89,7 @@ def test_shards_of_streamings_imagenet_converter_train(photo_folder: Path, tmp_p
                     sample: dict[str, Any] = {"i": i, "x": Image.open(file), "y": label}
                     writer.write(sample)
     found = losses(tmp_path / "mds", tmp_path, "theirs")
-    assert found[0] == pytest.approx(2.0794, rel=1e-3)  # ln 8: the head starts at zero
+    assert found[0] == pytest.approx(2.0794, abs=0.3)  # ln 8: the head starts with small weights
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def settle(network: nn.Module, model: Model, image_size: int) -> tuple[nn.Module
     The forward pass resizes positions where images have another size than the network was built for; graphs and timm
     want them fixed. Positions that are computed become learned ones of the same values.
     """
-    computed = model.position_embedding == "sincos"
+    computed = model.position_embedding not in (None, "learned")
     if image_size == model.image_size and not computed:
         return network, model
     model = replace(model, image_size=image_size)

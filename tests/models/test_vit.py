@@ -48,7 +48,7 @@ def timm_name(name: str) -> str:
 
 
 def perturb(model: nn.Module, std: float = 0.2) -> None:
-    """Move every parameter, so that zero heads, unit norms and small gammas hide nothing."""
+    """Move every parameter, so that zero biases, unit norms and small gammas hide nothing."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * std * max(0.1, parameter.std(correction=0).item()))
@@ -182,15 +182,6 @@ def test_sincos_model_has_no_position_parameter_and_none_for_the_class_token() -
     assert model(torch.randn(2, 3, 96, 48)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16", "deit3_small_patch16", "deit_tiny_distilled_patch16"])
-def test_first_loss_is_exactly_the_uniform_one(name: str) -> None:
-    model = build_model(name, num_classes=1000, image_size=32, **TINY)
-    outputs = model(torch.randn(4, 3, 32, 32))
-    for logits in outputs if isinstance(outputs, tuple) else (outputs,):
-        assert torch.equal(logits, torch.zeros(4, 1000))
-        assert F.cross_entropy(logits, torch.arange(4)).item() == pytest.approx(math.log(1000), rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -245,19 +236,6 @@ def test_no_weight_decay_names_are_parameters() -> None:
         options = {"depth": 2, "local_up_to_layer": 1} if name == "convit_tiny" else {"depth": 2}
         model = build_model(name, num_classes=7, image_size=32, **options)
         assert model.no_weight_decay() == names <= dict(model.named_parameters()).keys()
-
-
-def test_weights_start_with_std_002_and_biases_at_zero() -> None:
-    model = build_model("deit_small_patch16", num_classes=10, image_size=224, depth=1)
-    for key, parameter in model.named_parameters():
-        if key.startswith(("patch_embed", "head")) or "norm" in key:
-            continue
-        if key.endswith("bias"):
-            assert not parameter.any()
-        else:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), key
-    # Torch's default for a convolution with fan-in 768: uniform within 1 / sqrt(768).
-    assert model.patch_embed.proj.weight.abs().max().item() == pytest.approx(768**-0.5, rel=0.01)
 
 
 def test_layer_scale_starts_at_the_published_value_and_can_be_switched_off() -> None:
@@ -348,7 +326,11 @@ def test_runs_in_bfloat16_with_and_without_autocast(name: str) -> None:
         ("vit_tiny_patch16", {"init_values": -1}, r"model\.init_values must not be negative, got -1"),
         ("vit_tiny_patch16", {"pool": "gap"}, r"model\.pool must be token or avg, got 'gap'"),
         ("vit_tiny_patch16", {"drop_path_mode": "step"}, r"model\.drop_path_mode must be linear or constant"),
-        ("vit_tiny_patch16", {"position_embedding": "rope"}, r"model\.position_embedding must be learned or sincos"),
+        (
+            "vit_tiny_patch16",
+            {"position_embedding": "rope"},
+            r"model\.position_embedding must be learned or sincos or sincos_moco3",
+        ),
         ("vit_tiny_patch16", {"class_token": False}, r"model\.class_token=false; use model\.pool=avg"),
         ("deit_tiny_distilled_patch16", {"pool": "avg"}, r"use the name without _distilled"),
         (

@@ -43,6 +43,8 @@ class ConViTConfig(TransformerConfig):
             )
         if self.locality_strength <= 0:
             raise ValueError(f"model.locality_strength must be above 0, got {self.locality_strength}; the paper uses 1")
+        if self.weight_init != "deit":
+            raise ValueError(f"model.weight_init must be deit for a ConViT, got {self.weight_init!r}; leave it out")
         side = math.isqrt(self.num_heads)
         if self.use_local_init and side * side != self.num_heads:
             raise ValueError(

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vitcomposer.models.transformer import INIT_STD, check_choice
+from vitcomposer.models.initialization import INIT_STD
+from vitcomposer.models.transformer import check_choice
 
 Activation = Literal["relu", "gelu"]
 # The width of DINO's hidden layers and of the unit vectors before its last layer, in all of its published runs.
@@ -104,7 +105,7 @@ class SwAVHead(nn.Module):
 class DINOHead(nn.Module):
     """Three layers with GELU, unit length, and a last layer of unit-length rows (arXiv:2104.14294, appendix C).
 
-    Weights start as N(0, 0.02^2), truncated, and biases at 0; parameters of the last layer are ``last_layer.*``.
+    Weights start as N(0, 0.02^2) and biases at 0; parameters of the last layer are ``last_layer.*``.
 
     Args:
         in_dim: Width of the features.
@@ -120,7 +121,7 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(DINO_BOTTLENECK_DIM, out_dim, learn_length=not norm_last_layer)
         for module in self.projection:
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -35,12 +35,12 @@ def resize_positions(positions: Tensor, *, old_grid: Grid, new_grid: Grid, num_p
     return torch.cat((prefix, patches), dim=1) if num_prefix_rows else patches
 
 
-def sincos_positions(grid: Grid, embed_dim: int, *, temperature: float = 10000.0) -> Tensor:
-    """Fixed 2D sine-cosine position embedding of big_vision (arXiv:2205.01580, section 2).
+def sincos_positions(grid: Grid, embed_dim: int, kind: str = "sincos", *, temperature: float = 10000.0) -> Tensor:
+    """Fixed 2D sine-cosine position embedding of a patch at column x and row y.
 
-    With ``omega_i = temperature ** (-i / (D / 4 - 1))`` for ``i = 0 .. D / 4 - 1`` a patch at column x and row y gets
-    ``[sin(x omega), cos(x omega), sin(y omega), cos(y omega)]``. MoCo-v3 divides i by D / 4 instead, so its lowest
-    frequency is a little higher.
+    ``sincos`` is big_vision's (arXiv:2205.01580, section 2): ``[sin(x w), cos(x w), sin(y w), cos(y w)]`` with
+    ``w_i = temperature ** (-i / (D / 4 - 1))`` for ``i = 0 .. D / 4 - 1``. ``sincos_moco3`` is that of MoCo-v3's code
+    (arXiv:2104.02057): it divides i by D / 4, so its lowest frequency is a little higher, and has y before x.
 
     Returns:
         (1, N, D) float32.
@@ -51,16 +51,17 @@ def sincos_positions(grid: Grid, embed_dim: int, *, temperature: float = 10000.0
     if embed_dim % 4 or embed_dim < 8:
         lower = max(8, embed_dim // 4 * 4)
         raise ValueError(
-            f"model.embed_dim must be a multiple of 4 and at least 8 for model.position_embedding=sincos, "
+            f"model.embed_dim must be a multiple of 4 and at least 8 for model.position_embedding={kind}, "
             f"got {embed_dim}; use {lower} or {lower + 4}"
         )
+    frequencies = embed_dim // 4
     # float64 until the end: float32 powers would cost the high frequencies their last digits.
-    exponents = torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4 - 1)
+    exponents = torch.arange(frequencies, dtype=torch.float64) / (frequencies - (kind == "sincos"))
     omega = torch.exp(-math.log(temperature) * exponents)  # (D / 4,)
     rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
-    x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega  # (N, D / 4)
-    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1).float().unsqueeze(0)
+    axes = [axis.reshape(-1, 1) * omega for axis in torch.meshgrid(rows, columns, indexing="ij")]  # y, x: (N, D / 4)
+    first, second = axes if kind == "sincos_moco3" else axes[::-1]
+    return torch.cat((first.sin(), first.cos(), second.sin(), second.cos()), dim=1).float().unsqueeze(0)
 
 
 def axis_offsets(size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from timm.models import resnet
-from torch import nn
 
 # timm's block and the number of blocks of each stage: arXiv:1512.03385, Table 1.
 VARIANTS: dict[str, tuple[Any, tuple[int, int, int, int]]] = {
@@ -15,7 +14,7 @@ _STRIDE = 32
 
 
 class ResNet(resnet.ResNet):
-    """A ResNet whose head starts at zero.
+    """A ResNet.
 
     The last gamma of every residual branch starts at one, as in torchvision and unlike timm: LARS gives a parameter of
     norm zero the whole learning rate. No source says what the recipes with a ResNet did.
@@ -36,13 +35,6 @@ class ResNet(resnet.ResNet):
         block, layers = VARIANTS[name]
         super().__init__(block, layers, num_classes=num_classes, zero_init_last=False)
         self.image_size = image_size
-        self.reset_classifier(num_classes)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a zero-initialised one; 0 classes leave the pooled features as output."""
-        super().reset_classifier(num_classes, global_pool)
-        for parameter in self.fc.parameters():
-            nn.init.zeros_(parameter)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, beside those with one dimension: none."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitcomposer.models.layers import LAYER_NORM_EPS, LayerScale, PatchEmbed
+from vitcomposer.models.initialization import WEIGHT_INITS, init_head, init_transformer
+from vitcomposer.models.layers import LAYER_NORM_EPS, PatchEmbed
 from vitcomposer.models.positions import Grid, resize_positions, sincos_positions
-
-INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class TransformerConfig:
         drop_path_mode: ``linear`` or ``constant`` over the depth, see ``layers.drop_path_rates``.
         pool: ``token`` feeds the class token to the head, ``avg`` the mean of the patch tokens.
         init_values: Start of the LayerScale factors; 0 means no LayerScale.
+        weight_init: How all other weights start, ``deit``, ``big_vision`` or ``moco3``: see ``models.initialization``.
 
     Raises:
         ValueError: on a value out of range, naming it as ``model.<option>``.
@@ -48,6 +48,7 @@ class TransformerConfig:
     drop_path_mode: str = "linear"
     pool: str = "token"
     init_values: float = 0.0
+    weight_init: str = "deit"
 
     def __post_init__(self) -> None:
         for option in ("patch_size", "embed_dim", "depth", "num_heads"):
@@ -63,6 +64,7 @@ class TransformerConfig:
             raise ValueError(f"model.init_values must not be negative, got {self.init_values}; 0 means no LayerScale")
         check_choice("drop_path_mode", self.drop_path_mode, ("linear", "constant"))
         check_choice("pool", self.pool, ("token", "avg"))
+        check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         if self.embed_dim % self.num_heads:
             lower, upper = nearest_multiples(self.embed_dim, self.num_heads)
             raise ValueError(
@@ -119,7 +121,7 @@ class ImageTransformer(nn.Module):
         image_size: int,
         num_prefix_tokens: int,
         num_position_rows: int,
-        learned_positions: bool = True,
+        positions: str = "learned",
     ) -> None:
         super().__init__()
         patch = config.patch_size
@@ -143,12 +145,12 @@ class ImageTransformer(nn.Module):
         self.num_position_rows = num_position_rows
 
         self.patch_embed = PatchEmbed(patch, config.embed_dim)
-        if learned_positions:
+        if positions == "learned":
             rows = num_position_rows + self.grid_size[0] * self.grid_size[1]
             self.pos_embed = nn.Parameter(torch.zeros(1, rows, config.embed_dim))
         else:
-            positions = sincos_positions(self.grid_size, config.embed_dim)
-            self.register_buffer("pos_embed", positions, persistent=False)
+            computed = sincos_positions(self.grid_size, config.embed_dim, positions)
+            self.register_buffer("pos_embed", computed, persistent=False)
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         self.head = self._new_head()
@@ -171,7 +173,7 @@ class ImageTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a zero-initialised one; 0 classes leave the pooled features as output."""
+        """Replace the head by one that starts anew, as the first did; 0 classes leave the pooled features as output."""
         self.num_classes = num_classes
         self.head = self._new_head()
 
@@ -219,25 +221,9 @@ class ImageTransformer(nn.Module):
         exempt = {"cls_token", "dist_token", "pos_embed", "gating_param"}
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in exempt}
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal of std 0.02 for linear weights, tokens and positions; biases 0; the head all 0.
-
-        The patch convolution keeps torch's default, as in timm and DeiT. A head of N(0, 0.02^2) starts a model of
-        width 768 about 2 % above the loss ln(num_classes) of a uniform prediction; a zero head starts exactly there,
-        and ViT and big_vision zero theirs too.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, module.init_values)
-        for name in ("cls_token", "dist_token", "pos_embed"):
-            parameter = getattr(self, name, None)
-            if isinstance(parameter, nn.Parameter):
-                nn.init.trunc_normal_(parameter, std=INIT_STD)
+        """Start every weight as ``config.weight_init`` says, see ``models.initialization``."""
+        init_transformer(self, self.config.weight_init)
         self.reset_classifier(self.num_classes)
 
     def _new_head(self) -> nn.Module:
@@ -245,8 +231,7 @@ class ImageTransformer(nn.Module):
             return nn.Identity()
         like = self.patch_embed.proj.weight
         head = nn.Linear(self.embed_dim, self.num_classes, device=like.device, dtype=like.dtype)
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        init_head(head, self.config.weight_init)
         return head.train(self.training)
 
     def _positions(self, grid: Grid) -> Tensor:

@@ -20,8 +20,8 @@ class ViTConfig(TransformerConfig):
 
     Args:
         class_token: Without it ``pool`` has to be ``avg``.
-        position_embedding: ``learned``, or ``sincos`` for the fixed one of big_vision (``positions.sincos_positions``),
-            which gives class and distillation token no position.
+        position_embedding: ``learned``, or fixed and none for class and distillation token: ``sincos`` of big_vision,
+            ``sincos_moco3`` of MoCo-v3 (``positions.sincos_positions``).
         dist_token: Distillation token with a head of its own. Part of a name, not an option.
         prefix_positions: Class and distillation token have a position too (ViT, DeiT; not DeiT III). Part of a name.
         combine_heads: Of what evaluation takes the mean, ``logits`` of the two heads or ``probabilities``; for a
@@ -36,7 +36,7 @@ class ViTConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("position_embedding", self.position_embedding, ("learned", "sincos"))
+        check_choice("position_embedding", self.position_embedding, ("learned", "sincos", "sincos_moco3"))
         if self.combine_heads is not None:
             check_choice("combine_heads", self.combine_heads, ("logits", "probabilities"))
             if not self.dist_token:
@@ -78,7 +78,7 @@ class VisionTransformer(ImageTransformer):
             image_size=image_size,
             num_prefix_tokens=num_prefix_tokens,
             num_position_rows=num_prefix_tokens if learned and config.prefix_positions else 0,
-            learned_positions=learned,
+            positions=config.position_embedding,
         )
         width = config.embed_dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
@@ -165,7 +165,7 @@ class DistilledVisionTransformer(VisionTransformer):
         return (logits + dist_logits) / 2
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace both heads by zero-initialised ones; 0 classes leave the tokens as output."""
+        """Replace both heads by ones that start anew; 0 classes leave the tokens as output."""
         super().reset_classifier(num_classes)
         self.head_dist = self._new_head()
 

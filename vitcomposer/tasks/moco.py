@@ -1,7 +1,6 @@
 """MoCo-v3 (arXiv:2104.02057) as a ComposerModel, written from the paper."""
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,15 +60,6 @@ class MoCo(SelfSupervisedTask):
         return 3 * multi_crop_flops(student, crop_sizes) + multi_crop_flops(keys, crop_sizes)
 
 
-@torch.no_grad()
 def freeze_patch_projection(trunk: nn.Module) -> None:
-    """Fix the patch projection of a ViT at random weights (section 4, "a trick for improving stability").
-
-    Xavier-uniform ones over the pixels of a patch and the width, as that of a linear layer.
-    """
-    projection = trunk.get_submodule("patch_embed.proj")
-    weight, bias = projection.get_parameter("weight"), projection.get_parameter("bias")
-    bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
-    nn.init.uniform_(weight, -bound, bound)
-    nn.init.zeros_(bias)
-    projection.requires_grad_(False)
+    """Fix the patch projection of a ViT at its random weights (section 4, "a trick for improving stability")."""
+    trunk.get_submodule("patch_embed.proj").requires_grad_(False)

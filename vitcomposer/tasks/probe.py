@@ -32,8 +32,8 @@ class LinearProbe(ComposerModel):
     """Trains all heads on the features of one forward pass of a trunk that stays as it is.
 
     The loss is the sum of the heads' cross-entropies. They share no parameter, so each learns what it would alone.
-    Every linear layer starts at zero: the problem is convex. Metrics are ``top1_<head>`` and ``top1``, that of the best
-    head, which is chosen on the very images it is measured on.
+    Every linear layer starts at N(0, 0.01^2), as SwAV's, DINO's and MoCo-v3's do. Metrics are ``top1_<head>`` and
+    ``top1``, that of the best head, which is chosen on the very images it is measured on.
     """
 
     def __init__(self, trunk: nn.Module, heads: Sequence[Head], *, num_classes: int) -> None:
@@ -107,7 +107,8 @@ class Embedding(ComposerModel):
 
 def _classifier(width: int, num_classes: int, batch_norm: bool) -> nn.Module:
     linear = nn.Linear(width, num_classes)
-    nn.init.zeros_(linear.weight)
+    # From the seed alone, so that a head starts alike whichever others there are.
+    nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(torch.initial_seed()))
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), linear) if batch_norm else nn.Sequential(linear)
 
