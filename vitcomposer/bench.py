@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from vitcomposer.escape import for_terminal
 from vitcomposer.schema import ConfigError, Supervised, require
 
 if TYPE_CHECKING:
@@ -360,10 +361,12 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     kilobytes, size = found["bytes_per_image"] / 1e3, found["image_size"]
     batch = f"to {size} px in batches of {found['batch_size']}"
-    console.print(f"{found['data']}: {kilobytes:.1f} kB an image, {batch}, {_count(found['cores'], 'core')}")
+    console.print(
+        f"{for_terminal(found['data'])}: {kilobytes:.1f} kB an image, {batch}, {_count(found['cores'], 'core')}"
+    )
     table = Table()
     for name in ("", "images/s", "images/s and core", "MB/s read"):
         table.add_column(name, justify="right" if name else "left")

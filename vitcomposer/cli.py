@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer import attention, bench, cache_teacher, convert, evaluate, export, launch, plan, predict, soup
+from vitcomposer.escape import for_terminal, message
 
 if TYPE_CHECKING:
     from vitcomposer.data.inspect import SplitReport
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if args.traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -56,7 +57,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
         _print_report(report)
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
-        print(f"bad: {problem}", file=sys.stderr)
+        print(f"bad: {for_terminal(problem)}", file=sys.stderr)
     if not problems:
         checked = "hash" if args.verify or args.decode else "size"
         print(f"all shards are there with the right {checked}" + (", all images can be decoded" if args.decode else ""))
@@ -67,19 +68,23 @@ def _print_report(report: "SplitReport") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=report.name, title_justify="left", show_header=False)
+    table = Table(title=for_terminal(report.name), title_justify="left", show_header=False)
     table.add_row("samples", f"{report.samples:,}")
     table.add_row("shards", f"{report.shards:,}, {report.bytes:,} bytes")
     table.add_row("hashes", ", ".join(report.hashes) or "none")
-    table.add_row("columns", ", ".join(f"{name}: {encoding}" for name, encoding in report.columns.items()))
+    table.add_row(
+        "columns", ", ".join(for_terminal(f"{name}: {encoding}") for name, encoding in report.columns.items())
+    )
     if report.class_names is not None:
         more = ", ..." if len(report.class_names) > _SHOWN else ""
-        table.add_row("classes", f"{len(report.class_names):,}: {', '.join(report.class_names[:_SHOWN])}{more}")
+        table.add_row(
+            "classes", f"{len(report.class_names):,}: {', '.join(map(for_terminal, report.class_names[:_SHOWN]))}{more}"
+        )
     if report.class_counts:
         counts = sorted(report.class_counts.values())
         table.add_row("per class", f"min {counts[0]:,}, median {counts[len(counts) // 2]:,}, max {counts[-1]:,}")
-    table.add_row("first sample", report.first_sample)
+    table.add_row("first sample", for_terminal(report.first_sample))
     if report.forms:
         forms = ", ".join(f"{count:,} {form}" for form, count in sorted(report.forms.items()))
         table.add_row("stored", f"{forms}, of {report.forms.total():,} samples read")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from vitcomposer.escape import for_terminal
+
 LABELLED_CLASSES = 40  # up to here every class has its name beside the matrix
 PRINTED_CLASSES = 20  # and up to here every cell its number
 _CELLS = 250  # of the picture, on a side: with more classes a cell shows the largest share of several
@@ -123,5 +125,6 @@ def _name(label: int, names: Sequence[str] | None) -> str:
 
 
 def _short(name: str) -> str:
-    name = name.encode("utf-8", "replace").decode()  # of a folder whose name is no text
-    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 3]}..."
+    name = for_terminal(name)
+    name = name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 3]}..."
+    return name.replace("$", r"\$")  # which would begin a formula

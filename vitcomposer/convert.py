@@ -211,7 +211,7 @@ class _Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:,.0f} images/s"))
-        console = Console()
+        console = Console(markup=False, emoji=False)
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
         self._lines = not console.is_terminal
         self._task = self._bar.add_task("", total=None, rate=0.0)

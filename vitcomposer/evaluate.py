@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.escape import for_terminal
 from vitcomposer.schema import require
 
 if TYPE_CHECKING:
@@ -135,7 +136,10 @@ def _print(result: dict[str, Any]) -> None:
     ]
     loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
     bad = f" ({result['bad_images']} more cannot be read)" if result["bad_images"] else ""
-    print(f"{result['data']}, {result['weights']}: {', '.join(figures)}, loss {loss}, {result['images']:,} images{bad}")
+    print(
+        f"{for_terminal(result['data'])}, {result['weights']}: {', '.join(figures)}, loss {loss}, "
+        f"{result['images']:,} images{bad}"
+    )
 
 
 def _folder(result: dict[str, Any], before: list[dict[str, Any]]) -> str:

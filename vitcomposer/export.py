@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer import __version__
+from vitcomposer.escape import for_terminal
 from vitcomposer.schema import require
 
 if TYPE_CHECKING:
@@ -116,12 +117,15 @@ def write_folder(
         _move(staged, out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    print(f"{out}: {model.name}, {model.num_classes:,} classes, {trained.image_size} px, from {trained.source}")
+    print(
+        f"{out}: {model.name}, {model.num_classes:,} classes, {trained.image_size} px, "
+        f"from {for_terminal(trained.source)}"
+    )
     for file, difference in differences.items():
         size = (out / file).stat().st_size / 1e6
         print(f"  {file:<18} {size:9,.1f} MB  logits differ by {difference:.1e} at most")
     for note in notes:
-        print(f"  note: {note}")
+        print(f"  note: {for_terminal(note)}")
     return differences
 
 

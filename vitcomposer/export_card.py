@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitcomposer import __version__
+from vitcomposer.escape import for_markdown
 
 _PAPERS = {
     "vit_": "An Image is Worth 16x16 Words (arXiv:2010.11929)",
@@ -73,7 +74,7 @@ def write_card(
         page: The content of config.json.
         files: Of each model file the largest difference of its logits from the network's.
         metrics: ``summary.json`` of the run, or nothing.
-        notes: Sentences about this model.
+        notes: Sentences about this model, in Markdown.
     """
     ours = page["vitcomposer"]
     model, evaluation = ours["model"], ours["evaluation"]
@@ -82,7 +83,7 @@ def write_card(
     library = "library_name: timm\n" if "architecture" in page else ""
     what = f"Classifies images of {size} x {size} pixels into {model['num_classes']:,} classes"
     parts = [
-        f"---\n{library}tags: [image-classification, vitcomposer]\n---\n# {name}\n",
+        f"---\n{library}tags: [image-classification, vitcomposer]\n---\n# {for_markdown(name)}\n",
         f"{what}; {parameters / 1e6:.2f} M parameters. Exported by vitcomposer {__version__}.\n",
         *(f"Architecture: {paper}.\n" for paper in papers),
         *(f"{note}\n" for note in notes),
@@ -104,7 +105,7 @@ def _classes(names: Sequence[str] | None) -> str:
     if names is None:
         return ""
     more = f" and {len(names) - _NAMED:,} more, in config.json" if len(names) > _NAMED else ""
-    return f"Classes, in the order of the logits: {', '.join(names[:_NAMED])}{more}.\n"
+    return f"Classes, in the order of the logits: {', '.join(map(for_markdown, names[:_NAMED]))}{more}.\n"
 
 
 def _measured(metrics: Mapping[str, Any], *, averaged: bool) -> str:
@@ -112,10 +113,10 @@ def _measured(metrics: Mapping[str, Any], *, averaged: bool) -> str:
     rows = {
         "top-1": _percent(metrics.get(f"top1{suffix}")),
         "top-5": _percent(metrics.get(f"top5{suffix}")),
-        "recipe": metrics.get("recipe"),
-        "epochs": metrics.get("epochs"),
-        "seed": metrics.get("seed"),
-        "commit of vitcomposer": metrics.get("git_commit"),
+        "recipe": _text(metrics.get("recipe")),
+        "epochs": _text(metrics.get("epochs")),
+        "seed": _text(metrics.get("seed")),
+        "commit of vitcomposer": _text(metrics.get("git_commit")),
     }
     if rows["top-1"] is None:
         return ""
@@ -123,8 +124,12 @@ def _measured(metrics: Mapping[str, Any], *, averaged: bool) -> str:
     return "## Measured\n\nBy the run that trained it, on its validation split.\n\n| | |\n|-|-|\n" + "".join(lines)
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.2f} %"
+def _percent(share: Any) -> str | None:
+    return f"{100 * share:.2f} %" if isinstance(share, int | float) else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else for_markdown(str(value))
 
 
 def _numbers(values: Sequence[float]) -> str:

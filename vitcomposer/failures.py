@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from vitcomposer.callbacks import NonFiniteError, SaveError
 from vitcomposer.data.rows import ShardError
 from vitcomposer.data.shards import describe_cut_shard
+from vitcomposer.escape import message
 from vitcomposer.run_folder import run_folder
 from vitcomposer.schema import ConfigError
 
@@ -155,10 +156,10 @@ def end_together(error: BaseException, cfg: Any) -> int:
     seen = dict(reports)
     causes = {each: found for each, found in sorted(seen.items()) if found["text"]}
     if interrupted and rank == 0:
-        print(f"error: {report['text']}", file=sys.stderr, flush=True)
+        print(f"error: {message(report['text'])}", file=sys.stderr, flush=True)
     elif not interrupted and rank == min(seen):
         line = _name_causes(causes, ranks) if causes else _name_silent(seen, ranks, error, cfg)
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {message(line)}", file=sys.stderr, flush=True)
     elif ranks > 1:
         time.sleep(1)  # a launcher ends all ranks with the first, which shall not be before that line
     return report["status"] if interrupted else next(iter(causes.values()), report)["status"]

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vitcomposer.escape import for_terminal
 from vitcomposer.evaluate import add_loading, choose_device
 from vitcomposer.schema import require
 
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
                 out.flush()  # whole lines, whatever happens next
                 for fault in faults:
                     # A name need not be text.
-                    tqdm.write(f"broken: {fault.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+                    tqdm.write(f"broken: {for_terminal(fault)}", file=sys.stderr)
                 answered, broken = answered + len(names), broken + len(faults)
                 bar.update(len(names) + len(faults))
     print(f"{answered:,} images classified{f', {broken:,} cannot be read' if broken else ''}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer import export
+from vitcomposer.escape import for_markdown, for_terminal
 from vitcomposer.schema import require
 
 if TYPE_CHECKING:
@@ -168,13 +169,16 @@ def greedy(
     singles = score({str(index): member for index, member in enumerate(members)})
     order = sorted(range(len(members)), key=lambda index: -singles[str(index)])
     chosen, best = [members[order[0]]], singles[str(order[0])]
-    print(f"{100 * best:.2f} % top-1  {chosen[0].source}, the best alone")
+    print(f"{100 * best:.2f} % top-1  {for_terminal(chosen[0].source)}, the best alone")
     for index in order[1:]:
         candidate = [*chosen, members[index]]
         reached = score({"soup": mean_of(candidate)})["soup"]
         joins = reached >= best
         alone = f"{100 * singles[str(index)]:.2f} % alone"
-        print(f"{100 * reached:.2f} % top-1  with {members[index].source} ({alone}): {'kept' if joins else 'left out'}")
+        print(
+            f"{100 * reached:.2f} % top-1  with {for_terminal(members[index].source)} ({alone}): "
+            f"{'kept' if joins else 'left out'}"
+        )
         if joins:
             chosen, best = candidate, reached
     return chosen
@@ -205,12 +209,12 @@ def _print_uniform(
 ) -> None:
     found = score({**{str(index): member for index, member in enumerate(members)}, "soup": soup})
     for index, member in enumerate(members):
-        print(f"{100 * found[str(index)]:.2f} % top-1  {member.source}")
+        print(f"{100 * found[str(index)]:.2f} % top-1  {for_terminal(member.source)}")
     print(f"{100 * found['soup']:.2f} % top-1  their mean")
 
 
 def _notes(chosen: "Sequence[Trained]", method: str) -> list[str]:
-    names = ", ".join(Path(member.source).name for member in chosen)  # the rest is of this machine
+    names = ", ".join(for_markdown(Path(member.source).name) for member in chosen)  # the rest is of this machine
     notes = [f"Its weights are the mean of {_count(chosen)} ({method} soup, arXiv:2203.05482): {names}."]
     if any(name.endswith("running_var") for name in chosen[0].network.state_dict()):
         notes.append("The statistics of its batch norms are means too; they were not measured anew.")

@@ -33,6 +33,7 @@ from vitcomposer.callbacks import (
     build_mirror,
 )
 from vitcomposer.checkpoint_folder import LATEST
+from vitcomposer.escape import message
 from vitcomposer.execution import (
     SHARDED,
     attention_order,
@@ -101,7 +102,7 @@ def build_network(model: Model, init: Init) -> nn.Module:
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     if report is not None and dist.get_global_rank() == 0:
-        print(report)
+        print(message(str(report)))
     return network
 
 
