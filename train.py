@@ -4,8 +4,7 @@ import os
 import signal
 import sys
 
-from vitcomposer import config
-from vitcomposer.escape import for_terminal
+from vitcomposer import config, escape
 from vitcomposer.schema import ConfigError
 
 
@@ -25,7 +24,7 @@ def main(argv: list[str], *, told: bool = False) -> int:
     try:
         cfg = config.load(argv[0], argv[1:])
     except ConfigError as error:
-        print(f"error: {for_terminal(str(error), keep=chr(10))}", file=sys.stderr)
+        print(f"error: {escape.message(str(error))}", file=sys.stderr)
         return 2
     # Composer takes seconds to import: a typo is reported before that. It has SIGTERM exit with 143: a rank that its
     # launcher ends because another one failed would have the run started again for ever (see Preemption).
