@@ -81,7 +81,7 @@ def test_convert_folder_names_ignored_and_bad_files(tmp_path: Path, capsys: pyte
     (tmp_path / "images/a/y.jpg").write_bytes(b"y")
     assert main(["convert", "folder", str(tmp_path / "images"), str(tmp_path / "out"), "--workers", "1"]) == 2
     printed = capsys.readouterr()
-    assert "1 files are no images by their names and were left out: a/notes.txt" in printed.out
+    assert "files that are no images by their names, left out (1): 1 .txt." in printed.out
     assert "error: Every image must be readable, 2 cannot be decoded:" in printed.err and "a/x.jpg" in printed.err
 
 

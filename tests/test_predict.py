@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_200_files_three_of_them_broken_give_197_answers_three_names_and_status_1(
+def test_201_files_four_of_them_broken_give_197_answers_four_names_and_status_1(
     trained_run: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = sorted(photo_folder.glob("*/*/*.jpg"))
@@ -36,6 +37,9 @@ def test_200_files_three_of_them_broken_give_197_answers_three_names_and_status_
     (tmp_path / "below" / "empty.png").touch()
     (tmp_path / "text.webp").write_text("no image")
     (tmp_path / "notes.txt").write_text("is not meant")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for at in range(3):
+        (tmp_path / f"circle{at}").symlink_to(".")
     out = tmp_path / "answers.csv"
     assert main(["predict", str(trained_run), str(tmp_path), "--workers", "2", "--out", str(out)]) == 1
     rows = rows_of(out.read_text())
@@ -48,9 +52,13 @@ def test_200_files_three_of_them_broken_give_197_answers_three_names_and_status_
     lines = capsys.readouterr().err.splitlines()
     broken = [line for line in lines if line.startswith("broken: ")]
     assert [line.split(": ")[1] for line in broken] == [
-        str(tmp_path / name) for name in ("050 cut.jpg", "text.webp", "below/empty.png")
+        str(tmp_path / name) for name in ("050 cut.jpg", "pipe.jpg", "text.webp", "below/empty.png")
     ]
-    assert lines[-1] == "197 images classified, 3 cannot be read"
+    assert lines[-1] == "197 images classified, 4 cannot be read"
+    assert (
+        f"{tmp_path}: links back to a folder that they lie in (3): circle0, circle1, circle2. They are left out."
+        in lines
+    )
 
 
 def test_probabilities_are_those_of_timms_pipeline_on_every_kind_of_file(

@@ -13,7 +13,6 @@ from vitcomposer.schema import require
 if TYPE_CHECKING:
     from vitcomposer.data.sources import Source
 
-_SHOWN = 5  # ignored files that are printed
 _PART_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 
@@ -34,7 +33,9 @@ def add_command(commands: Any) -> None:
     folder = kinds.add_parser("folder", parents=[common], help="one folder per class, below train and val or alone")
     folder.add_argument("path")
     folder.add_argument("out", help="folder or s3://bucket/prefix")
-    folder.add_argument("--val-name", help="folder beside train (default: val, valid, validation or test)")
+    folder.add_argument(
+        "--val-name", help="folder beside train (default: one of a usual name, such as val or validation)"
+    )
     help_text = "share of each class held out when there is no train folder (default: %(default)s)"
     folder.add_argument("--val-fraction", type=float, default=0.1, help=help_text)
     folder.set_defaults(run=_run_convert, source=_folder)
@@ -113,9 +114,8 @@ def _run_convert(args: argparse.Namespace) -> int:
         reencode=args.reencode,
     )
     source = args.source(args)
-    if source.ignored:
-        names = ", ".join(source.ignored[:_SHOWN]) + (", ..." if len(source.ignored) > _SHOWN else "")
-        print(f"{len(source.ignored)} files are no images by their names and were left out: {names}")
+    for line in source.warnings:
+        print(line)
     plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
     with _Progress(args.out) as progress:
         how = {"workers": args.workers, "skip_bad": args.skip_bad, "on_progress": progress.update}
@@ -180,7 +180,9 @@ def _run_subset(args: argparse.Namespace) -> int:
 def _folder(args: argparse.Namespace) -> "Source":
     from vitcomposer.data.sources import FolderSource
 
-    return FolderSource(args.path, val_name=args.val_name, val_fraction=args.val_fraction, seed=args.seed)
+    options = {"val_name": args.val_name, "val_fraction": args.val_fraction, "seed": args.seed}
+    # Of many machines the first alone reads files to compare them.
+    return FolderSource(args.path, **options, find_copies=args.part is None or _part(args) == 0)
 
 
 def _list(args: argparse.Namespace) -> "Source":

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,8 @@ def _run(args: argparse.Namespace) -> int:
     real = read_real_labels(args.real, first.class_names) if args.real else None
     options = {"split": args.split, "batch_size": args.batch_size, "workers": args.workers, "cache": args.cache}
     sets = [open_labelled(path, first, **options) for path in args.data]
+    for line in (f"{data.images.name}: {warning}" for data in sets for warning in data.images.warnings):
+        print(for_terminal(line), file=sys.stderr)
     if real is not None:
         sets = [with_real_labels(data, real) for data in sets]
         remedy = "Give the folder of ImageNet's validation images, one folder per class."

@@ -83,8 +83,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _find(inputs: Sequence[str], batch_size: int) -> "Iterator[ImageSet]":
     """The images in their order: files in a row together, and each MDS split."""
-    from vitcomposer.data.files import find_images
-
     paths: list[str] = []
     for given in inputs:
         if os.path.isfile(os.path.join(given, "index.json")):
@@ -95,12 +93,23 @@ def _find(inputs: Sequence[str], batch_size: int) -> "Iterator[ImageSet]":
                 paths = []
             yield open_split(given, batch_size)
             continue
-        found = _listed() if given == "-" else list(find_images(given)) if os.path.isdir(given) else [given]
+        found = _listed() if given == "-" else _below(given) if os.path.isdir(given) else [given]
         if not found or (given != "-" and not os.path.exists(given)):
             raise ValueError(_no_images(given))
         paths += found
     if paths:
         yield _of_files(paths)
+
+
+def _below(folder: str) -> list[str]:
+    """Paths of the images of a folder; what is odd about it goes to stderr."""
+    from vitcomposer.data.folders import Report, find_images
+
+    report = Report()
+    paths = [os.path.join(folder, image.name) for image in find_images(folder, report)]
+    for line in (*report.lines(errors=True), *report.lines(errors=False)):
+        print(for_terminal(f"{folder}: {line}"), file=sys.stderr)
+    return paths
 
 
 def _of_files(paths: list[str]) -> "ImageSet":

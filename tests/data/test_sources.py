@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 
 def test_different_classes_in_val_are_named(folder: Path) -> None:
     (folder / "val/emu").rename(folder / "val/fox")
-    with pytest.raises(ValueError, match=r"only in .*train: emu; only in .*val: fox"):
+    with pytest.raises(ValueError, match=r"fox \(only in .*/val\), emu \(only in .*/train\)"):
         FolderSource(folder)
 
 
@@ -30,7 +30,7 @@ def test_val_folder_is_found_by_its_usual_names_or_by_option(folder: Path) -> No
     assert len(FolderSource(folder).splits["val"]) == 7
     (folder / "validation").rename(folder / "dev")
     assert len(FolderSource(folder, val_name="dev").splits["val"]) == 7
-    with pytest.raises(ValueError, match="folders train and val "):
+    with pytest.raises(ValueError, match="folder for training .* and the folder val "):
         FolderSource(folder, val_name="val")
 
 
@@ -39,7 +39,7 @@ def test_val_folder_is_found_by_its_usual_names_or_by_option(folder: Path) -> No
     [
         (lambda root: None, "There is no such folder"),
         (lambda root: root.mkdir(), "holds no folder"),
-        (lambda root: (root / "a").mkdir(parents=True), "Every class folder must hold an image"),
+        (lambda root: (root / "a").mkdir(parents=True), r"class folders without an image \(1\): a\."),
         (lambda root: write_images(root / "train", {"a": 1}), "got train alone"),
         (lambda root: write_images(root, {"a": 1, "b": 1}), "No class has two images"),
     ],

@@ -1,9 +1,7 @@
-"""Images that nobody has checked: found, read and cropped in loader workers; the broken ones are named and left out."""
+"""Images that nobody has checked: read and cropped in loader workers; the broken ones are named and left out."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,22 +9,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitcomposer.data import jpeg
 from vitcomposer.data.collate import EvalCollate, Sample, batch_head
+from vitcomposer.data.folders import read_file
 from vitcomposer.data.jpeg import Interpolation
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mixing import Batch
-from vitcomposer.data.sources import IMAGE_SUFFIXES
 from vitcomposer.data.start import check_worker_room
 
 _ANY_LABEL = 1 << 62
-
-
-def find_images(folder: str | Path) -> Iterator[str]:
-    """Files of a folder and of those below it that are images by their names, in sorted order; links are followed."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(parent, name)
 
 
 @dataclass(frozen=True)
@@ -38,6 +27,7 @@ class ImageSet:
         samples: ImageFiles or an ImageStream that does not shuffle.
         class_names: In label order, where it has them.
         paths: Of the files by sample_id; None for MDS, which keeps no names.
+        warnings: What was left out of a folder, a line each.
     """
 
     name: str
@@ -45,6 +35,7 @@ class ImageSet:
     num_samples: int
     class_names: Sequence[str] | None = None
     paths: Sequence[str] | None = None
+    warnings: Sequence[str] = ()
 
     def describe(self, sample_id: int) -> str:
         """What a sample is called."""
@@ -52,7 +43,7 @@ class ImageSet:
 
 
 class ImageFiles(Dataset[Sample]):
-    """Files as samples: ``image``, ``label`` and ``sample_id``, the place in the list; ``image`` may be an OSError."""
+    """Files as samples: ``image``, ``label`` and ``sample_id``, the place in the list; ``image`` may be an error."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None) -> None:
         self._paths, self._labels = paths, labels
@@ -62,8 +53,8 @@ class ImageFiles(Dataset[Sample]):
 
     def __getitem__(self, at: int) -> Sample:
         try:
-            image: Any = Path(self._paths[at]).read_bytes()
-        except OSError as error:
+            image: Any = read_file(self._paths[at])
+        except (OSError, ValueError) as error:
             image = error
         return {"image": image, "label": IGNORE_LABEL if self._labels is None else self._labels[at], "sample_id": at}
 
@@ -88,8 +79,8 @@ class TolerantCollate(EvalCollate):
                 broken.append((row, _reason(error)))
         return {**batch, "broken": broken}
 
-    def _check(self, encoded: bytes | memoryview | OSError) -> None:
-        if isinstance(encoded, OSError):
+    def _check(self, encoded: bytes | memoryview | OSError | ValueError) -> None:
+        if isinstance(encoded, OSError | ValueError):
             raise encoded
         if not len(encoded):
             raise ValueError("the file is empty")

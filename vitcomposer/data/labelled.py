@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitcomposer.data.files import ImageFiles, ImageSet, find_images
+from vitcomposer.data.files import ImageFiles, ImageSet
+from vitcomposer.data.folder_splits import Labelled, class_folder, find_copies, find_layout
+from vitcomposer.data.folders import NOTES, Report, scan_classes, subfolders
 from vitcomposer.data.loader import open_dataset
 from vitcomposer.data.shards import CLASS_NAMES, INDEX, ShardError, read_class_names
 from vitcomposer.data.stream import ImageStream
@@ -45,7 +47,7 @@ def open_labelled_images(path: str, *, split: str, batch_size: int, cache: str |
     splits = sorted(index.parent.name for index in root.glob(f"*/{INDEX}"))
     if splits:
         raise ValueError(f"{path} must hold the split {split!r}, it holds {', '.join(splits)}. Choose one by --split.")
-    return _open_folder(path, root / split if (root / split).is_dir() else root)
+    return _open_folder(path, root, split)
 
 
 def open_split(folder: str, batch_size: int) -> ImageSet:
@@ -65,19 +67,30 @@ def _open_mds(name: str, data: Data, batch_size: int) -> ImageSet:
     return ImageSet(name, images, images.num_samples, names)
 
 
-def _open_folder(name: str, folder: Path) -> ImageSet:
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        paths += find_images(folder / class_name)
-        labels += [label] * (len(paths) - len(labels))
-    if not paths:
+def _open_folder(name: str, root: Path, split: str) -> ImageSet:
+    report = Report()
+    folder = root / split
+    if not folder.is_dir() and not subfolders(root, report, root):
+        folder = root
+    elif not folder.is_dir():
+        layout = find_layout(root, report)
+        if layout.splits and split not in layout.splits:
+            found = ", ".join(str(folder.name) for folder in layout.splits.values())
+            raise ValueError(f"{name} must hold the split {split!r}, it holds {found}. Choose one by --split.")
+        folder = layout.splits.get(split, layout.classes)
+    classes = scan_classes(root, class_folder(folder, report, root), report)
+    report.check(folder)
+    report.add(NOTES, *(f"The class {name} has no image." for name, files in classes.items() if not files))
+    files = [(file, label) for label, found in enumerate(classes.values()) for file in found]
+    if not files:
         raise ValueError(
             f"{folder} must be an MDS data set ({INDEX}) or hold one folder of images per class; it holds neither. "
             "For images without labels use `vitcomposer predict`."
         )
-    return ImageSet(name, ImageFiles(paths, labels), len(paths), classes, paths)
+    find_copies(root, [Labelled(split, label, file.name, file.size) for file, label in files], report)
+    paths = [os.path.join(root, file.name) for file, _ in files]
+    samples = ImageFiles(paths, [label for _, label in files])
+    return ImageSet(name, samples, len(paths), list(classes), paths, report.lines(errors=False))
 
 
 def model_classes(

@@ -29,7 +29,7 @@ from typing import Any
 from vitcomposer.data.mds_plan import SHOWN, Part, check_room, plan_split, read_json, to_json
 from vitcomposer.data.mds_shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.sources import Source, check_same_classes
-from vitcomposer.data.storage import Store, open_store
+from vitcomposer.data.storage import LocalStore, Store, open_store
 from vitcomposer.data.stored import StoreOptions, store_image
 
 Progress = Callable[[int, int], None]
@@ -90,6 +90,7 @@ def begin(
     """
     store = open_store(out)
     limit = parse_bytes(shard_size)
+    _check_apart(source, store)
     store.check()
     options = dataclasses.replace(stored or StoreOptions(), seed=seed)
     parts: list[Part] = []
@@ -135,6 +136,18 @@ def finish(
     _write_summary(store, summary)
     store.clean()
     return summary
+
+
+def _check_apart(source: Source, store: Store) -> None:
+    """Refuse to write into the folder that is read, or into one that holds it."""
+    if source.folder is None or not isinstance(store, LocalStore):
+        return
+    read, written = source.folder.resolve(), store.root.resolve()
+    if written.is_relative_to(read) or read.is_relative_to(written):
+        raise ValueError(
+            f"OUT must be a folder outside of the one that is converted, {source.folder}, and not hold it, got "
+            f"{store.url}. Choose another, such as {read.parent / (read.name + '-mds')}."
+        )
 
 
 def _check_split(store: Store, source: Source, split: str) -> None:
@@ -213,6 +226,9 @@ def _make_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
             data = source.read(item)
         except OSError as error:  # a disk or network that fails is no bad image: nothing may be left out for it
             raise ValueError(f"{item.name} cannot be read: {error}. Mend it and call again.") from error
+        except ValueError as error:  # no file, as the walk has told
+            bad.append({"file": item.name, "reason": str(error)})
+            continue
         try:
             image = store_image(data, part.options, item.name)
         except ValueError as error:

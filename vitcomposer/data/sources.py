@@ -10,17 +10,28 @@ import importlib
 import json
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vitcomposer.data.folder_splits import Labelled, Layout, class_folder, find_layout
+from vitcomposer.data.folder_splits import find_copies as report_copies
+from vitcomposer.data.folders import (
+    EMPTY,
+    IMAGE_SUFFIXES,
+    NO_VAL,
+    NOTES,
+    UNKNOWN,
+    ImageFile,
+    Report,
+    read_file,
+    scan_classes,
+)
 from vitcomposer.schema import did_you_mean
 
-_SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm avif jp2 tga"
-IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
-VAL_NAMES = ("val", "valid", "validation", "test")
 PNG_OVERHEAD = 128  # header and checksums: keeps the size of an image that is yet to be encoded an upper bound
 
 
@@ -33,11 +44,17 @@ class Item(NamedTuple):
 
 
 class Source(ABC):
-    """The images of one or several splits. ``ignored`` names files that were left out as they are no images."""
+    """The images of one or several splits.
+
+    Attributes:
+        folder: All of which is read; a conversion must not write into it.
+        warnings: What was found in it and is no error, a line each.
+    """
 
     class_names: list[str]
     splits: dict[str, list[Item]]
-    ignored: Sequence[str] = ()
+    folder: Path | None = None
+    warnings: Sequence[str] = ()
 
     @abstractmethod
     def read(self, item: Item) -> bytes:
@@ -55,78 +72,78 @@ def hash_order(seed: int, name: str) -> bytes:
 class FolderSource(Source):
     """One folder per class, as torchvision's ImageFolder has it; files may lie deeper.
 
-    ``root/train`` beside ``root/val`` are the splits. Otherwise the class folders are in ``root`` and each class gives
-    the same share of its images to ``val``.
+    A folder for training beside one for validation are the splits, and a third for test where it has the classes of
+    training. Otherwise the class folders are in ``root`` and each class gives the same share of its images to ``val``.
 
     Args:
         root: Folder of the data set.
-        val_name: Name of the folder beside ``train``; None takes the first of val, valid, validation, test.
+        val_name: Name of the folder beside the one for training; None takes one of the usual name.
         val_fraction: Share of each class for ``val`` when ``root`` holds class folders, in [0, 1); 0 gives no ``val``.
         seed: Of that draw.
+        find_copies: Whether to look for files that are in two classes or splits; they are ``warnings``.
 
     Raises:
-        ValueError: No images, a class without images, or different classes in the two splits.
+        ValueError: All that makes the labels of the folder doubtful, at once; ``warnings`` has what does not.
     """
 
     def __init__(
-        self, root: str | Path, *, val_name: str | None = None, val_fraction: float = 0.1, seed: int = 0
+        self,
+        root: str | Path,
+        *,
+        val_name: str | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        find_copies: bool = True,
     ) -> None:
-        self.root = Path(root)
+        self.root = self.folder = Path(root)
+        self.report = Report()
         if not self.root.is_dir():
             raise ValueError(f"{root} must be a folder with one folder per class. There is no such folder.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"--val-fraction must be in [0, 1), got {val_fraction}. 0.1 keeps a tenth for validation.")
-        self.ignored: list[str] = []
-        val_name = self._find_val(val_name)
-        if val_name is None:
-            self.class_names, items = self._scan(self.root)
-            self.splits = hold_out(items, val_fraction, seed) if val_fraction else {"train": items}
-            return
-        self.class_names, train = self._scan(self.root / "train")
-        val_names, val = self._scan(self.root / val_name)
-        check_same_classes(self.class_names, val_names, str(self.root / "train"), str(self.root / val_name))
-        self.splits = {"train": train, "val": val}
+        layout = find_layout(self.root, self.report, val_name)
+        scanned = {split: self._scan(folder) for split, folder in (layout.splits or {"train": layout.classes}).items()}
+        self.class_names = list(scanned["train"])
+        self.report.add(EMPTY, *(name for name, files in scanned["train"].items() if not files))
+        if len(self.class_names) == 1:
+            self.report.add(NOTES, f"There is one class, {self.class_names[0]}: labels tell nothing.")
+        self._compare_classes(scanned, layout)
+        self.splits = {split: self._items(classes) for split, classes in scanned.items()}
+        self.report.check(self.root)
+        if not layout.splits and val_fraction:
+            self.splits = hold_out(self.splits["train"], val_fraction, seed)
+        if "val" in self.splits:
+            measured = {item.label for item in self.splits["val"]}
+            self.report.add(NO_VAL, *(name for at, name in enumerate(self.class_names) if at not in measured))
+        if find_copies:
+            files = [Labelled(split, i.label, i.name, i.size) for split, items in self.splits.items() for i in items]
+            report_copies(self.root, files, self.report)
+        self.warnings = self.report.lines(errors=False)
 
     def read(self, item: Item) -> bytes:
         """The file as it is."""
-        return (self.root / item.name).read_bytes()
+        return read_file(self.root / item.name)
 
-    def _find_val(self, val_name: str | None) -> str | None:
-        names = [val_name] if val_name else VAL_NAMES
-        found = [name for name in names if (self.root / name).is_dir()]
-        if (self.root / "train").is_dir() and found:
-            return found[0]
-        if val_name:
-            raise ValueError(
-                f"{self.root} must hold the folders train and {val_name} (--val-name). At least one is missing."
-            )
-        if _subfolders(self.root) == ["train"]:
-            raise ValueError(
-                f"{self.root} must hold train and one of {', '.join(VAL_NAMES)}, got train alone. Name the other with "
-                f"--val-name, or convert {self.root / 'train'} to hold out a part of it (--val-fraction)."
-            )
-        return None
+    def _scan(self, folder: Path) -> dict[str, list[ImageFile]]:
+        return scan_classes(self.root, class_folder(folder, self.report, self.root), self.report)
 
-    def _scan(self, folder: Path) -> tuple[list[str], list[Item]]:
-        names = _subfolders(folder)
-        if not names:
-            raise ValueError(f"{folder} must hold one folder per class. It holds no folder.")
-        self.ignored += [_relative(p, self.root) for p in sorted(folder.iterdir()) if p.is_file()]
-        items: list[Item] = []
-        for label, name in enumerate(names):
-            before = len(items)
-            for path in _files_below(folder / name):
-                relative = _relative(path, self.root)
-                if path.suffix.lower() in IMAGE_SUFFIXES:
-                    items.append(Item(relative, path.stat().st_size, label))
-                else:
-                    self.ignored.append(relative)
-            if len(items) == before:
-                raise ValueError(
-                    f"Every class folder must hold an image, got {folder / name} without a file that ends in one of "
-                    f"{', '.join(sorted(IMAGE_SUFFIXES))}. Fill or remove it."
-                )
-        return names, items
+    def _compare_classes(self, scanned: dict[str, dict[str, list[ImageFile]]], layout: Layout) -> None:
+        """Leave out a split test whose classes are others; of val they are errors, for they have no label."""
+        for split, classes in list(scanned.items()):
+            unknown = [name for name in classes if name not in scanned["train"]]
+            if split == "test" and (unknown or not any(classes.values())):
+                where = layout.splits[split]
+                self.report.add(NOTES, f"{where} is left out: its folders are not the classes of the split train.")
+                del scanned[split]
+            elif unknown:
+                missing = [name for name in scanned["train"] if name not in classes]
+                for names, alone in ((unknown, split), (missing, "train")):
+                    self.report.add(UNKNOWN, *(f"{name} (only in {layout.splits[alone]})" for name in names))
+
+    def _items(self, classes: dict[str, list[ImageFile]]) -> list[Item]:
+        label = {name: at for at, name in enumerate(self.class_names)}
+        known = ((label[name], files) for name, files in classes.items() if name in label)
+        return [Item(file.name, file.size, at) for at, files in known for file in files]
 
 
 class ListSource(Source):
@@ -161,6 +178,7 @@ class ListSource(Source):
         self.class_names = class_names
         index = {name: label for label, name in enumerate(class_names)}
         items: list[Item] = []
+        seen: dict[str, tuple[int, int]] = {}
         for (line, path, label), is_number in zip(rows, numbers, strict=True):
             where = f"{file}:{line}"
             value = index.get(label, int(label) if is_number else None)
@@ -168,21 +186,29 @@ class ListSource(Source):
                 raise ValueError(
                     f"{where}: the label must be one of the {len(class_names)} classes{_near(label, index)}"
                 )
+            line_before, value_before = seen.setdefault(path, (line, value))
+            if value_before != value:
+                raise ValueError(
+                    f"{where}: {path} must have one label, it has another in line {line_before}. Mend one."
+                )
             items.append(Item(path, self._size(path, where), value))
         self.splits = {split: items}
 
     def read(self, item: Item) -> bytes:
         """The file as it is."""
-        return (self.root / item.name).read_bytes()
+        return read_file(self.root / item.name)
 
     def _size(self, path: str, where: str) -> int:
         try:
-            return (self.root / path).stat().st_size
+            status = (self.root / path).stat()
         except OSError as error:
             raise ValueError(
                 f"{where}: {self.root / path} cannot be read: {error.strerror}. Set --root to the folder that the "
                 "paths start from."
             ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{where}: {self.root / path} must be a file. It is a folder, pipe, socket or device.")
+        return status.st_size
 
 
 class DigitsSource(Source):
@@ -252,24 +278,6 @@ def encode_png(image: Any) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _files_below(folder: Path) -> list[Path]:
-    # Class folders that are links to one big archive of images are common, so links are followed.
-    return sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if not name.startswith(".")
-    )
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
 
 
 def _near(label: str, index: dict[str, int]) -> str:
