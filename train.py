@@ -33,26 +33,26 @@ def main(argv: list[str], *, told: bool = False) -> int:
     from recipes import RECIPES
     from vitcomposer.callbacks import finish_mirror
     from vitcomposer.failures import end_together
-    from vitcomposer.report import write_report
-    from vitcomposer.run_folder import already_finished, run_folder
+    from vitcomposer.report import has_report, write_report
+    from vitcomposer.run_folder import already_finished, run_folder, unlock_run_folder
     from vitcomposer.trainer import fit
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
     try:
-        if already_finished(cfg):
+        if finished := already_finished(cfg):
             print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")
-            return finish_mirror(cfg, 0)
-        trainer = RECIPES[cfg.recipe].build(cfg)
-        status = fit(trainer, cfg)
-        if os.environ.get("RANK", "0") == "0":
+        status = 0 if finished else fit(RECIPES[cfg.recipe].build(cfg), cfg)
+        if os.environ.get("RANK", "0") == "0" and not (finished and has_report(run_folder(cfg))):
             write_report(run_folder(cfg))
         return finish_mirror(cfg, status)
     except (Exception, KeyboardInterrupt) as error:
         if not (told or isinstance(error, ConfigError)):
             raise
         return end_together(error, cfg)
+    finally:
+        unlock_run_folder(cfg)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from streaming import MDSWriter, StreamingDataset
 
 from recipes.distill import check
 from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, run_train, tiny_photo_overrides
+from tests.test_folder_lock import hold_by_parent
 from tests.test_train import losses
 from vitcomposer import config
 from vitcomposer.data.loader import build_dataspec
@@ -220,6 +221,13 @@ def test_two_ranks_write_the_cache_of_one(
     assert done.returncode == 0, done.stderr[-4000:]
     for path in [*whole.glob("set.*/shard.*.mds"), whole / MANIFEST]:
         assert (tmp_path / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+def test_cache_has_one_writer(overrides: list[str], cache: Path) -> None:
+    hold_by_parent(cache / ".lock")
+    with pytest.raises(ConfigError, match=r"is being written by pid \d+ on .* Wait, stop it, or choose another folder"):
+        write_cache(load(overrides), cache, crop_sets=4, top_k=None)
+    (cache / ".lock").unlink()
 
 
 def test_more_sets_are_added_to_those_that_are_there(overrides: list[str], cache: Path) -> None:

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 
 from tests.conftest import PHOTOS, ROOT, run_train, tiny_photo_overrides
+from tests.test_folder_lock import hold_by_parent
+from vitcomposer import folder_lock
 from vitcomposer.cli import main
 from vitcomposer.export import write_folder
 from vitcomposer.export_graph import build_network_of, check_onnx
@@ -199,3 +203,48 @@ def test_onnx_larger_than_a_message_is_refused() -> None:
         network = build_model("vit_huge_patch14", num_classes=10, image_size=224)
     with pytest.raises(ValueError, match=r"holds 2 GB of weights, these are 2.5 GB"):
         check_onnx(network)
+
+
+def test_target_has_one_writer_and_what_killed_ones_left_goes(tmp_path: Path) -> None:
+    out, left, other = tmp_path / "out", tmp_path / ".out.4711.partial", tmp_path / ".out2.4711.partial"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half of it")
+    lock = folder_lock.beside(out)
+    hold_by_parent(lock)
+    with pytest.raises(ValueError, match=r"out is being written by pid \d+ on .* Wait, stop it, or name another --out"):
+        write_folder(tiny("deit_tiny_patch16"), out)
+    assert left.exists() and not out.exists()
+    lock.unlink()
+    write_folder(tiny("deit_tiny_patch16"), out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+
+
+def test_kill_while_an_export_is_replaced_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KillError(BaseException):
+        pass
+
+    out, old, new = tmp_path / "out", tiny("deit_tiny_patch16"), tiny("deit_tiny_patch16", embed_dim=64)
+    moves = len(["README.md", "config.json", "model.safetensors"])
+    for survived in range(moves + 1):
+        write_folder(old, out, force=True)
+        left, replace = [survived], os.replace
+
+        def move(source: Path, target: Path, left: list[int] = left, replace: Any = replace) -> None:
+            if source.parent.name.endswith(".partial"):
+                if not left[0]:
+                    raise KillError
+                left[0] -= 1
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", move)
+            try:
+                write_folder(new, out, force=True)
+            except KillError:
+                assert survived < moves
+        if survived < moves:
+            with pytest.raises(ValueError, match="it is neither"):
+                load_trained(out)
+        else:
+            assert load_trained(out).model.embed_dim == 64

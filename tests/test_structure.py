@@ -16,6 +16,8 @@ LAYERS = {
     "vitcomposer": 0,
     "vitcomposer.schema": 0,
     "vitcomposer.config": 0,
+    "vitcomposer.folder_lock": 0,
+    "vitcomposer.whole_files": 0,
     "vitcomposer.ranks": 0,
     "vitcomposer.escape": 0,
     "vitcomposer.averages": 0,

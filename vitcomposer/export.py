@@ -4,17 +4,21 @@ Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import glob
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer import __version__
 from vitcomposer.escape import for_terminal
+from vitcomposer.folder_lock import beside, only_writer
 from vitcomposer.schema import require
+from vitcomposer.whole_files import PARTIAL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,16 +111,12 @@ def write_folder(
     form = timm_form(network, model) if "safetensors" in formats else None
     page = _page(trained, form)
     notes = [*notes, *_notes(trained, form)]
-    staged = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    staged.mkdir(parents=True)
-    try:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    with _staged(out, force=force) as staged:
         differences = _write_files(trained, formats, staged, page)
-        parameters = sum(parameter.numel() for parameter in network.parameters())
         card = write_card(page, parameters=parameters, files=differences, metrics=metrics or {}, notes=notes)
         (staged / CARD).write_text(card, encoding="utf-8")
         _move(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     print(
         f"{out}: {model.name}, {model.num_classes:,} classes, {trained.image_size} px, "
         f"from {for_terminal(trained.source)}"
@@ -127,6 +127,22 @@ def write_folder(
     for note in notes:
         print(f"  note: {for_terminal(note)}")
     return differences
+
+
+@contextlib.contextmanager
+def _staged(out: Path, *, force: bool) -> Iterator[Path]:
+    """An empty folder beside ``out``, which no other export writes meanwhile; those that killed ones left go."""
+    with only_writer(beside(out), str(out), "name another --out"):
+        check_target(out, force=force)  # again, now that nobody else may change it
+        whole = out.resolve()
+        for left in whole.parent.glob(f".{glob.escape(whole.name)}.*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        staged = whole.with_name(f".{whole.name}.{os.getpid()}{PARTIAL}")
+        staged.mkdir(parents=True)
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def _page(trained: "Trained", form: "TimmForm | None") -> dict[str, Any]:
@@ -234,10 +250,16 @@ def _compare(answer: "Callable[[Tensor], Tensor]", network: "nn.Module", image_s
 
 
 def _move(staged: Path, out: Path) -> None:
-    """The files in place of those of an earlier export; what else is in the folder stays."""
-    out.mkdir(exist_ok=True)
-    for name in (*FILES.values(), CONFIG, CARD):
+    """The files in place of those of an earlier export; what else is in the folder stays.
+
+    Its config.json goes first and the new one comes last: a kill in between leaves no folder that mixes the two.
+    """
+    if not out.exists():
+        staged.rename(out)
+        return
+    (out / CONFIG).unlink(missing_ok=True)
+    for name in (*FILES.values(), CARD):
         if not (staged / name).exists():
             (out / name).unlink(missing_ok=True)
-    for path in sorted(staged.iterdir()):
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG):
         os.replace(path, out / path.name)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from vitcomposer.run_metrics import read_metrics
+from vitcomposer.whole_files import whole_file, write_whole
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1600a", "#2c7d3f", "#6e6e6e"
 KNN_COLORS = (ORANGE, BLUE, GREEN, "#8a4fa3", "#b3913a", GREY)
@@ -103,12 +104,24 @@ def write_report(run_folder: str | Path) -> Path:
     x = "epoch" if lines and lines[-1]["epoch"] >= 1 else "step"
     pictures = {"curves": _draw(lines, x), "attention": _draw_attention(lines, x), "more": _draw_more(lines, x)}
     for name, figure in pictures.items():
-        (folder / f"{name}.png").unlink(missing_ok=True)  # of an older report
-        if figure is not None:
-            figure.savefig(folder / f"{name}.png")
+        if figure is None:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # of an older report
+        else:
+            with whole_file(folder / f"{name}.png") as partial:
+                figure.savefig(partial)
     report = folder / "report.html"
-    report.write_text(_page(folder), encoding="utf-8")
+    write_whole(report, _page(folder))
     return report
+
+
+def has_report(run_folder: str | Path) -> bool:
+    """Whether the report of a finished run is there, later than its last number, or cannot be made."""
+    folder = Path(run_folder)
+    metrics, report = folder / "metrics.jsonl", folder / "report.html"
+    if not metrics.is_file():
+        return True
+    is_whole = report.is_file() and (folder / "curves.png").is_file()
+    return is_whole and report.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
 
 
 def _draw(lines: list[dict[str, Any]], x: str) -> Figure:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer.utils import dist
 
-from vitcomposer import config
+from vitcomposer import config, folder_lock
 from vitcomposer.checkpoint_folder import has_checkpoints, newest_whole, ranks_and_step
 from vitcomposer.data.run_store import bring_back
 from vitcomposer.schema import ConfigError
@@ -35,17 +37,76 @@ def run_folder(cfg: Any) -> Path:
     return Path(cfg.run.folder) / cfg.run.name
 
 
-def already_finished(cfg: Any) -> bool:
-    """Whether the run folder holds this run, complete.
+_new: set[Path] = set()  # folders that were not there when this process took their lock
+
+
+def lock_run_folder(cfg: Any) -> bool:
+    """Make this process the only one that writes the run folder; returns whether it was not before. For rank 0.
 
     Raises:
-        ConfigError: The folder holds another run, which this one would overwrite.
+        ConfigError: Another process writes there.
+    """
+    folder = run_folder(cfg)
+    numbered = (f"{cfg.run.name}_{number}" for number in range(2, 1 << 20))
+    free = next(name for name in numbered if not folder.with_name(name).exists())
+    is_new = not folder.exists()
+    try:
+        taken = folder_lock.acquire(folder_lock.beside(folder), str(folder), f"set run.name={free}")
+    except OSError:  # whether the folder itself can be written is looked at later
+        return False
+    if taken and is_new:
+        _new.add(folder)
+    return taken
+
+
+def unlock_run_folder(cfg: Any) -> None:
+    """Give back what :func:`lock_run_folder` took; a start that was refused before its first step leaves nothing."""
+    folder = run_folder(cfg)
+    if folder in _new:
+        _new.remove(folder)
+        metrics = folder / "metrics.jsonl"
+        has_lines = metrics.is_file() and metrics.stat().st_size > 0
+        if not has_lines and not has_checkpoints(folder / "checkpoints") and not (folder / "summary.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    folder_lock.release(folder_lock.beside(folder))
+
+
+@contextmanager
+def only_writer_of_run(cfg: Any) -> Iterator[None]:
+    """Hold the lock of the run folder, on all ranks or on none.
+
+    Raises:
+        ConfigError: On all ranks, where another process writes there.
+    """
+    taken = False
+    problem: list[str | None] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            taken = lock_run_folder(cfg)
+        except ConfigError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ConfigError(problem[0])
+    try:
+        yield
+    finally:
+        if taken:
+            unlock_run_folder(cfg)
+
+
+def already_finished(cfg: Any) -> bool:
+    """Whether the run folder holds this run, complete; its lock is held from here on, see :func:`unlock_run_folder`.
+
+    Raises:
+        ConfigError: The folder holds another run, which this one would overwrite, or another process writes there.
     """
     initialize_dist(cfg.run.dist_timeout)
     # Rank 0 looks and tells: other nodes need not see its disk, and all ranks must take the same way.
     answer: list[Any] = [None]
     if dist.get_global_rank() == 0:
         try:
+            lock_run_folder(cfg)
             if cfg.run.remote is not None:
                 bring_back(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints)
             answer[0] = _look_at_run_folder(cfg)
@@ -59,7 +120,7 @@ def already_finished(cfg: Any) -> bool:
 
 def _look_at_run_folder(cfg: Any) -> bool:
     folder = run_folder(cfg)
-    if not (folder / "config.yaml").is_file() or not has_checkpoints(folder / "checkpoints"):
+    if not (folder / "config.yaml").is_file():
         return False
     old = config.load(folder / "config.yaml")
     changed = _changed_keys(dataclasses.asdict(old), dataclasses.asdict(cfg))

@@ -5,6 +5,7 @@ down beside its hash, so what is noted down survives any end of the process. Sev
 turn, since their views come from one decode. The layout is that of :mod:`vitcomposer.data.teacher_cache`.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -97,7 +98,7 @@ def write_cache(
         shard_images: Images of a shard; None is as many as make 64 MB, at most 16,384.
 
     Raises:
-        ConfigError: A choice that cannot be cached, or ``out`` holds another cache.
+        ConfigError: A choice that cannot be cached, or ``out`` holds another cache or is being written.
         ShardError: Images that cannot be read.
     """
     dist.initialize_dist("cpu", timeout=_TIMEOUT)  # nothing is exchanged but the plan
@@ -124,14 +125,15 @@ def write_cache(
         "images": stream.num_samples,
         "shard_images": shard_images or min(_SHARD_IMAGES, max(1, _SHARD_BYTES // bytes_per_row(stored))),
     }
-    tasks = _begin(store, cfg, plan, crop_sets, stream)
-    own = tasks[dist.get_global_rank() :: dist.get_world_size()]
     transform = TrainTransform(cfg.augment, _unmixed(cfg).mixing, num_classes=cfg.model.num_classes)
-    batches = _ask(teacher, transform, plan["top_k"], device, _loader(cfg, plan["seed"], own, stream, batch_size))
-    _work(store, plan, own, batches)
-    dist.barrier()
-    if dist.get_global_rank() == 0:
-        _finish(store, plan, crop_sets)
+    with contextlib.ExitStack() as lock:
+        tasks = _begin(store, cfg, plan, crop_sets, stream, lock)
+        own = tasks[dist.get_global_rank() :: dist.get_world_size()]
+        batches = _ask(teacher, transform, plan["top_k"], device, _loader(cfg, plan["seed"], own, stream, batch_size))
+        _work(store, plan, own, batches)
+        dist.barrier()
+        if dist.get_global_rank() == 0:
+            _finish(store, plan, crop_sets)
 
 
 def _check_sizes(cfg: Distill, crop_sets: int, top_k: int | None, batch_size: int, shard_images: int | None) -> int:
@@ -148,12 +150,21 @@ def _check_sizes(cfg: Distill, crop_sets: int, top_k: int | None, batch_size: in
     return classes if top_k is None else top_k
 
 
-def _begin(store: Store, cfg: Distill, plan: dict[str, Any], crop_sets: int, stream: ImageStream) -> list[_Task]:
-    """What is to be made. Rank 0 looks and tells, so that all ranks share the same list."""
+def _begin(  # noqa: PLR0913, PLR0917 (a step of write_cache)
+    store: Store,
+    cfg: Distill,
+    plan: dict[str, Any],
+    crop_sets: int,
+    stream: ImageStream,
+    lock: contextlib.ExitStack,
+) -> list[_Task]:
+    """What is to be made. Rank 0 locks the place, looks and tells, so that all ranks share the same list."""
     answer: list[Any] = [None]
     if dist.get_global_rank() == 0:
         try:
+            lock.enter_context(store.one_writer())
             store.check()
+            store.clean()
             plan["made_from"] = _check_plan(store, cfg, plan, crop_sets, stream)
             tasks = _tasks(plan, _missing(store, plan, crop_sets), exact=cfg.augment.decode_scale == "exact")
             views = sum(task.num_views for task in tasks)

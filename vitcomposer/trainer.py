@@ -51,6 +51,7 @@ from vitcomposer.run_folder import (
     current_device,
     goes_on,
     initialize_dist,
+    only_writer_of_run,
     run_folder,
 )
 from vitcomposer.schema import ConfigError, Init, Model, require
@@ -309,7 +310,7 @@ def fit(trainer: Trainer, cfg: Any) -> int:
     """
     stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
     try:
-        with attention_order(cfg.run.attention_backends):
+        with only_writer_of_run(cfg), attention_order(cfg.run.attention_backends):
             if cfg.max_duration == NO_STEP or _has_all_steps(trainer):
                 _end_without_a_step(trainer)
             else:

@@ -28,7 +28,7 @@ class Checkpoints(CheckpointSaver):
     the rest.
 
     Args:
-        folder: Created where missing.
+        folder: Created with the first checkpoint.
         interval: Composer time string; the end of training is always saved.
         keep: The number of whole checkpoints that stay, those of earlier starts among them.
     """
@@ -44,6 +44,9 @@ class Checkpoints(CheckpointSaver):
             num_checkpoints_to_keep=keep,
         )
         self.tmp_dir_for_symlink.cleanup()  # of uploads; a killed run would leave it behind
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Nothing: the folder comes with the first checkpoint, so that a start which is refused leaves none."""
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         self.last_checkpoint_batch = state.timestamp.batch

@@ -26,6 +26,7 @@ from vitcomposer.callbacks.throughput import Throughput
 from vitcomposer.data.shards import CLASS_NAMES
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.run_metrics import read_metrics
+from vitcomposer.whole_files import write_whole
 
 FACTS = ("recipe", "model", "seed", "lr_peak")
 PACKAGES = (
@@ -115,8 +116,8 @@ class RunRecord(LoggerDestination):
         self.run_folder.mkdir(parents=True, exist_ok=True)
         # First: beside a new config.yaml, the summary of a shorter run would say that this one is finished.
         (self.run_folder / "summary.json").unlink(missing_ok=True)
-        _write(self.run_folder / "config.yaml", self.config_yaml)
-        _write(self.run_folder / "environment.json", _to_json(self._environment))
+        write_whole(self.run_folder / "config.yaml", self.config_yaml)
+        write_whole(self.run_folder / "environment.json", _to_json(self._environment))
         self._write_class_names(state)
         self._open_metrics(state.timestamp.batch.value)
         if self._measured:  # before the first step
@@ -126,12 +127,14 @@ class RunRecord(LoggerDestination):
         """A model outlives its data set: what its outputs stand for must be beside it."""
         dataset = getattr(state.dataloader, "dataset", None)
         if isinstance(dataset, ImageStream) and (dataset.stream.folder / CLASS_NAMES).is_file():
-            _write(self.run_folder / CLASS_NAMES, (dataset.stream.folder / CLASS_NAMES).read_text(encoding="utf-8"))
+            write_whole(
+                self.run_folder / CLASS_NAMES, (dataset.stream.folder / CLASS_NAMES).read_text(encoding="utf-8")
+            )
 
     def _open_metrics(self, step: int) -> None:
         path = self.run_folder / "metrics.jsonl"
         lines = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-        _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._last_line = lines[-1] if lines else {}
         self._last_offset = self._file.seek(0, os.SEEK_END)
@@ -242,7 +245,7 @@ class RunRecord(LoggerDestination):
             "git_commit": self._environment["git_commit"],
             "finished": self._is_finished(state),
         }
-        _write(self.run_folder / "summary.json", _to_json(summary))
+        write_whole(self.run_folder / "summary.json", _to_json(summary))
 
     def _is_finished(self, state: State) -> bool:
         evaluated = not state.evaluators or self._evaluated_step == state.timestamp.batch.value
@@ -328,10 +331,3 @@ def _number(value: Any) -> int | float | None:
 
 def _to_json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that no reader and no kill ever finds half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -67,12 +67,14 @@ def convert(
 
     Raises:
         ValueError: Anything the user can mend: a bad image without ``skip_bad``, another source or other options than
-            the ones ``out`` was begun with, a place that cannot be written.
+            the ones ``out`` was begun with, a place that cannot be written, or that another process writes.
     """
-    store, parts = begin(source, out, shard_size=shard_size, seed=seed, stored=stored)
-    done = make(source, store, parts, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
-    markers = {split: [done[part.marker] for part in parts if part.split == split] for split in source.splits}
-    return finish(store, dict.fromkeys(source.splits, source.class_names), markers)
+    with open_store(out).one_writer():
+        store, parts = begin(source, out, shard_size=shard_size, seed=seed, stored=stored)
+        store.clean()
+        done = make(source, store, parts, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
+        markers = {split: [done[part.marker] for part in parts if part.split == split] for split in source.splits}
+        return finish(store, dict.fromkeys(source.splits, source.class_names), markers)
 
 
 def begin(

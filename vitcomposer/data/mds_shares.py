@@ -37,9 +37,14 @@ def convert_share(
         ValueError: As ``convert`` does; a bad image is an error of its share.
     """
     check_share(index, count)
+    with open_store(out).one_writer(f".{index:05}.{count:05}"):
+        _make_share(source, out, index, count, plan, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
+
+
+def _make_share(source: Source, out: str | Path, index: int, count: int, plan: dict[str, Any], **how: Any) -> None:
     store, parts = begin(source, out, **plan)
     mine = parts[index::count]
-    make(source, store, mine, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
+    make(source, store, mine, **how)
     for split in source.splits:
         recorded = read_plan(store, split)
         if plan_hash(recorded or {}) != next(part.plan for part in parts if part.split == split):
@@ -70,6 +75,11 @@ def merge(out: str | Path) -> dict[str, Any]:
         ValueError: Shares that are missing or do not belong together; the message names them.
     """
     store = open_store(out)
+    with store.one_writer():
+        return _merge(store)
+
+
+def _merge(store: Store) -> dict[str, Any]:
     counts = {split: _complete(split, found) for split, found in _find_shares(store).items()}
     if not counts:
         raise ValueError(

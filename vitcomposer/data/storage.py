@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from vitcomposer.folder_lock import only_writer
 from vitcomposer.schema import require_plain_address
 
 _PARTIAL = ".partial"
@@ -43,6 +44,18 @@ class LocalStore:
         """Raise ValueError unless the folder exists or can be made."""
         with self._explained():
             self.root.mkdir(parents=True, exist_ok=True)
+
+    def one_writer(self, share: str = "") -> contextlib.AbstractContextManager[Any]:
+        """Keep other processes from writing here, or from making the same ``share`` of what is written here.
+
+        Raises:
+            ConfigError: One does.
+            ValueError: The folder cannot be written.
+        """
+        stack = contextlib.ExitStack()
+        with self._explained():
+            stack.enter_context(only_writer(self.root / f".lock{share}", self.url, "choose another folder"))
+        return stack
 
     def free_bytes(self) -> int | None:
         """Room left on the disk."""
@@ -80,8 +93,10 @@ class LocalStore:
         return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()) if self.root.is_dir() else []
 
     def clean(self) -> None:
-        """Remove what a killed conversion left half written."""
+        """Remove what a killed conversion left half written, and the locks of killed shares."""
         shutil.rmtree(self.root / _PARTIAL, ignore_errors=True)
+        for left in self.root.glob(".lock.*"):
+            left.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -125,6 +140,10 @@ class S3Store:
         """Raise ValueError unless the bucket answers."""
         with self._explained("reached"):
             self._client.head_bucket(Bucket=self.bucket)
+
+    def one_writer(self, share: str = "") -> contextlib.AbstractContextManager[Any]:
+        """Nothing: a bucket has no lock. Objects are whole, and a plan on record refuses another one."""
+        return contextlib.nullcontext()
 
     def free_bytes(self) -> int | None:
         """None: a bucket has no limit that could be asked for."""

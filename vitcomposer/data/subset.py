@@ -45,6 +45,11 @@ def write_subset(
     """
     _check_arguments(name, split, fraction)
     store = open_store(location)
+    with store.one_writer():
+        return _write_subset(store, name, fraction, seed, split)
+
+
+def _write_subset(store: Store, name: str, fraction: float, seed: int, split: str) -> dict[str, Any]:
     record = {"of": split, "fraction": fraction, "seed": seed}
     done = read_json(store, f"{name}/{_RECORD}")
     if done is not None and {key: done[key] for key in record} == record and store.read(f"{name}/index.json", 0, 1):
