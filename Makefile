@@ -3,11 +3,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := --quiet --disable-pip-version-check
 NGPU ?= 1
 ARGS ?=
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup demo swav_demo test integrations lint audit $(RECIPES)
+.PHONY: list setup constraints demo swav_demo test integrations lint audit $(RECIPES)
 
 list:
 	@echo "make setup | demo | swav_demo | test | integrations | lint | audit    (each does the set-up it needs)"
@@ -20,8 +21,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "vitcomposer needs Python 3.11: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install $(PIP) --require-hashes --only-binary :all: --no-deps -r constraints.txt
+	$(BIN)/python -m pip install $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+# Every package of the tests with its version and the hashes of its wheels; UPGRADE=--upgrade takes the newest ones.
+constraints:
+	@test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install $(PIP) 'uv>=0.9'; }
+	.venv-lock/bin/uv --quiet pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --no-emit-index-url --output-file constraints.txt $(UPGRADE)
 
 # Digits are 8 x 8 pixels: the whole path from images to a trained, evaluated ViT in minutes on a laptop's CPU.
 # One torch thread beside the loader's worker: 780 images/s on two cores, with two threads 550.

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,18 @@ def test_readme_names_what_exists() -> None:
         assert (ROOT / path).exists(), f"README names {path}"
     for page in YAMLS:
         assert f"yamls/{page.name}" in readme, f"README's table lacks {page.name}"
+
+
+def test_every_pin_has_the_hashes_that_set_up_requires() -> None:
+    entries = re.split(r"\n(?=\S)", (ROOT / "constraints.txt").read_text().strip())
+    without = [entry for entry in entries if not re.match(r"[\w.-]+==\S+.*--hash=sha256:[0-9a-f]{64}", entry, re.S)]
+    assert len(entries) > 100 and without == []
+    assert "--require-hashes" in (ROOT / "Makefile").read_text()
+
+
+def test_every_requirement_of_the_project_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = {re.split(r"[<>=\[ ;]", each)[0].lower().replace("_", "-") for each in needed}
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
+    assert names <= pinned
