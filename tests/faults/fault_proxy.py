@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 PIECE = 16 << 10
-CODES = {403: "AccessDenied", 404: "NoSuchKey", 429: "TooManyRequests", 500: "InternalError", 503: "SlowDown"}
+CODES = {
+    400: "ExpiredToken",
+    403: "AccessDenied",
+    404: "NoSuchKey",
+    429: "TooManyRequests",
+    500: "InternalError",
+    503: "SlowDown",
+}
 
 
 @dataclass

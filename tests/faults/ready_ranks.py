@@ -1,8 +1,8 @@
-"""A process that has imported everything and forks runs of train.py: a start takes a second, not the ten of Composer.
+"""A process that has imported everything and forks runs of train.py or vitcomposer: a start takes a second, not ten.
 
 Reads a line of JSON for each call and answers with one: ``{"start": [...], "ranks": 2, "port": 29500, "log": FILE,
 "notes": null}`` with the number of a process group, ``{"poll": GROUP}`` with its status or null. With a folder for
-notes the run is that of watched_run.py.
+notes the run is that of watched_run.py. Arguments that begin with ``vitcomposer`` are a command of it.
 """
 
 import json
@@ -17,6 +17,7 @@ import vitcomposer.trainer  # noqa: F401
 from recipes import RECIPES  # noqa: F401
 from tests.conftest import ROOT
 from tests.faults import watched_run
+from vitcomposer import cli
 
 sys.path.insert(0, str(ROOT))
 import train
@@ -44,7 +45,10 @@ def _train(arguments: list[str], notes: str | None) -> None:
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        status = train.main(arguments) if notes is None else watched_run.main([notes, *arguments])
+        if arguments[0] == "vitcomposer":
+            status = cli.main(arguments[1:])
+        else:
+            status = train.main(arguments) if notes is None else watched_run.main([notes, *arguments])
     except BaseException:
         traceback.print_exc()
     finally:

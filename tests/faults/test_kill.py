@@ -143,7 +143,14 @@ def logged_step(run: Path) -> int:
 
 
 def kill_and_start_again(
-    recipe: Callable[..., list[str]], source: Path, folder: Path, ready: ReadyRanks, often: int, tell: Tell
+    recipe: Callable[..., list[str]],
+    source: Path,
+    folder: Path,
+    ready: ReadyRanks,
+    often: int,
+    tell: Tell,
+    *,
+    ranks: int = 2,
 ) -> None:
     """Kills of the whole process group at moments drawn from the recipe's name, then a comparison of every bit.
 
@@ -151,16 +158,16 @@ def kill_and_start_again(
     """
     rng, run, log = random.Random(recipe.__name__), folder / "killed", folder / "log"
     options = ["run.save_interval=2ba", "run.log_interval=1ba", "run.progress_bar=false"]
-    whole = ready.start([*recipe(source, folder, "whole"), *options], log)
+    whole = ready.start([*recipe(source, folder, "whole"), *options], log, ranks=ranks)
     assert finish(whole) == 0, log.read_text()[-4000:]
     arguments = [*recipe(source, folder, "killed"), *options]
     moments: Counter[str] = Counter()
     lost, recovered = [], []
     for number in range(often):
         before, began = saved_step(run), time.monotonic()
-        by_command = number % 5 == 1
+        by_command = number % 5 == 1 and ranks == 2
         this = [*arguments, f"data.num_workers={(2, 0, 4, 1, 3)[number % 5]}"]
-        again = ComposerRun(this, log, ready.temporary) if by_command else ready.start(this, log)
+        again = ComposerRun(this, log, ready.temporary) if by_command else ready.start(this, log, ranks=ranks)
         starting = by_command or number % 5 == 3
         try:
             end = began + rng.uniform(0, 20 if by_command else 3) if starting else math.inf
@@ -176,7 +183,7 @@ def kill_and_start_again(
         saving = any((run / "checkpoints").glob("*.partial"))
         moments["starting" if starting else "saving" if saving else "training or evaluating"] += 1
         lost.append(logged_step(run) - saved_step(run))
-    last = ComposerRun(arguments, log, ready.temporary) if often > 5 else ready.start(arguments, log)
+    last = ComposerRun(arguments, log, ready.temporary) if ranks == 2 else ready.start(arguments, log, ranks=1)
     try:
         assert finish(last) == 0, log.read_text()[-4000:]
     finally:
@@ -187,7 +194,11 @@ def kill_and_start_again(
     assert max(lost) <= 2, "no more than the save interval"
     said = f"the same bits as without; at most {max(lost)} steps done again; {dict(moments)}"
     print(said, f"{saved_step(run)} steps", f"recovered in {sum(recovered) / len(recovered):.1f} s")
-    tell(f"kill -9 of 2 ranks, {often} times, {recipe.__name__}", said, sum(recovered) / len(recovered))
+    tell(
+        f"kill -9 of {ranks} rank{'s' * (ranks > 1)}, {often} times, {recipe.__name__}",
+        said,
+        sum(recovered) / len(recovered),
+    )
 
 
 @pytest.mark.slow
@@ -197,6 +208,17 @@ def test_twenty_kills_of_two_ranks_change_no_bit(
     recipe: Callable[..., list[str]], ready: ReadyRanks, photo_mds: Path, digits: Path, tmp_path: Path, tell: Tell
 ) -> None:
     kill_and_start_again(recipe, photo_mds if recipe is supervised else digits, tmp_path, ready, 20, tell)
+    assert_nothing_left(ready, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_kills_of_one_rank_change_no_bit(ready: ReadyRanks, photo_mds: Path, tmp_path: Path, tell: Tell) -> None:
+    kill_and_start_again(supervised, photo_mds, tmp_path, ready, 10, tell, ranks=1)
+    assert_nothing_left(ready, tmp_path)
+
+
+def assert_nothing_left(ready: ReadyRanks, folder: Path) -> None:
     # Folders that Python makes for its processes stay behind a kill, and no lock or memory of ours.
     assert [name for name in os.listdir(ready.temporary) if "lock" in name] == []
-    assert [path for path in Path("/dev/shm").glob("*_locals") if str(tmp_path).encode() in path.read_bytes()] == []
+    assert [path for path in Path("/dev/shm").glob("*_locals") if str(folder).encode() in path.read_bytes()] == []
