@@ -1,4 +1,4 @@
-"""Ten kills of every command at moments drawn from a seed: what is left is what an undisturbed one leaves, and no more."""
+"""Ten kills of every command at moments drawn from a seed leave what an undisturbed one leaves, and no more."""
 
 import os
 import random
@@ -136,7 +136,7 @@ def test_an_s3_server_that_restarts_in_mid_epoch_changes_nothing(
     photos: str, photo_mds: Path, server: Server, proxy: Proxy, ready: ReadyRanks, tmp_path: Path, tell: Tell
 ) -> None:
     log = tmp_path / "log"
-    # The proxy answers after the server is gone: the address stays the same. Its rules slow the run to meet the restart.
+    # The address of the proxy stays the same; its rule slows the run, so that the restart meets it.
     proxy.rules({"fault": "latency", "value": 0.5, "path": r"\.mds"})
     run = started(streamed(photos, tmp_path, "run"), proxy, log)
     wait_for_shard(proxy, run, log)
