@@ -31,6 +31,7 @@ LAYERS = {
     "vitcomposer.curriculum": 2,
     "vitcomposer.knn": 2,
     "vitcomposer.checkpoint_folder": 2,
+    "vitcomposer.checkpoint_loading": 3,
     "vitcomposer.costs": 3,
     "vitcomposer.execution": 3,
     "vitcomposer.run_folder": 3,

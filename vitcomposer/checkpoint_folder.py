@@ -1,18 +1,23 @@
 """The checkpoints of one run: each appears whole or not at all, and the newest whole one is found again."""
 
+import json
 import os
 import re
 import shutil
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 
-from vitcomposer.models.checkpoint_shares import damage_of_shares
+from vitcomposer.models.checkpoint_shares import DIGESTS, check_shares
 from vitcomposer.models.checkpoints import check_harmless
+from vitcomposer.models.plain_pickle import UnsafeError
+from vitcomposer.models.torch_file import check_directory, check_torch_file
+from vitcomposer.models.zip_records import with_digest
 
 LATEST = "latest-rank0.pt"  # a link to the newest
 _NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
@@ -25,10 +30,14 @@ class Found:
 
     Attributes:
         refused: ``name: why``, of newer ones that are not whole.
+        unsafe: Of these, what the first that could run code needs.
+        digest: Whether it carries a digest of its bytes, which older versions did not write.
     """
 
     path: Path | None
     refused: tuple[str, ...]
+    unsafe: str | None = None
+    digest: bool = False
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -37,19 +46,28 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def newest_whole(folder: Path) -> Found:
-    """The checkpoint that ``latest`` leads to, or else that of the latest step; each file is read to its end for it."""
-    candidates, refused = _in_order(folder), []
+    """The checkpoint that ``latest`` leads to, or else that of the latest step; each file is read to its end for it.
+
+    Whatever keeps one from being read has the one before it tried.
+    """
+    candidates, refused, unsafe = _in_order(folder), [], None
     latest = folder / LATEST
     if os.path.lexists(latest):
         # No link where a copy was made by something that follows them.
         first = folder / os.readlink(latest) if latest.is_symlink() else latest
         candidates = [first, *(path for path in candidates if path != first)]
     for path in candidates:
-        fault = damage(path)
-        if fault is None:
-            return Found(path, tuple(refused))
-        refused.append(f"{path.name}: {fault}")
-    return Found(None, tuple(refused))
+        try:
+            digest = _check(path)
+            ranks_and_step(path)
+        except UnsafeError as error:
+            unsafe = unsafe or f"{path} needs {error}, and loading that can run any code"
+            refused.append(f"{path.name}: it needs {error}, which is no weights or numbers")
+        except (OSError, ValueError) as error:
+            refused.append(f"{path.name}: {_reason(error)}")
+        else:
+            return Found(path, tuple(refused), unsafe, digest)
+    return Found(None, tuple(refused), unsafe)
 
 
 def _in_order(folder: Path) -> list[Path]:
@@ -63,37 +81,59 @@ def _place(name: re.Match[str]) -> tuple[int, int]:
 
 
 def damage(path: Path, *, read: bool = True) -> str | None:
-    """What keeps a file from being a whole checkpoint, or None; a file that never was one is left to other checks.
+    """What keeps a file or folder from being a whole checkpoint, or None.
 
     Args:
-        read: Compare every byte with its checksum; else look at the size and the directory at the end alone.
-
-    Raises:
-        OSError: The disk does not tell.
+        read: Compare every byte with its digest or checksum; else look at sizes and the directory at the end alone.
     """
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        return "missing"
+        _check(path, read=read)
+    except (OSError, ValueError) as error:
+        return _reason(error)
+    return None
+
+
+def _check(path: Path, *, read: bool = True) -> bool:
+    """Whether a whole checkpoint carries a digest.
+
+    Raises:
+        OSError, ValueError: It is not whole, or would run code.
+    """
+    status = path.stat()
     if path.is_dir():
-        return damage_of_shares(path, read=read)
-    return _damage(path, status.st_size, status.st_mtime_ns, read)
+        check_shares(path, read=read)
+        return (path / DIGESTS).is_file()
+    return _check_file(path, status.st_size, status.st_mtime_ns, read)
 
 
 @lru_cache(maxsize=16)  # a start asks twice
-def _damage(path: Path, size: int, changed: int, read: bool) -> str | None:
-    if size == 0:
-        return "empty"
-    try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip() if read else None
-    except OSError:
-        raise
-    except Exception:  # of many kinds, by what stands in the place of the directory
-        with path.open("rb") as file:
-            head = file.read(4)
-        return {b"PK\3\4": "cut short", bytes(4): "zeros"}.get(head)
-    return None if broken is None else f"damaged in {broken}"
+def _check_file(path: Path, size: int, changed: int, read: bool) -> bool:
+    return (check_torch_file if read else check_directory)(path)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing"
+    return f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+
+
+class _DigestWriter:
+    """A file that keeps the digest of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, xxhash.xxh3_128()
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def append_digest(self) -> None:
+        """After the archive: in the place of its last two bytes, which say that it has no comment."""
+        self._file.seek(-2, os.SEEK_END)
+        self._file.write(with_digest(self._digest.hexdigest()))
 
 
 def save_whole(content: Any, path: Path) -> None:
@@ -106,7 +146,9 @@ def save_whole(content: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("wb") as file:
-            torch.save(content, file)
+            writer = _DigestWriter(file)
+            torch.save(content, writer)
+            writer.append_digest()
             file.flush()
             os.fsync(file.fileno())
         fault = damage(partial, read=False)
@@ -126,12 +168,16 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + _PARTIAL)
 
 
-def finish_shares(path: Path) -> None:
+def finish_shares(path: Path, digests: Mapping[str, str]) -> None:
     """Give a folder that all ranks have written at :func:`partial_of` its name, and let ``latest`` point to it.
+
+    Args:
+        digests: Of its files, by name; they become one of them.
 
     Raises:
         OSError: It is not whole; what was there before is as it was.
     """
+    (partial_of(path) / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
     fault = damage(partial_of(path), read=False)
     if fault is not None:
         raise OSError(f"{partial_of(path)} is {fault} right after it was written")
@@ -183,6 +229,9 @@ def ranks_and_step(path: Path) -> tuple[int, int]:
     content = check_harmless(path)
     try:
         state = content["state"]
-        return state["metadata"]["world_size"], state["timestamp"]["Timestamp"]["batch"]
+        ranks, step = state["metadata"]["world_size"], state["timestamp"]["Timestamp"]["batch"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of a run: {error!r}") from error
+    if type(ranks) is not int or type(step) is not int:
+        raise ValueError(f"{path} is not a checkpoint of a run: its step is {step!r}, saved by {ranks!r} ranks")
+    return ranks, step

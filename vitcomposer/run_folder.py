@@ -184,9 +184,13 @@ def _choose_checkpoint(folder: Path) -> str | None:
     found = newest_whole(folder / "checkpoints")
     said = [f"Refused {each}." for each in found.refused]
     if found.path is None:
+        if found.unsafe:
+            raise ValueError(found.unsafe)
         if said:
             print(f"{folder} starts from the beginning.", *said)
         return None
+    if not found.digest:
+        said.append("It carries no digest, as those of older versions: read by the checksums of its parts.")
     saved_by, step = ranks_and_step(found.path)
     now = dist.get_world_size()
     if saved_by != now:

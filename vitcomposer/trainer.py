@@ -33,6 +33,7 @@ from vitcomposer.callbacks import (
     build_mirror,
 )
 from vitcomposer.checkpoint_folder import LATEST
+from vitcomposer.checkpoint_loading import own_reader
 from vitcomposer.escape import message
 from vitcomposer.execution import (
     SHARDED,
@@ -185,6 +186,7 @@ def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval:
     return [Evaluator(label=lb, dataloader=val, metric_names=names, eval_interval=interval) for lb in labels]
 
 
+@own_reader()
 def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     cfg: Any,
     placement: Placement,

@@ -1,5 +1,6 @@
 """Torn checkpoints, kills while one is saved or after the last: nothing is lost, and nothing changes."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -7,20 +8,31 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from composer import Callback
+from composer.utils import checkpoint
 
 from recipes import RECIPES
 from tests.conftest import run_train
 from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, STEPS, assert_same, rows, saved, tiny, unbroken
 from vitcomposer import config
-from vitcomposer.checkpoint_folder import LATEST, keep_newest, newest_whole, ranks_and_step, save_whole
+from vitcomposer.checkpoint_folder import (
+    LATEST,
+    Found,
+    _check_file,
+    keep_newest,
+    newest_whole,
+    ranks_and_step,
+    save_whole,
+)
+from vitcomposer.checkpoint_loading import own_reader
+from vitcomposer.models.checkpoints import read_checkpoint
 from vitcomposer.run_folder import checkpoint_to_load
 from vitcomposer.trainer import fit
 
@@ -64,23 +76,31 @@ TORN: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut short": (cut, "cut short"),
     "empty": (empty, "empty"),
     "all zeros, as some disks leave it": (zero, "zeros"),
-    "one bit flipped": (flip, "damaged in "),
+    "one bit flipped": (flip, "damaged"),
     "deleted, so that the link to it dangles": (Path.unlink, "missing"),
 }
 
 
+def load_from_memory(file: Any, *, load: Callable[..., Any] = torch.load, **options: Any) -> Any:
+    """Torch's reader, which ranks use for what they send each other."""
+    assert isinstance(file, io.BytesIO), "torch read a file"
+    return load(file, **options)
+
+
 def test_run_goes_on_from_the_checkpoint_before_a_torn_one(
-    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Tell
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
     run = copy_of(unbroken, tmp_path)
     cut(run / "checkpoints/ep2-ba6-rank0.pt")
     began = time.monotonic()
+    monkeypatch.setattr(torch, "load", load_from_memory)
     assert run_train([DEIT, *tiny(tmp_path, "run")]) == 0
     seconds = time.monotonic() - began
     (line,) = [text for text in capsys.readouterr().out.splitlines() if "goes on after" in text]
     why = "Refused ep2-ba6-rank0.pt: cut short."
     assert line == f"{run} goes on after step 3. {why}"
     assert rows(run) == rows(unbroken)
+    monkeypatch.undo()
     assert_same(saved(run), saved(unbroken))
     tell("newest checkpoint cut short", line, seconds)
 
@@ -99,6 +119,105 @@ def test_newest_whole_checkpoint_is_found(
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"{tmp_path}/run goes on after step 3. Refused ep0-ba6-rank0.pt: {why}")
     tell(f"newest checkpoint {fault}", line, seconds)
+
+
+def small(number: int) -> dict[str, Any]:
+    """Four kilobytes of what a checkpoint of step ``number`` has to hold."""
+    return of_step(number, {"w": torch.full((8,), float(number))})
+
+
+def two_checkpoints(folder: Path) -> tuple[Path, Path]:
+    paths = tuple(folder / f"ep0-ba{number}-rank0.pt" for number in (3, 6))
+    for number, path in zip((3, 6), paths, strict=True):
+        save_whole(small(number), path)
+    return paths[0], paths[1]
+
+
+def with_each_byte_flipped(path: Path, step: int = 1) -> Iterator[int]:
+    whole = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        for place in range(0, len(whole), step):
+            os.pwrite(file.fileno(), bytes([whole[place] ^ 0xFF]), place)
+            _check_file.cache_clear()  # the clock of the disk does not tell two writes within 4 ms apart
+            yield place
+            os.pwrite(file.fileno(), whole[place : place + 1], place)
+    _check_file.cache_clear()
+
+
+def test_every_flipped_byte_of_a_checkpoint_has_the_one_before_taken(tmp_path: Path) -> None:
+    before, newest = two_checkpoints(tmp_path)
+    for place in with_each_byte_flipped(newest):
+        found = newest_whole(tmp_path)
+        assert found.path == before and found.digest, place
+        assert found.refused[0].startswith(f"{newest.name}: "), place
+    assert newest_whole(tmp_path) == Found(newest, (), None, digest=True)
+
+
+def test_every_flipped_byte_of_a_file_called_latest_has_the_one_before_taken(tmp_path: Path) -> None:
+    before, newest = two_checkpoints(tmp_path)
+    (tmp_path / LATEST).unlink()
+    newest.rename(tmp_path / LATEST)
+    for place in with_each_byte_flipped(tmp_path / LATEST, step=5):
+        found = newest_whole(tmp_path)
+        assert found.path == before and found.refused[0].startswith(f"{LATEST}: "), place
+
+
+def test_every_flipped_byte_of_an_older_versions_checkpoint_is_refused_or_gives_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those have no digest: what lies between their records is compared with nothing, and means nothing."""
+    before, newest = two_checkpoints(tmp_path / "checkpoints")
+    torch.save(small(6), newest)
+    refused = 0
+    for place in with_each_byte_flipped(newest):
+        found = newest_whole(tmp_path / "checkpoints")
+        assert found.path in (before, newest), place
+        refused += found.path == before
+        if found.path == newest:
+            assert_same(read_checkpoint(newest), small(6))
+    assert refused > newest.stat().st_size // 2
+    assert checkpoint_to_load(tmp_path) == str(newest)
+    line = capsys.readouterr().out.strip()
+    assert (
+        line
+        == f"{tmp_path} goes on after step 6. It carries no digest, as those of older versions: read by the "
+        + ("checksums of its parts.")
+    )
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("this ran",)
+
+
+def test_checkpoint_that_would_run_code_has_the_one_before_taken(tmp_path: Path) -> None:
+    before, newest = two_checkpoints(tmp_path)
+    save_whole({**small(6), "extra": Runs()}, newest)
+    found = newest_whole(tmp_path)
+    assert found.path == before
+    assert found.refused[0].startswith(f"{newest.name}: it needs ") and "mkdir, which is no weights" in found.refused[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"model": {}}, [], 3, {"state": {"metadata": {"world_size": "1"}, "timestamp": {"Timestamp": {"batch": 6}}}}],
+)
+def test_file_of_something_else_has_the_one_before_taken(other: Any, tmp_path: Path) -> None:
+    before, newest = two_checkpoints(tmp_path)
+    save_whole(other, newest)
+    found = newest_whole(tmp_path)
+    assert found.path == before and "not a checkpoint of a run" in found.refused[0]
+
+
+def test_composer_never_reads_a_checkpoint_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was exchanged after the look at it does not run either."""
+    save_whole({**small(6), "extra": Runs()}, tmp_path / "ep0-ba6-rank0.pt")
+    monkeypatch.chdir(tmp_path)
+    with own_reader(), pytest.raises(ValueError, match=r"it needs \w+\.mkdir"):
+        checkpoint.safe_torch_load(tmp_path / "ep0-ba6-rank0.pt")
+    assert not (tmp_path / "this ran").exists()
 
 
 def test_run_without_a_whole_checkpoint_says_so_and_begins_again(
@@ -134,7 +253,10 @@ def test_link_that_became_a_file_is_a_checkpoint_too(tmp_path: Path) -> None:
 
 def content(number: int) -> dict[str, Any]:
     """Ten megabytes of what a checkpoint of step ``number`` has to hold."""
-    model = {f"weight{i}": torch.full((1 << 16,), float(number)) for i in range(40)}
+    return of_step(number, {f"weight{i}": torch.full((1 << 16,), float(number)) for i in range(40)})
+
+
+def of_step(number: int, model: dict[str, torch.Tensor]) -> dict[str, Any]:
     clock = {"timestamp": {"Timestamp": {"batch": number}}, "metadata": {"world_size": 1}}
     return {"state": {"model": model, **clock}}
 

@@ -17,7 +17,8 @@ from tests.parallel.test_fsdp2 import assert_close
 from tests.test_parallelism import CONVIT, STEPS, overrides
 from tests.test_train import losses
 from vitcomposer.averages import averaged_weights
-from vitcomposer.models.checkpoint_shares import damage_of_shares
+from vitcomposer.checkpoint_folder import damage, finish_shares, newest_whole, partial_of
+from vitcomposer.models.checkpoint_shares import DIGESTS, digests_of_rank
 from vitcomposer.models.checkpoints import check_harmless, read_checkpoint
 from vitcomposer.schema import ConfigError, Run
 from vitcomposer.trained import load_trained
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_shares_are_read_as_they_were_given(folder: Path) -> None:
-    assert damage_of_shares(folder, read=True) is None
+    assert damage(folder, read=True) is None
     assert assert_close(read_checkpoint(folder), CONTENT, 0.0) == 4
     looked_at = check_harmless(folder)
     assert looked_at["state"]["step"] == 3 and "model" not in looked_at["state"], "no tensor is read"
@@ -46,17 +47,40 @@ def test_damage_is_found(folder: Path) -> None:
     share = next(folder.glob("*.distcp"))
     whole = share.read_bytes()
     share.write_bytes(whole[:-40])
-    assert damage_of_shares(folder, read=False) == f"cut short in {share.name}"
+    assert damage(folder, read=False) == f"cut short in {share.name}"
     flipped = bytearray(whole)
     at = whole.index(torch.arange(12.0).numpy().tobytes())
     flipped[at + 5] ^= 1
     share.write_bytes(bytes(flipped))
-    assert damage_of_shares(folder, read=False) is None
-    assert str(damage_of_shares(folder, read=True)).startswith(f"damaged in {share.name}")
+    assert damage(folder, read=False) is None
+    assert str(damage(folder, read=True)).startswith(f"damaged in {share.name}")
     share.unlink()
-    assert damage_of_shares(folder, read=False) == f"without {share.name}"
+    assert damage(folder, read=False) == f"without {share.name}"
     (folder / ".metadata").unlink()
-    assert damage_of_shares(folder, read=False) == "without .metadata"
+    assert damage(folder, read=False) == "without .metadata"
+
+
+def test_every_flipped_byte_of_shares_has_the_checkpoint_before_taken(tmp_path: Path) -> None:
+    clock = {"timestamp": {"Timestamp": {"batch": 3}}, "metadata": {"world_size": 1}}
+    content = {"state": {"model": {"a": torch.arange(6.0)}, **clock}}
+    before, newest = (tmp_path / f"ep0-ba{step}-rank0.pt" for step in (3, 6))
+    for path in (before, newest):
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint.save(content, storage_writer=checkpoint.FileSystemWriter(partial_of(path)))
+        finish_shares(path, digests_of_rank(partial_of(path), 0))
+    assert newest_whole(tmp_path).path == newest and newest_whole(tmp_path).digest
+    for file, step in ((".metadata", 3), (DIGESTS, 1), ("__0_0.distcp", 16)):
+        whole = (newest / file).read_bytes()
+        for place in range(0, len(whole), step):
+            flipped = bytearray(whole)
+            flipped[place] ^= 0xFF
+            (newest / file).write_bytes(flipped)
+            found = newest_whole(tmp_path)
+            blank = file == DIGESTS and found.path == newest  # a space between two entries
+            assert found.path == before or (blank and chr(whole[place]).isspace()), (file, place)
+        (newest / file).write_bytes(whole)
+    (newest / DIGESTS).unlink()
+    assert newest_whole(tmp_path).path == newest and not newest_whole(tmp_path).digest, "of an older version"
 
 
 class Runs:

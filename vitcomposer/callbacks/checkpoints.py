@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from vitcomposer.checkpoint_folder import LATEST, finish_shares, keep_newest, partial_of, remove, save_whole
+from vitcomposer.models.checkpoint_shares import digests_of_rank
 
 
 class SaveError(RuntimeError):
@@ -86,17 +87,30 @@ class Checkpoints(CheckpointSaver):
         dist.barrier()
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         fault: list[str | None] = [None]
+        digests: dict[str, str] = {}
         try:
             save(content, storage_writer=FileSystemWriter(partial_of(path)), planner=planner)
-            if first:
-                finish_shares(path)
-                keep_newest(path.parent, path, self.num_checkpoints_to_keep)
+            digests = digests_of_rank(partial_of(path), dist.get_global_rank())
         except (OSError, RuntimeError, CheckpointException) as error:  # the last one is that of any rank, on all ranks
             fault[0] = _explain(path, error)
+        everywhere = dist.all_gather_object((fault[0], digests))
+        fault[0] = next((each for each, _ in everywhere if each is not None), None)
+        if first and fault[0] is None:
+            fault[0] = self._finish_shares(
+                path, {name: each for _, found in everywhere for name, each in found.items()}
+            )
         dist.broadcast_object_list(fault, src=0)
         if fault[0] is not None:
             raise SaveError(fault[0])
         self.saved_checkpoints = [str(path)]
+
+    def _finish_shares(self, path: Path, digests: dict[str, str]) -> str | None:
+        try:
+            finish_shares(path, digests)
+            keep_newest(path.parent, path, self.num_checkpoints_to_keep)
+        except OSError as error:
+            return _explain(path, error)
+        return None
 
 
 def _explain(path: Path, error: BaseException) -> str:

@@ -80,22 +80,19 @@ def read_piece(folder: Path, piece: Any) -> Any:
         return read_torch_slice(FileSlice(file, piece.offset, piece.length))
 
 
-def damage_of_shares(folder: Path, *, read: bool) -> str | None:
-    """What keeps a folder from being a whole checkpoint, or None; ``read`` compares every byte with its digest."""
+def check_shares(folder: Path, *, read: bool) -> None:
+    """Raise ValueError where a folder is no whole checkpoint; ``read`` compares every byte with its digest."""
     try:
-        index = read_index(folder)
-        pieces: list[Piece] = list(index.storage_data.values())
+        pieces: list[Piece] = list(read_index(folder).storage_data.values())
         for piece in pieces:
             path = folder / piece.relative_path
             if path.stat().st_size < piece.offset + piece.length:
-                return f"cut short in {path.name}"
+                raise DamagedError(f"cut short in {path.name}")
         if read:
             _check_bytes(folder, pieces)
+            read_shares(folder, tensors=False)
     except FileNotFoundError as error:
-        return f"without {Path(str(error.filename)).name}"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+        raise DamagedError(f"without {Path(str(error.filename)).name}") from error
 
 
 def _check_bytes(folder: Path, pieces: list[Piece]) -> None:

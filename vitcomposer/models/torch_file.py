@@ -75,6 +75,12 @@ def check_torch_file(path: Path) -> bool:
         return records.digest is not None
 
 
+def check_directory(path: Path) -> bool:
+    """As :func:`check_torch_file`, of the directory at the end of a zip archive alone."""
+    with path.open("rb") as file:
+        return ZipRecords(FileSlice(file)).digest is not None
+
+
 def _read_zip(file: FileSlice, tensors: bool) -> Any:
     records = ZipRecords(file)
     folder = next((name[: -len("data.pkl")] for name in records.records if name.endswith("/data.pkl")), None)

@@ -203,7 +203,7 @@ def _find_end(file: FileSlice) -> tuple[str | None, int]:
             if comment and not comment.startswith(DIGEST):
                 break
             return (comment.removeprefix(DIGEST).decode("latin1") or None), end
-    raise DamagedError("cut short, or not written by torch.save")
+    raise DamagedError("cut short")
 
 
 def _entries(directory: bytes, count: int) -> list[tuple[str, Record]]:
