@@ -30,11 +30,13 @@ class DownloadError(RuntimeError):
     Attributes:
         remedy: What to do about it, a sentence.
         missing: Whether the store answered that there is no such file.
+        was_answered: Whether that, or another answer which any further try would get, came; else all tries were made.
     """
 
     def __init__(self, message: str, remedy: str, *, missing: bool = False) -> None:
         super().__init__(message)
         self.remedy, self.missing = remedy, missing
+        self.was_answered = False
 
 
 class OneTryS3(S3Downloader):
@@ -117,7 +119,8 @@ def download(downloader: CloudDownloader, source: str, target: str | Path, *, re
                 Path(part).unlink(missing_ok=True)  # Streaming takes what is there for the file
                 seconds = time.monotonic() - began
                 failure = _explain(error, source, timeout, tries, seconds)
-                if tries > retries or not _is_passing(error):
+                failure.was_answered = not _is_passing(error)
+                if tries > retries or failure.was_answered:
                     raise failure from error
                 pause = min(2.0 ** (tries - 1), _LONGEST_PAUSE) * _dice.uniform(0.75, 1.25)
                 level = logging.WARNING if tries > 1 or seconds > _SAID_AFTER else logging.INFO

@@ -112,14 +112,16 @@ class ShardStream(Stream):
         )
 
     def _fetch_index(self) -> None:
-        try:  # first: the other ranks of this node go on when they see the index
-            self._download_file(CLASS_NAMES)
-        except DownloadError as error:
-            log.log(logging.INFO if error.missing else logging.WARNING, "No %s: %s", self.uri(CLASS_NAMES), error)
-        try:
-            self._download_file(INDEX)
-        except DownloadError as error:
-            raise ConfigError(f"data.remote: {self.uri(INDEX)} cannot be read: {error}. {_remedy(error)}") from error
+        for name in (CLASS_NAMES, INDEX):  # in this order: the other ranks of this node go on when they see the index
+            try:
+                self._download_file(name)
+            except DownloadError as error:
+                # A store that did not answer for the first is not asked for the second, as often and as long again.
+                if name == INDEX or not error.was_answered:
+                    raise ConfigError(
+                        f"data.remote: {self.uri(name)} cannot be read: {error}. {_remedy(error)}"
+                    ) from error
+                log.log(logging.INFO if error.missing else logging.WARNING, "No %s: %s", self.uri(name), error)
 
     def _await_index(self) -> None:
         # The class names may take as long.
