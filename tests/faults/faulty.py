@@ -3,10 +3,11 @@
 WHEN is ``start``, ``build`` or an event of Composer; WHAT is ``kill``, ``hang``, ``interrupt`` (this rank), ``ctrl_c``
 (all processes), ``refuse``, ``raise``, ``worker`` (kills a loader worker), ``memory``, ``output:MODULE``,
 ``gradient:PARAMETER`` (not finite in that step), ``large:MODULE`` (its output a thousand times as large), ``fill:PATH``
-(with zeros, until the disk is full) or ``nothing``. The time of the fault is written to FILE.
+(with zeros, until the disk is full), ``delete:FOLDER`` or ``nothing``. The time of the fault is written to FILE.
 """
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -61,9 +62,9 @@ class Fault(Callback):
         elif event == Event.FIT_START and kind == "gradient":
             weight = dict(network.named_parameters())[name]
             weight.register_hook(lambda grad: self.spoil(grad, float("nan")) if self.is_due(state) else None)
-        elif event == Event.BATCH_START and kind == "fill" and self.is_due(state):
+        elif event == Event.BATCH_START and kind in ("fill", "delete") and self.is_due(state):
             self.file.write_text(str(time.time()))
-            fill(Path(name))
+            fill(Path(name)) if kind == "fill" else shutil.rmtree(name)
         elif event.value == self.when and self.is_due(state) and not self.done:
             self.done = True
             self.act()

@@ -76,6 +76,17 @@ def test_disk_full_in_the_log_ends_the_run_and_leaves_whole_lines(
     tell("The disk is full in metrics.jsonl", seen, seconds_since(tmp_path))
 
 
+def test_a_run_folder_that_is_deleted_ends_the_run_at_the_next_line_of_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Tell
+) -> None:
+    argv = overrides(tmp_path, "gone", "max_duration=400ba", "run.save_interval=400ba")
+    assert faulty_run(f"delete:{tmp_path / 'gone'}", 2, tmp_path, argv) == 1
+    seen = last_line(capsys.readouterr().err)
+    assert seen.startswith(f"error: {tmp_path}/gone/metrics.jsonl was deleted or replaced")
+    assert "at step 3." in seen and "starts anew" in seen
+    tell("The run folder is deleted while the run writes to it", seen, seconds_since(tmp_path))
+
+
 @pytest.mark.parametrize("key", ["run.folder", "data.local"])
 def test_read_only_folder_is_refused_before_the_first_batch(
     key: str, photo_mds: Path, tmp_path: Path, disk: Disk, capsys: pytest.CaptureFixture[str], tell: Tell

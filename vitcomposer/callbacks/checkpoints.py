@@ -17,7 +17,7 @@ from vitcomposer.models.checkpoint_shares import digests_of_rank
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; all ranks raise it, with the same message."""
+    """What a run leaves could not be written; for a checkpoint all ranks raise it, with the same message."""
 
 
 class Checkpoints(CheckpointSaver):

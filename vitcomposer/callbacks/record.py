@@ -22,6 +22,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 from torch.version import cuda as cuda_version
 
+from vitcomposer.callbacks.checkpoints import SaveError
 from vitcomposer.callbacks.throughput import Throughput
 from vitcomposer.data.shards import CLASS_NAMES
 from vitcomposer.data.stream import ImageStream
@@ -202,11 +203,26 @@ class RunRecord(LoggerDestination):
             self._file.truncate()
         else:
             self._last_offset = self._file.seek(0, os.SEEK_END)
+        self._check_still_there(state)
         # One unbuffered write per line: a kill can cut short nothing but the last line.
         data = (json.dumps(line) + "\n").encode()
         if self._file.write(data) < len(data):  # what a full disk does first
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run_folder / "metrics.jsonl"))
         self._last_line = line
+
+    def _check_still_there(self, state: State) -> None:
+        """An open file can be written after it was deleted: the run would go on for hours and leave nothing."""
+        assert self._file is not None
+        path = self.run_folder / "metrics.jsonl"
+        try:
+            same = os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise SaveError(
+                f"{path} was deleted or replaced while the run wrote to it, seen at step {state.timestamp.batch.value}. "
+                "Put the folder back, and the same command goes on from its last checkpoint; without it, it starts anew."
+            )
 
     def _epochs(self, state: State) -> float:
         done = state.timestamp.batch_in_epoch.value
