@@ -48,8 +48,8 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured as always, but not compiled to machine code."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    """Both passes become graphs as always and run as such, but are not compiled to machine code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 class GraphsPerStep(Callback):

@@ -82,7 +82,7 @@ def test_teacher_keeps_its_size_in_a_curriculum_and_both_networks_compile_whole(
     teacher_files, photo_mds, tmp_path, monkeypatch
 ) -> None:
     real_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real_compile(f, backend="eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real_compile(f, backend="aot_eager", **options))
     torch._dynamo.reset()
     counters.clear()
     overrides = [*tiny_photo_overrides(photo_mds, tmp_path, "compiled"), "run.compile=true", "model.depth=1"]

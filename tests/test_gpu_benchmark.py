@@ -22,23 +22,25 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         sys.modules.pop(name, None)
 
 
-def test_planner_reads_what_the_benchmark_writes(gpu: Any, tmp_path: Path) -> None:
+def test_planner_reads_what_the_benchmark_writes(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitcomposer import config
     from vitcomposer.costs import costs_of
 
+    peak = 1e12  # as if the CPU were a card of one TFLOP/s
+    monkeypatch.setattr(gpu.gpu_steps, "peak_flops", lambda device_name, precision: peak)
     gpu.main(["--device", "cpu", "--quick", "--write", "--out", str(tmp_path), "--sections", "batches", "attention"])
     written = tmp_path / "gpu_cpu.json"
     found = json.loads(written.read_text())
     assert found["smoke"] and "Smoke test" in written.with_suffix(".md").read_text()
     (row,) = found["sections"]["batches"]
-    assert row["images_per_sec"] > 0 and row["peak_memory_bytes"] > 0 and row["mfu"] is None
-    # As if a GPU had given it: the planner finds the network by these keys.
-    row.update(mfu=0.25)
+    assert row["images_per_sec"] > 0 and row["peak_memory_bytes"] > 0
     (tmp_path / "gpu_h200.json").write_text(json.dumps({**found, "device": "NVIDIA H200"}))
     changes = ["model.embed_dim=48", "model.num_heads=3", "model.depth=2"]
     cfg = config.load(ROOT / "yamls/deit_s.yaml", changes)
     plan = costs_of(cfg, gpu="h200", gpus=1, images=10_000, results=tmp_path)
-    assert plan["basis"] == "measured MFU of gpu_h200.json" and plan["stages"][0]["mfu"] == pytest.approx(0.25)
+    mfu = row["images_per_sec"] * row["train_flops_per_image"] / peak
+    assert row["mfu"] == pytest.approx(mfu) and mfu > 0
+    assert plan["basis"] == "measured MFU of gpu_h200.json" and plan["stages"][0]["mfu"] == pytest.approx(mfu)
 
 
 def test_budget_leaves_out_what_would_not_end_in_time(gpu: Any) -> None:

@@ -11,14 +11,12 @@ import pytest
 import torch
 from composer.utils import dist
 
-from tests.algorithm_runs import Task
 from tests.conftest import ROOT, run_train
 from tests.test_train import losses
 from vitcomposer.algorithms import averaged_weights
 from vitcomposer.execution import shard_blocks
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.schema import ConfigError, Optimizer, Run
-from vitcomposer.trainer import _sharding
 
 CONVIT = str(ROOT / "yamls/convit_ti.yaml")
 NETWORK = {"image_size": 32, "patch_size": 8, "depth": 2, "local_up_to_layer": 1}
@@ -141,9 +139,19 @@ def test_network_without_blocks_is_refused() -> None:
         shard_blocks(torch.nn.Linear(2, 2), config(), world_size=2)
 
 
-def test_recipe_with_other_networks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="run.parallelism must be ddp in the recipe dino"):
-        _sharding(Task(), SimpleNamespace(recipe="dino"))
+@pytest.mark.parametrize("recipe", ["linear", "knn"])
+def test_recipe_whose_trunk_does_not_learn_is_refused(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["data.local=null", "data.source=synthetic", "data.synthetic_samples=32", "data.num_workers=0"]
+    tiny = ["model.image_size=32", "model.patch_size=8", "model.depth=4", "precision=fp32", f"run.folder={tmp_path}"]
+    batch = ["evaluation.global_batch_size=8", "knn.k=[5]"] if recipe == "knn" else ["global_train_batch_size=8"]
+    page = str(ROOT / f"yamls/probe_{recipe}.yaml")
+    assert run_train([page, *data, *tiny, *batch, "run.parallelism=fsdp2"]) == 2
+    said = capsys.readouterr().err
+    name = "probe" if recipe == "linear" else "knn"
+    assert f"run.parallelism must be ddp in the recipe {name}, whose trunk does not learn, got 'fsdp2'" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(dist.get_world_size() > 1, reason="for one rank")

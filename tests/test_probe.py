@@ -177,7 +177,7 @@ def test_linear_probe_reports_each_head_and_the_best(photo_mds: Path, tmp_path: 
 def test_compiled_probe_is_one_graph_with_the_same_accuracies(
     photo_mds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     found = {}
     for name, compiled in (("eager", "false"), ("compiled", "true")):

@@ -134,7 +134,7 @@ def test_compiled_trunks_have_a_graph_for_each_crop_size(
     method: str, graphs: int, reference: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DINO's teacher has one more. The monitor, whose batches have other sizes, adds none."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     # Listening to torch's trace of its own compiler takes longer than the compiler.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     torch._dynamo.reset()

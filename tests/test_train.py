@@ -76,6 +76,16 @@ def test_run_that_is_over_leaves_nothing_in_memory(photo_mds: Path, tmp_path: Pa
     assert model() is None and optimizer() is None
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_deterministic_run_allows_torch_no_other_algorithms(chosen: bool, photo_mds: Path, tmp_path: Path) -> None:
+    cfg = config.load(DEIT, [*tiny_photo_overrides(photo_mds, tmp_path, "run"), f"run.deterministic={chosen}"])
+    try:
+        RECIPES[cfg.recipe].build(cfg).close()
+        assert torch.are_deterministic_algorithms_enabled() is chosen
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_another_seed_gives_other_losses(reference: Path, photo_mds: Path, tmp_path: Path) -> None:
     assert run_train([DEIT, *tiny_photo_overrides(photo_mds, tmp_path, "other"), "seed=1"]) == 0
     assert losses(tmp_path / "other") != losses(reference)

@@ -13,7 +13,6 @@ from composer.core import Callback, DataSpec, Event
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.models import ComposerModel
 from composer.utils import MissingConditionalImportError, dist, reproducibility
-from composer.utils.parallelism import ParallelismConfig
 from torch import nn
 from torch.distributed.checkpoint import state_dict
 from torch.optim import Optimizer
@@ -56,7 +55,6 @@ from vitcomposer.run_folder import (
     run_folder,
 )
 from vitcomposer.schema import ConfigError, Init, Model, require
-from vitcomposer.tasks import Classification, SelfSupervisedTask
 
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
@@ -231,7 +229,8 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     if cfg.run.compile:
         for module in compiled or [task]:
             compile_forward(module)
-    sharding = _sharding(task, cfg) if cfg.run.parallelism == SHARDED else None
+    shared = cfg.run.parallelism == SHARDED
+    sharding = shard_blocks(task, cfg, world_size=dist.get_world_size()) if shared else None
     if dist.get_global_rank() == 0:
         print(
             f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
@@ -276,15 +275,6 @@ def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
     fits = path is None or shares == cfg.run.sharded_checkpoints
     require(fits, "run.sharded_checkpoints", rule, cfg.run.sharded_checkpoints, remedy)
     return path
-
-
-def _sharding(task: ComposerModel, cfg: Any) -> ParallelismConfig:
-    if not isinstance(task, Classification | SelfSupervisedTask):
-        raise ConfigError(
-            f"run.parallelism must be ddp in the recipe {cfg.recipe}, whose trunk does not learn, got {SHARDED!r}. "
-            "Set run.parallelism=ddp."
-        )
-    return shard_blocks(task, cfg, world_size=dist.get_world_size())
 
 
 def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:

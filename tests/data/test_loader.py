@@ -112,6 +112,12 @@ def test_batches_do_not_depend_on_the_workers(root):
             assert all(torch.equal(batch[key], expected[key]) for key in batch)
 
 
+def test_loader_has_the_workers_and_the_patience_of_the_block_data(root):
+    given = {"local": str(root), "num_workers": 1, "prefetch_factor": 3, "timeout": 77.0}
+    loader = loader_of(build_dataspec(config(**given), "train", seed=0, device_batch_size=8))
+    assert (loader.num_workers, loader.prefetch_factor, loader.timeout) == (1, 3, 77.0)
+
+
 def test_evaluation_batches_hold_every_sample_in_order(root):
     spec = build_dataspec(config(local=str(root), num_workers=2), "val", seed=1, device_batch_size=4)
     batches = list(loader_of(spec))

@@ -136,7 +136,7 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_compiled_forward_is_one_graph_for_each_size(without_graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = build("convit_tiny")
     expected = step(model)
     recompute_activations(nn.Sequential(model), 1.0)

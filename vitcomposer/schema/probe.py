@@ -21,9 +21,12 @@ from vitcomposer.schema.blocks import (
 NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)
 
 
-def _refuse_attention(run: Run) -> None:
+def _check_run(run: Run, recipe: str) -> None:
+    """Refuse what only training a trunk has a use for."""
     given, remedy = run.attention_interval, "Draw its attention with `vitcomposer attention`."
     require(given is None, "run.attention_interval", "null for a trunk that does not learn", given, remedy)
+    rule = f"ddp in the recipe {recipe}, whose trunk does not learn"
+    require(run.parallelism == "ddp", "run.parallelism", rule, run.parallelism, "Set run.parallelism=ddp.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,7 @@ class Probe:
         self.init.check_no_blocks(self.recipe)
         require(size >= 1, "global_train_batch_size", "1 or more", size, "DINO uses 1024.")
         require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
-        _refuse_attention(self.run)
+        _check_run(self.run, self.recipe)
 
     @property
     def mixing(self) -> Mixing:
@@ -118,7 +121,10 @@ class Neighbors:
         require(size is not None, "evaluation.global_batch_size", "a number of images", size, remedy)
         given, remedy = self.model.num_classes, "The features before the head are compared."
         require(given == 0, "model.num_classes", "0", given, remedy)
-        _refuse_attention(self.run)
+        _check_run(self.run, self.recipe)
+        for name, off in (("compile", False), ("activation_checkpointing", 0.0)):
+            given, rule = getattr(self.run, name), "left out in the recipe knn, which takes no step"
+            require(given == off, f"run.{name}", rule, given, "Drop it.")
 
     @property
     def global_train_batch_size(self) -> int:
