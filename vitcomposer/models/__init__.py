@@ -37,7 +37,7 @@ def build_model(
 ) -> transformer.ImageTransformer | resnet.ResNet | MeanColor:
     """Build a model with new weights; all but ``mean_color`` have timm's feature interface (``ImageTransformer``).
 
-    Weights start as in DeiT's code, a ResNet's as in torchvision's; ``weight_init`` (``initialization``) may change that.
+    Weights start as in DeiT's code, a ResNet's as in torchvision's; ``weight_init`` (``initialization``) changes that.
 
     Args:
         name: One of ``model_names()``, or ``mean_color`` for a model that costs nothing and takes no options.

@@ -14,8 +14,8 @@ timm of today differs from it in the class token, N(0, 1e-12). ``big_vision`` is
 which "Better plain ViT baselines" was trained (arXiv:2205.01580); its zero head makes the first loss exactly
 ln(num_classes). ``moco3`` is that of facebookresearch/moco-v3 (arXiv:2104.02057), whose positions are fixed.
 
-The papers' code cuts its normals off at -2 and 2, a hundred standard deviations away. That cuts nothing, but torch's way
-of doing it gives one weight in 2^24 the value -2; a plain normal does not.
+The papers' code cuts its normals off at -2 and 2, a hundred standard deviations away. That cuts nothing, but torch's
+way of doing it gives one weight in 2^24 the value -2; a plain normal does not.
 """
 
 import math
