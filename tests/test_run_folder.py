@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import ROOT, run_train
 from tests.faults.small_run import DEIT, rows, tiny
 from vitcomposer import config, folder_lock
+from vitcomposer.callbacks import NonFiniteError
 
 ONE_STEP = ["max_duration=1ba", "run.eval_interval=2ba", "model.depth=1"]
 
@@ -124,3 +125,60 @@ def test_report_that_a_kill_cost_comes_with_the_next_start(finished: Path, capsy
     before = (finished / "report.html").stat().st_mtime_ns
     assert run_train(again) == 0
     assert (finished / "report.html").stat().st_mtime_ns == before, "a whole one stays"
+
+
+REFUSED = [
+    ["schedule.t_warmup=2ba"],  # longer than the run
+    ["schedule.t_warmup=2ep"],
+    ["schedule.t_warmup=0.5x"],
+    ["global_train_batch_size=64"],  # of 32 images
+    ["model.name=deit_tinny"],
+    ["model.num_heads=5"],
+    ["init.weights=nowhere.pt"],
+    ["init.train_blocks=1"],
+    ["optimizer.name=adamwww"],
+    ["optimizer.options={momentumm: 1}"],
+    ["optimizer.name=adamw_schedulefree"],
+    ["algorithms.Emma={}"],
+    ["algorithms.EMA.smoothing=foo"],
+    ["precision=amp_bf16"],
+    ["run.parallelism=fsdp2"],
+    ["run.eval_interval=foo"],
+    ["run.save_interval=foo"],
+    ["run.log_interval=foo"],
+    ["run.attention_interval=foo"],
+    ["run.loggers=[tensorboard, wandb]"],
+    ["data.source=mds", "data.local=nowhere"],
+    ["augment.std=[1e-40,1e-40,1e-40]"],  # not finite at the first step
+]
+
+
+@pytest.mark.parametrize("more", REFUSED, ids=lambda more: " ".join(more))
+def test_refused_start_leaves_nothing(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert run_train(overrides(tmp_path / "new/runs", *more)) == 2, capsys.readouterr()
+    except (ValueError, NonFiniteError):  # which train.py as a command says on one line
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_start_leaves_a_run_as_it_was(finished: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.parent.rglob("*") if path.is_file()}
+    assert run_train(overrides(finished.parent, "max_duration=9ba", "run.loggers=[tensorboard, wandb]")) == 2
+    assert {path: path.read_bytes() for path in finished.parent.rglob("*") if path.is_file()} == before
+
+
+def test_refused_start_leaves_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [f"data.local={tmp_path}/cache", f"data.remote={tmp_path}/nowhere", "data.source=mds"]
+    assert run_train(overrides(tmp_path / "runs", *data)) == 2
+    assert "nowhere/train/index.json cannot be read" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["''", ".", "..", "a/b", "/a", "a/", "x" * 201])
+def test_name_that_is_not_that_of_one_folder_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_train(overrides(tmp_path, f"run.name={name}")) == 2
+    assert capsys.readouterr().err.startswith("error: run.name must be the name of one folder")
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer.schema import Neighbors, Probe, SelfSupervised, require
+from vitcomposer.whole_files import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,5 +166,6 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial)
     print(path)

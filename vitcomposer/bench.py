@@ -22,6 +22,7 @@ import psutil
 
 from vitcomposer.escape import for_terminal
 from vitcomposer.schema import ConfigError, Supervised, require
+from vitcomposer.whole_files import write_whole
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -353,7 +354,7 @@ def _run(args: argparse.Namespace) -> int:
         cores = cores_for(found, target)
         print(f"one GPU that trains {target:,.0f} images/s needs {cores} cores like this one, at {rate:,.0f} each")
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(Path(args.json), json.dumps(found, indent=1) + "\n")
     return 0
 
 

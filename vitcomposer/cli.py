@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from vitcomposer import attention, bench, cache_teacher, convert, evaluate, export, launch, plan, predict, soup
 from vitcomposer.escape import for_terminal, message
+from vitcomposer.schema import expand_home
 
 if TYPE_CHECKING:
     from vitcomposer.data.inspect import SplitReport
 
 _COMMANDS = (attention, bench, cache_teacher, evaluate, export, launch, plan, predict, soup)
 _SHOWN = 5  # class names that are printed
+_SHELL = ("setup",)  # arguments that a shell expands, where it runs them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         add_command(commands)
     args = parser.parse_args(argv)
     try:
+        for name, value in vars(args).items():
+            if name not in _SHELL:
+                setattr(args, name, expand_home(value, name))
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean
+from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean, expand_home
 from vitcomposer.schema.credentials import variable_within
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
@@ -39,6 +39,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
 
 
 def _load(path: str | Path, overrides: Iterable[str]) -> Any:
+    path = expand_home(path, "The yaml")
     page = _read(Path(path))
     changes = _parse_overrides(overrides)
     schema = _schema_of(OmegaConf.merge(page, changes), path)
@@ -52,7 +53,7 @@ def _load(path: str | Path, overrides: Iterable[str]) -> Any:
     if missing:
         raise ConfigError(f"{missing[0]} is required and missing in {path}. Add it to the yaml. All missing: {missing}")
     try:
-        return OmegaConf.to_object(merged)
+        return expand_home(OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, str(path))) from error
 

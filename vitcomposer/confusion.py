@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from vitcomposer.escape import for_terminal
+from vitcomposer.whole_files import whole_file
 
 LABELLED_CLASSES = 40  # up to here every class has its name beside the matrix
 PRINTED_CLASSES = 20  # and up to here every cell its number
@@ -25,7 +26,8 @@ def write_per_class(
 ) -> None:
     """A CSV line for every class that has images: class, images, top1, its most frequent confusion, its images."""
     confused = {true: (guess, count) for true, guess, count in reversed(confusions(truth, predictions))}
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with whole_file(path) as partial, partial.open("w", **form) as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(("class", "images", "top1", "most_frequent_confusion", "confused_images"))
         images, right = np.bincount(truth), np.bincount(truth[truth == predictions], minlength=truth.max() + 1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitcomposer.escape import for_terminal
 from vitcomposer.schema import require
+from vitcomposer.whole_files import write_whole
 
 if TYPE_CHECKING:
     from vitcomposer.scores import Labelled, Scores
@@ -164,7 +165,7 @@ def _write_tables(folder: Path, result: dict[str, Any], scores: "Scores", model:
     write_per_class(folder / "per_class.csv", scores.labels, scores.predictions, model.class_names)
     title = f"{model.model.name}, {result['weights']}, on {result['data']}: top-1 {100 * scores.top1:.2f}"
     picture = draw_confusion(scores.labels, scores.predictions, model.class_names, title=title)
-    (folder / "confusion.png").write_bytes(picture)
+    write_whole(folder / "confusion.png", picture)
 
 
 def _write_results(out: Path, args: argparse.Namespace, model: "Trained", results: list[dict[str, Any]]) -> None:
@@ -178,4 +179,4 @@ def _write_results(out: Path, args: argparse.Namespace, model: "Trained", result
         "bf16": args.bf16,
         "results": results,
     }
-    (out / "eval.json").write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
+    write_whole(out / "eval.json", json.dumps(page, indent=2) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitcomposer.schema import require
 from vitcomposer.schema.credentials import holds_credential, is_credential_name, variable_within
+from vitcomposer.whole_files import write_whole
 
 _KUBERNETES = ("kubernetes", "jobset", "pytorchjob")
 # Names of objects, and of hosts that are made from them with a few more letters.
@@ -108,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     require(out.parent.is_dir(), "--out", "in a folder that exists", args.out, f"Make {out.parent} first.")
     remedy = "Choose another name, or add --force."
     require(args.force or not out.exists(), "--out", "a file that does not exist yet", args.out, remedy)
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     start = {"slurm": "sbatch", "skypilot": "sky jobs launch"} | dict.fromkeys(_KUBERNETES, "kubectl apply -f")
     print(f"wrote {out}: {start.get(args.engine, 'bash, a line')} {out}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.schema import require
+from vitcomposer.whole_files import write_whole
 
 IMAGENET_IMAGES = 1_281_167
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -41,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     found["cost"] = None if price is None or found["gpu_hours"] is None else price * found["gpu_hours"]
     _print(found)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(Path(args.json), json.dumps(found, indent=1) + "\n")
     return 0
 
 

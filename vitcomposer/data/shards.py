@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -118,6 +119,9 @@ class ShardStream(Stream):
             except DownloadError as error:
                 # A store that did not answer for the first is not asked for the second, as often and as long again.
                 if name == INDEX or not error.was_answered:
+                    with suppress(OSError):  # a start that is refused leaves no empty folders
+                        self.folder.rmdir()
+                        Path(self.local).rmdir()
                     raise ConfigError(
                         f"data.remote: {self.uri(name)} cannot be read: {error}. {_remedy(error)}"
                     ) from error

@@ -23,6 +23,7 @@ from vitcomposer.schema.blocks import (
     require_plain_address,
 )
 from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
+from vitcomposer.schema.paths import expand_home
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
 from vitcomposer.schema.self_supervised import DINO, Crops, MoCo, SelfSupervised, SimCLR, SwAV
 from vitcomposer.schema.supervised import Supervised
@@ -57,6 +58,7 @@ __all__ = [
     "Teacher",
     "TeacherCache",
     "did_you_mean",
+    "expand_home",
     "require",
     "require_plain_address",
 ]

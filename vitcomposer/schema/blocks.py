@@ -324,6 +324,10 @@ class Run:
     skip_nonfinite_steps: int = 0  # of the whole run: left out where a gradient is NaN or infinite; then the run ends
 
     def __post_init__(self) -> None:
+        plain = self.name not in ("", ".", "..") and not set(self.name) & {"/", "\0"}
+        rule = "the name of one folder, of at most 200 bytes and without /"
+        fits = plain and len(self.name.encode(errors="surrogateescape")) <= 200
+        require(fits, "run.name", rule, self.name, "Set run.name=demo_2; run.folder says where it lies.")
         local = "://" not in self.folder
         require(local, "run.folder", "a folder on this machine", self.folder, "Add run.remote=s3://BUCKET/PATH for it.")
         require_plain_address("run.remote", self.remote)
