@@ -220,8 +220,9 @@ class RunRecord(LoggerDestination):
             same = False
         if not same:
             raise SaveError(
-                f"{path} was deleted or replaced while the run wrote to it, seen at step {state.timestamp.batch.value}. "
-                "Put the folder back, and the same command goes on from its last checkpoint; without it, it starts anew."
+                f"{path} was deleted or replaced while the run wrote to it, seen at step "
+                f"{state.timestamp.batch.value}. Put the folder back, and the same command goes on from its last "
+                "checkpoint; without it, it starts anew."
             )
 
     def _epochs(self, state: State) -> float:
