@@ -93,6 +93,57 @@ def test_ema_updates_at_its_interval_after_its_start():
     torch.testing.assert_close(average, 0.5 * (0.5 * third + 0.5 * fourth) + 0.5 * sixth)
 
 
+class Begins(Callback):
+    """The step after which there is an average."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def batch_end(self, state, logger):
+        if self.step is None and state.algorithms[0].ema_started:
+            self.step = int(state.timestamp.batch)
+
+    epoch_end = batch_end
+
+
+@pytest.mark.parametrize(
+    ("ema_start", "update_interval", "duration", "longer"),
+    [
+        ("0.5dur", "1ba", "6ba", "12ba"),
+        ("0.5dur", "1ba", "6ba", "11ba"),
+        ("0.5dur", "1ba", "6ba", "30ba"),
+        ("0.25dur", "1ba", "2ep", "5ep"),
+        ("0.5dur", "1ep", "2ep", "4ep"),
+        ("0.75dur", "1ep", "2ep", "4ep"),
+        ("0.5dur", "1ba", "24sp", "48sp"),
+        ("4ba", "1ba", "6ba", "12ba"),
+        ("1ep", "1ba", "6ba", "12ba"),
+    ],
+)
+def test_ema_of_a_longer_run_starts_where_that_of_its_length_does(
+    ema_start, update_interval, duration, longer, tmp_path
+):
+    """Three steps an epoch; six are trained before the run is made longer."""
+
+    def run(max_duration, **options):
+        begins = Begins()
+        algorithms = build("EMA", smoothing=0.5, update_interval=update_interval, ema_start=ema_start)
+        trainer, _, record = fit(algorithms, max_duration, callbacks=[begins], **options)
+        return begins.step, record, trainer.state.algorithms[0]
+
+    start, *_ = run(longer)
+    run(duration, **checkpointed(tmp_path))
+    again, record, ema = run(longer, load_path=str(tmp_path / "ba6.pt"))
+    assert start is not None and again == max(6, start)
+    if start >= 6 and update_interval == "1ba":
+        raw = torch.load(tmp_path / "ba6.pt", weights_only=False)["state"]["model"]["model.head.weight"]
+        weights_after = {6: raw, **{6 + n: kept["model.head.weight"] for n, kept in enumerate(record.weights, 1)}}
+        average = weights_after[start]
+        for step in range(start + 1, max(weights_after) + 1):
+            average = 0.5 * average + 0.5 * weights_after[step]
+        torch.testing.assert_close(ema.ema_model.named_parameters_dict["model.head.weight"], average)
+
+
 def test_ema_before_its_start_evaluates_raw_weights():
     measured = Measured()
     (ema,) = build("EMA", half_life="2ba", update_interval="1ba", ema_start="5ba")

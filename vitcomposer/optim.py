@@ -197,6 +197,9 @@ class CosineWithWarmup:
     Composer's own schedulers lag one batch behind: they are stepped before the time advances, so the first two batches
     share a learning rate. This one does not lag, and equals timm's ``step_update`` at every batch.
 
+    A loaded checkpoint brings the rate of the next step as it was when it was saved; ``set_rates`` puts that of the
+    present configuration in its place, so that a run whose ``max_duration`` was changed has the rates of the new one.
+
     Args:
         t_warmup: Time string in ep, ba or sp, or a share of the run such as ``0.05dur``.
         global_train_batch_size: Images per step over all ranks; turns samples into batches.
@@ -222,10 +225,22 @@ class CosineWithWarmup:
         self.compute_share = compute_share
 
     def __call__(self, state: "State", ssr: float = 1.0) -> float:
+        # The Trainer asks once while it compiles (it has no schedulers yet) for the first batch; then after each batch,
+        # before it counts that batch, for the next one.
+        return self._factor(state, int(state.timestamp.batch) + (1 if state.schedulers else 0))
+
+    def set_rates(self, state: "State") -> None:
+        """Give the optimizer the learning rates of the step that comes next."""
+        factor = self._factor(state, int(state.timestamp.batch))
+        for scheduler in state.schedulers:
+            for base, group in zip(scheduler.base_lrs, scheduler.optimizer.param_groups, strict=True):
+                group["lr"] = base * factor
+
+    def _factor(self, state: "State", step: int) -> float:
         assert state.max_duration is not None, "the Trainer sets max_duration before it compiles schedulers"
         total = self._batches(state.max_duration.value, state.max_duration.unit.value, state)
         value, unit = self.t_warmup
-        warmup = value * total if unit == "dur" else self._batches(value, unit, state) * ssr
+        warmup = value * total if unit == "dur" else self._batches(value, unit, state)
         require(
             warmup <= total,
             "schedule.t_warmup",
@@ -233,9 +248,7 @@ class CosineWithWarmup:
             f"{value:g}{unit} = {warmup:g} batches",
             "The peak would never be reached: shorten the warm-up.",
         )
-        # The Trainer asks once while it compiles (it has no schedulers yet) for the first batch; then after each batch,
-        # before it counts that batch, for the next one.
-        t: float = int(state.timestamp.batch) + (1 if state.schedulers else 0)
+        t = float(step)
         if self.compute_share is not None:
             t, total = self.compute_share(t), 1.0
             warmup = value if unit == "dur" else self.compute_share(warmup)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from composer import Algorithm, Evaluator, Trainer
-from composer.core import Callback, DataSpec, Event
+from composer.core import Callback, DataSpec, Event, State
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.models import ComposerModel
 from composer.utils import MissingConditionalImportError, dist, reproducibility
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict
 from torch.optim import Optimizer
 
 from vitcomposer import config, optim
+from vitcomposer.algorithms.run_length import total_steps
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.averages import EMA_LABEL
 from vitcomposer.callbacks import (
@@ -221,7 +222,14 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         every.append(build_mirror(cfg, folder))
     saver = Checkpoints(folder / "checkpoints", interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
     record = RunRecord(folder, config.to_yaml(cfg), facts, throughput=throughput, log_interval=cfg.run.log_interval)
-    schedule = cfg.schedule
+    schedule = optim.CosineWithWarmup(
+        cfg.schedule.t_warmup,
+        alpha_i=cfg.schedule.alpha_i,
+        alpha_f=cfg.schedule.alpha_f,
+        cosine_from=cfg.schedule.cosine_from,
+        global_train_batch_size=cfg.global_train_batch_size,
+        compute_share=compute_share if cfg.schedule.progress == "compute" else None,
+    )
     if cfg.optimizer.name == SCHEDULE_FREE:
         algorithms = [*algorithms, ScheduleFreeWeights()]
     if cfg.run.activation_checkpointing:
@@ -241,14 +249,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         train_dataloader=train,
         eval_dataloader=list(evaluators) or None,
         optimizers=optimizer,
-        schedulers=optim.CosineWithWarmup(
-            schedule.t_warmup,
-            alpha_i=schedule.alpha_i,
-            alpha_f=schedule.alpha_f,
-            cosine_from=schedule.cosine_from,
-            global_train_batch_size=cfg.global_train_batch_size,
-            compute_share=compute_share if schedule.progress == "compute" else None,
-        ),
+        schedulers=schedule,
         algorithms=list(algorithms),
         callbacks=[*every, *callbacks, saver],
         loggers=[record, *build_loggers(cfg, folder)],
@@ -264,7 +265,16 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         load_path=_checkpoint_of_this_kind(folder, cfg),
     )
     average_gradients(task)
+    _check_steps_done(trainer.state, cfg, folder)
+    schedule.set_rates(trainer.state)
     return trainer
+
+
+def _check_steps_done(state: State, cfg: Any, folder: Path) -> None:
+    done, steps = state.timestamp.batch.value, total_steps(state)
+    rule, given = f"at least the {done:,} steps that {folder} has trained", f"{cfg.max_duration}, {steps:,} steps"
+    remedy = "Raise it, or set run.name to start a shorter run."
+    require(done <= steps, "max_duration", rule, given, remedy)
 
 
 def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:

@@ -1,6 +1,7 @@
 """A moving average of the weights that training, checkpoints and exports never mistake for the weights."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class EvaluationEMA(EMA):
         keep_shares(model)
         if event == Event.FIT_START:
             self._warn(state)
+            self._start_anew(model, state)
         # A loaded average lies, whole, where the checkpoint was read to.
         if event in (Event.FIT_START, Event.EVAL_START):
             self.ema_model.move_params_to_device(destination_model=model)
@@ -107,6 +109,26 @@ class EvaluationEMA(EMA):
             f"{run:,.0f}",
             f"Over a tenth: algorithms.EMA={better}." if tenth > 0 else "Leave it out of so short a run.",
         )
+
+    def _start_anew(self, model: nn.Module, state: State) -> None:
+        """Have the average of a resumed run start where ``ema_start`` says now, as a share of a run that is longer."""
+        start, done = self._start_step(state), state.timestamp.batch.value
+        if self.ema_started and start >= done:
+            self.ema_model, self.ema_started = EMAParameters(model), start == done
+
+    def _start_step(self, state: State) -> int:
+        """The step after which the average starts."""
+        assert state.max_duration is not None, "the Trainer sets it before it trains"
+        value, unit, per_epoch = float(self.ema_start.value), self.ema_start.unit, steps_per_epoch(state)
+        if unit == TimeUnit.DURATION:
+            value, unit = value * state.max_duration.value, state.max_duration.unit
+        if unit == TimeUnit.SAMPLE:
+            value, unit = value * total_steps(state) / state.max_duration.value, TimeUnit.BATCH
+        least = math.ceil(value - 1e-9)
+        by_epoch = self.update_event == Event.EPOCH_END
+        if unit == TimeUnit.EPOCH:  # which Composer counts as done behind the last BATCH_END in it
+            return max(1, least) * per_epoch if by_epoch else least * per_epoch + 1
+        return math.ceil(max(1, least) / per_epoch) * per_epoch if by_epoch else max(1, least)
 
     @torch.no_grad()
     def _update(self, model: nn.Module, state: State) -> None:
