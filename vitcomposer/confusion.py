@@ -26,8 +26,7 @@ def write_per_class(
 ) -> None:
     """A CSV line for every class that has images: class, images, top1, its most frequent confusion, its images."""
     confused = {true: (guess, count) for true, guess, count in reversed(confusions(truth, predictions))}
-    form = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    with whole_file(path) as partial, partial.open("w", **form) as file:
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.writer(file, lineterminator="\n")
         lines.writerow(("class", "images", "top1", "most_frequent_confusion", "confused_images"))
         images, right = np.bincount(truth), np.bincount(truth[truth == predictions], minlength=truth.max() + 1)
