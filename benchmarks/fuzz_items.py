@@ -39,7 +39,7 @@ def image_paths(data: bytes, rng: random.Random) -> dict[str, Callable[[], Any]]
     from vitcomposer.data.jpeg_markers import parse_scans
     from vitcomposer.data.region import decode_seekable
     from vitcomposer.data.seekable import make_seekable
-    from vitcomposer.data.stored import StoreOptions, check_image, store_image
+    from vitcomposer.data.stored import StoreOptions, store_image
     from vitcomposer.data.views import decode_views
 
     def box() -> tuple[int, int, int, int]:
@@ -66,7 +66,7 @@ def image_paths(data: bytes, rng: random.Random) -> dict[str, Callable[[], Any]]
         "markers": lambda: parse_scans(data),
         "conversion to seekable": lambda: make_seekable(data),
         "conversion": lambda: store_image(data, StoreOptions(seekable=True, raw_below=24, short_side=40), "x"),
-        "check before conversion": lambda: check_image(data),
+        "conversion as it is": lambda: store_image(data, StoreOptions(seekable=False)),
         "inspect": lambda: _decoding_fault({"image": ("bytes", data)}),
     }
 

@@ -153,6 +153,34 @@ def _random(data: bytes, rng: random.Random) -> bytes:
     return rng.choice((b"", b"\xff\xd8", b"\x00RAW", data[: _scan(data)], data[: _scan(data) + 14])) + body
 
 
+def _block(data: bytes, rng: random.Random) -> bytes:
+    """A block of 512 random bytes behind the header, as a disk or a download may leave it."""
+    at = rng.randrange(_scan(data), max(len(data) - 512, _scan(data) + 1))
+    return data[:at] + rng.randbytes(512) + data[at + 512 :]
+
+
+def _foreign_tail(data: bytes, rng: random.Random) -> bytes:
+    """From some byte of the scan on those of another file, at the same place."""
+    other = rng.choice(list(originals().values()))
+    at = rng.randrange(_scan(data), len(data))
+    return data[:at] + other[at:]
+
+
+def _cut_behind_marker(data: bytes, rng: random.Random) -> bytes:
+    """A scan that ends at a marker of any kind, and the file with it or a few bytes on."""
+    at, marker = (
+        rng.randrange(_scan(data), len(data)),
+        rng.choice((0xD0, 0xD3, 0xD7, 0xDA, 0xE0, 0xE5, 0xF9, 0xFE, 0xC4)),
+    )
+    return data[:at] + bytes((0xFF, marker)) + rng.randbytes(rng.choice((0, 1, 2, 4, 12)))
+
+
+def _cut_in_segment(data: bytes, rng: random.Random) -> bytes:
+    """A scan that ends in an APP5 segment, and a file that ends in it or in what follows."""
+    at, size = rng.randrange(_scan(data), len(data)), rng.choice((16, rng.randrange(2, 65536)))
+    return data[:at] + b"\xff\xe5" + size.to_bytes(2, "big") + rng.randbytes(rng.randrange(2000))
+
+
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "bits flipped anywhere": _flip_anywhere,
     "bits flipped in the header": _flip_header,
@@ -165,6 +193,10 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "spliced": _splice,
     "bytes shifted": _shift,
     "random bytes": _random,
+    "block overwritten": _block,
+    "foreign tail": _foreign_tail,
+    "cut behind a marker": _cut_behind_marker,
+    "cut in a segment": _cut_in_segment,
 }
 
 

@@ -18,12 +18,14 @@ _PART_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 def add_command(commands: Any) -> None:
     """Add ``convert`` to the subcommands of a parser."""
+    from vitcomposer.data.mds_left_out import MAX_BAD_FRACTION
+
     parser = commands.add_parser("convert", help="write images as MDS shards", description=_run_convert.__doc__)
     kinds = parser.add_subparsers(metavar="SOURCE", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workers", type=int, help="processes (default: one per core)")
     common.add_argument("--shard-size", default="64mb", help="largest shard (default: %(default)s)")
-    common.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be decoded")
+    _add_tolerance(common, MAX_BAD_FRACTION, "default: %(default)s")
     common.add_argument(
         "--seed", type=int, default=0, help="of the order and of held-out images (default: %(default)s)"
     )
@@ -69,7 +71,16 @@ def add_command(commands: Any) -> None:
 
     merge = kinds.add_parser("merge", help="one data set of parts made with --part", description=_run_merge.__doc__)
     merge.add_argument("out", help="folder or s3://bucket/prefix of the parts")
+    _add_tolerance(merge, None, "default: as the parts were made")
     merge.set_defaults(run=_run_merge)
+
+
+def _add_tolerance(parser: Any, default: float | None, default_text: str) -> None:
+    group = parser.add_mutually_exclusive_group()
+    help_text = f"share of a split's images that are left out as they cannot be decoded ({default_text})"
+    group.add_argument("--max-bad-fraction", type=float, default=default, metavar="SHARE", help=help_text)
+    help_text = "leave out none: an image that cannot be decoded is an error"
+    group.add_argument("--strict", action="store_const", const=0.0, dest="max_bad_fraction", help=help_text)
 
 
 def _add_storing(group: Any) -> None:
@@ -118,7 +129,11 @@ def _run_convert(args: argparse.Namespace) -> int:
         print(line)
     plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
     with _Progress(args.out) as progress:
-        how = {"workers": args.workers, "skip_bad": args.skip_bad, "on_progress": progress.update}
+        how = {
+            "workers": args.workers,
+            "max_bad_fraction": args.max_bad_fraction,
+            "on_progress": progress.update,
+        }
         if part is not None:
             convert_share(source, args.out, part, args.parts, **plan, **how)
             summary = {}
@@ -128,7 +143,7 @@ def _run_convert(args: argparse.Namespace) -> int:
             summary = convert(source, args.out, **plan, **how)
     if part is not None:
         print(f"part {part} of {args.parts} is done; after all: vitcomposer convert merge {args.out}")
-    _print_summary(summary)
+    _print_summary(summary, args.out)
     return 0
 
 
@@ -162,7 +177,7 @@ def _run_merge(args: argparse.Namespace) -> int:
     """Check that all parts of a conversion are done and belong together, and write what makes them one data set."""
     from vitcomposer.data.mds_shares import merge
 
-    _print_summary(merge(args.out))
+    _print_summary(merge(args.out, args.max_bad_fraction), args.out)
     return 0
 
 
@@ -248,12 +263,14 @@ class _Progress:
             print(f"{done:,} of {total:,} images, {rate:,.0f} images/s", flush=True)
 
 
-def _print_summary(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any], out: str) -> None:
     for split, facts in summary.items():
-        _print_facts(split, facts)
+        _print_facts(split, facts, out)
 
 
-def _print_facts(split: str, facts: dict[str, Any]) -> None:
+def _print_facts(split: str, facts: dict[str, Any], out: str) -> None:
+    from vitcomposer.data.mds_left_out import LEFT_OUT
+
     formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
     lines = {
         "images": f"{facts['images']:,} ({formats}), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']:,} shards",
@@ -262,8 +279,8 @@ def _print_facts(split: str, facts: dict[str, Any]) -> None:
         "width": _spread(facts["width"]),
         "height": _spread(facts["height"]),
     }
-    if facts["skipped"]:
-        lines["skipped"] = f"{facts['skipped']:,}, listed in {split}/skipped.json"
+    if facts["left_out"]:
+        lines["left out"] = f"{facts['left_out']:,} that cannot be decoded, listed in {out.rstrip('/')}/{LEFT_OUT}"
     print(split)
     for name, text in lines.items():
         print(f"  {name:<10} {text}")

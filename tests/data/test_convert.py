@@ -1,6 +1,9 @@
 """Conversion: what is stored, what is refused, and that workers, crashes and buckets do not change the result."""
 
+import csv
 import json
+import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,12 +19,13 @@ from PIL import Image
 
 from tests.conftest import read_photo
 from tests.data.conversion import items, jpeg, read_shards, run_cli, stream, tree, write_images
+from vitcomposer.cli import main
 from vitcomposer.data.jpeg_markers import read_index
 from vitcomposer.data.mds import convert
 from vitcomposer.data.mds_shard import parse_bytes
-from vitcomposer.data.sources import FolderSource
+from vitcomposer.data.sources import FolderSource, ListSource
 from vitcomposer.data.storage import S3Store
-from vitcomposer.data.stored import StoreOptions, check_image
+from vitcomposer.data.stored import StoreOptions, store_image
 from vitcomposer.schema import Data
 
 pytestmark = pytest.mark.timeout(120)
@@ -89,6 +93,8 @@ def test_killed_conversion_continues_to_the_same_result(
 ) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     write_images(images, {"a": 200, "b": 200}, size=150)
+    for number in (7, 70, 150):
+        (images / f"a/{number:03}.JPEG").write_bytes(jpeg(number, width=150)[:-900])
     args = ["folder", str(images), str(out), "--shard-size", "20kb", "--workers", "2", *flags]
     process = subprocess.Popen([sys.executable, "-m", "vitcomposer", "convert", *args], stdout=subprocess.DEVNULL)
     done = out / ".convert" / "train" / "done"
@@ -111,7 +117,7 @@ def test_killed_conversion_continues_to_the_same_result(
     assert 0 < seen[0][0] < seen[0][1] == 400 == seen[-1][0]
     assert all((done / name).stat().st_mtime_ns == stamp for name, stamp in written.items())
     convert(source, tmp_path / "unbroken", workers=1, shard_size="20kb", stored=stored)
-    assert tree(out) == tree(tmp_path / "unbroken")
+    assert tree(out) == tree(tmp_path / "unbroken") and len(left_out(out)) == 4
 
 
 def alive(pid: int) -> bool:
@@ -198,48 +204,101 @@ def test_finished_data_set_is_left_alone(folder: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == stamps
 
 
-def test_bad_images_are_all_named_in_one_error(folder: Path, tmp_path: Path) -> None:
+def left_out(out: Path) -> list[list[str]]:
+    return list(csv.reader((out / "left_out.csv").open(newline="")))
+
+
+def test_more_bad_images_than_allowed_are_one_error_that_names_the_first(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "train/cat/000.JPEG").read_bytes()
     (folder / "train/cat/000.JPEG").write_bytes(whole[: len(whole) // 2])
     (folder / "train/dog/001.JPEG").write_bytes(b"")
     (folder / "val/emu/000.JPEG").write_bytes(b"<html>404</html>")
-    with pytest.raises(ValueError, match="3 cannot be decoded") as caught:
-        convert(FolderSource(folder), tmp_path / "out", workers=1)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError) as caught:
+        convert(FolderSource(folder), out, workers=1)
     message = str(caught.value)
-    assert "train/cat/000.JPEG: image file is truncated" in message
-    assert "train/dog/001.JPEG: the file is empty" in message
-    assert "val/emu/000.JPEG: no image format" in message
-    assert "--skip-bad" in message
-    assert not (tmp_path / "out/train/index.json").exists()
+    assert "\n" not in message and message.startswith("--max-bad-fraction must be at least the share of images")
+    assert "2 of 28 in the split train and 1 of 7 in the split val, got 0.01" in message
+    assert "train/cat/000.JPEG (image file is truncated (" in message
+    assert "train/dog/001.JPEG (the file is empty), val/emu/000.JPEG (no image format that Pillow knows)" in message
+    assert f"{out}/left_out.csv lists them. Mend or remove them" in message and "--max-bad-fraction 0.143" in message
+    assert not (out / "train/index.json").exists()
+    assert [row[:2] for row in left_out(out)[1:]] == [
+        ["train", "train/cat/000.JPEG"],
+        ["train", "train/dog/001.JPEG"],
+        ["val", "val/emu/000.JPEG"],
+    ]
+    assert convert(FolderSource(folder), out, workers=1, max_bad_fraction=0.143)["val"]["left_out"] == 1
 
 
-def test_bad_images_beyond_ten_are_counted(tmp_path: Path) -> None:
+def test_bad_images_beyond_five_are_counted(tmp_path: Path) -> None:
     write_images(tmp_path / "images", {"a": 14})
     for number in range(13):
         (tmp_path / f"images/a/{number:03}.JPEG").write_bytes(b"x")
-    with pytest.raises(ValueError, match="13 cannot be decoded") as caught:
+    with pytest.raises(ValueError, match="13 of 14 in the split train") as caught:
         convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1)
-    assert str(caught.value).count("no image format") == 10
-    assert "and 3 more" in str(caught.value)
+    assert str(caught.value).count("no image format") == 5
+    assert "and 8 more" in str(caught.value) and "--max-bad-fraction 0.929" in str(caught.value)
 
 
-def test_skip_bad_lists_and_counts_what_it_left_out(folder: Path, tmp_path: Path) -> None:
+def test_a_few_bad_images_are_left_out_counted_and_listed(folder: Path, tmp_path: Path) -> None:
+    """As in training, where the same share is data.max_bad_fraction; both splits judge alike."""
+    write_images(folder / "more", {"train": 100, "val": 100}, size=8)
+    for split in ("train", "val"):
+        for path in sorted((folder / "more" / split).iterdir()):
+            path.rename(folder / split / "cat" / f"more{path.name}")
+        # a scan that a marker ends which must not be: libjpeg gives all rows, and then an error
+        (folder / split / "dog/001.JPEG").write_bytes(jpeg(0, 200, 200)[:9000] + b"\xff\xf9\x80\x00")
+    shutil.rmtree(folder / "more")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"1 of 128 in the split train and 1 of 107 .*got 0 \(--strict\)"):
+        convert(FolderSource(folder), out, workers=1, shard_size="64kb", max_bad_fraction=0)
+    summary = convert(FolderSource(folder), out, workers=1, shard_size="64kb")
+    for split, images in (("train", 127), ("val", 106)):
+        assert summary[split]["left_out"] == 1 and summary[split]["images"] == images
+        assert len(read_shards(out, split)) == images
+    assert left_out(out) == [
+        ["split", "path", "reason"],
+        ["train", "train/dog/001.JPEG", "broken data stream when reading image file"],
+        ["val", "val/dog/001.JPEG", "broken data stream when reading image file"],
+    ]
+
+
+def test_list_of_what_was_left_out_keeps_other_splits_and_names_that_are_no_text(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_images(tmp_path / "images", {"a": 3})
+    name = os.fsdecode(b'\xff, "x".jpg')
+    (tmp_path / "images/a" / name).write_bytes(b"x")
+    for split in ("train", "val"):
+        lines = [f"a/00{number}.JPEG\ta" for number in range(3)] + [f"a/{name}\ta"] * (split == "train")
+        (tmp_path / split).write_bytes(os.fsencode("\n".join(lines)))
+        source = ListSource(tmp_path / split, split=split, root=tmp_path / "images")
+        convert(source, out, workers=1, max_bad_fraction=0.5)
+    expected = b'split,path,reason\ntrain,"a/\xff, ""x"".jpg",no image format that Pillow knows\n'
+    assert (out / "left_out.csv").read_bytes() == expected
+
+
+def test_command_line_leaves_out_as_many_as_it_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "train/cat/000.JPEG").write_bytes(jpeg(0)[:300])
-    with pytest.raises(ValueError):
-        convert(FolderSource(folder), tmp_path / "out", workers=1, shard_size="8kb")
-    summary = convert(FolderSource(folder), tmp_path / "out", workers=1, shard_size="8kb", skip_bad=True)
-    assert summary["train"]["skipped"] == 1 and summary["train"]["images"] == 27
-    skipped = json.loads((tmp_path / "out/train/skipped.json").read_text())
-    assert [entry["file"] for entry in skipped] == ["train/cat/000.JPEG"]
-    assert len(read_shards(tmp_path / "out", "train")) == 27
-    assert not (tmp_path / "out/val/skipped.json").exists()
+    out = str(tmp_path / "out")
+    command = ["convert", "folder", str(folder), out, "--workers", "1"]
+    for given, words in (([], "got 0.01"), (["--strict"], "got 0 (--strict)")):
+        assert main([*command, *given]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "1 of 28 in the split train" in error and words in error and "--max-bad-fraction 0.036" in error
+    assert main([*command, "--max-bad-fraction", "1.5"]) == 2
+    assert "--max-bad-fraction must be in [0, 1], got 1.5" in capsys.readouterr().err
+    assert main([*command, "--max-bad-fraction", "0.04"]) == 0
+    assert f"left out   1 that cannot be decoded, listed in {out}/left_out.csv" in capsys.readouterr().out
 
 
 def test_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images/a").mkdir(parents=True)
     (tmp_path / "images/a/x.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="train must hold a readable image"):
-        convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1, skip_bad=True)
+    with pytest.raises(ValueError, match="train must hold an image that can be decoded, none of 1 can"):
+        convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1, max_bad_fraction=1)
 
 
 def test_image_above_the_bomb_guard_is_bad() -> None:
@@ -247,7 +306,7 @@ def test_image_above_the_bomb_guard_is_bad() -> None:
     chunk = struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
     png = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
     with pytest.raises(ValueError, match="decompression bomb"):
-        check_image(png)
+        store_image(png, OFF)
 
 
 @pytest.mark.parametrize(("text", "value"), [("64mb", 64 << 20), ("1.5kb", 1536), ("100", 100), ("2G", 2 << 30)])

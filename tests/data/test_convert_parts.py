@@ -35,13 +35,13 @@ def data_set(out: Path) -> dict[str, str]:
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_merged_parts_equal_one_conversion(folder: Path, tmp_path: Path, count: int) -> None:
     (folder / "train/cat/000.JPEG").write_bytes(jpeg(0)[:300])
-    summary = convert(FolderSource(folder), tmp_path / "one", workers=1, shard_size="8kb", skip_bad=True)
-    make(folder, tmp_path / "out", *reversed(range(count)), count=count, skip_bad=True)
+    summary = convert(FolderSource(folder), tmp_path / "one", workers=1, shard_size="8kb", max_bad_fraction=0.05)
+    make(folder, tmp_path / "out", *reversed(range(count)), count=count, max_bad_fraction=0.05)
     assert not (tmp_path / "out/train/index.json").exists()
     assert merge(tmp_path / "out") == summary
     assert data_set(tmp_path / "out") == tree(tmp_path / "one")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    make(folder, tmp_path / "out", 0, count=count, skip_bad=True)
+    make(folder, tmp_path / "out", 0, count=count, max_bad_fraction=0.05)
     assert merge(tmp_path / "out") == summary
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -74,7 +74,9 @@ def test_merge_names_the_parts_that_are_missing(folder: Path, tmp_path: Path) ->
     assert data_set(out) == tree(tmp_path / "one")
 
 
-def test_part_with_a_bad_image_is_not_done_until_it_is_skipped(folder: Path, tmp_path: Path) -> None:
+def test_part_with_more_bad_images_than_the_split_may_have_is_not_done_until_it_may(
+    folder: Path, tmp_path: Path
+) -> None:
     (folder / "train/cat/000.JPEG").write_bytes(jpeg(0)[:300])
     failed = []
     for index in range(4):
@@ -82,12 +84,26 @@ def test_part_with_a_bad_image_is_not_done_until_it_is_skipped(folder: Path, tmp
             make(folder, tmp_path / "out", index, count=4)
         except ValueError as error:
             failed.append(index)
-            assert "train/cat/000.JPEG" in str(error) and "--skip-bad" in str(error)
+            assert "train/cat/000.JPEG" in str(error) and "1 of 28 in the split train, got 0.01" in str(error)
     assert len(failed) == 1
     with pytest.raises(ValueError, match=f"missing is part {failed[0]} of 4"):
         merge(tmp_path / "out")
-    make(folder, tmp_path / "out", *failed, count=4, skip_bad=True)
-    assert merge(tmp_path / "out")["train"]["skipped"] == 1
+    make(folder, tmp_path / "out", *failed, count=4, max_bad_fraction=0.05)
+    assert merge(tmp_path / "out")["train"]["left_out"] == 1
+
+
+def test_merge_counts_the_bad_images_of_all_parts(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for number in range(4):
+        (folder / f"train/cat/00{number}.JPEG").write_bytes(jpeg(number)[:300])
+    make(folder, out, *range(3), count=3, max_bad_fraction=0.11)  # three of 28 in one part
+    with pytest.raises(ValueError, match=r"4 of 28 in the split train, got 0\.1"):
+        merge(out)
+    assert not (out / "train/index.json").exists()
+    with pytest.raises(ValueError, match=r"got 0 \(--strict\)"):
+        merge(out, max_bad_fraction=0.0)
+    assert main(["convert", "merge", str(out), "--max-bad-fraction", "0.15"]) == 0
+    assert (out / "left_out.csv").read_text().count("Truncated File Read") == 4
 
 
 def test_parts_of_two_plans_are_refused_and_made_again(folder: Path, tmp_path: Path) -> None:

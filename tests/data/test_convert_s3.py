@@ -22,15 +22,18 @@ def test_bucket_holds_what_a_folder_would(folder: Path, tmp_path: Path, bucket: 
 
     url = f"{bucket}/deep/images"
     local = tmp_path / "local"
-    convert(FolderSource(folder), local, workers=1, shard_size="8kb")
-    summary = convert(FolderSource(folder), url, workers=2, shard_size="8kb")
+    (folder / "train/cat/000.JPEG").write_bytes(b"x")
+    convert(FolderSource(folder), local, workers=1, shard_size="8kb", max_bad_fraction=0.05)
+    summary = convert(FolderSource(folder), url, workers=2, shard_size="8kb", max_bad_fraction=0.05)
     store = open_store(url)
+    assert (store.read("left_out.csv") or b"").startswith(b"split,path,reason\ntrain,train/cat/000.JPEG,no image")
     remote = {name: hashlib.sha256(store.read(name) or b"").hexdigest() for name in store.sizes()}
     assert remote == tree(local)
     assert json.loads((local / "summary.json").read_text())["splits"] == summary
     assert stream(tmp_path / "cache", "train", remote=url) == read_shards(local, "train")
     seen: list[tuple[int, int]] = []
-    convert(FolderSource(folder), url, workers=1, shard_size="8kb", on_progress=lambda *counts: seen.append(counts))
+    options = {"shard_size": "8kb", "max_bad_fraction": 0.05}
+    convert(FolderSource(folder), url, workers=1, on_progress=lambda *counts: seen.append(counts), **options)
     assert seen == [(35, 35)]
 
 

@@ -169,7 +169,7 @@ def test_pipes_sockets_and_links_to_nowhere_are_broken_images_and_nothing_waits(
     for name in ("pipe.jpg", "zero.jpg", "socket.png"):
         with pytest.raises(ValueError, match="a pipe, socket or device"):
             read_file(tmp_path / "x/cat" / name)
-    summary = convert(source, tmp_path / "out", workers=1, skip_bad=True)
+    summary = convert(source, tmp_path / "out", workers=1, max_bad_fraction=0.02)
     assert summary["train"]["images"] == 302
     with pytest.raises(ValueError, match=r"list.csv:1: .*pipe.jpg must be a file"):
         (tmp_path / "list.csv").write_text("x/cat/pipe.jpg,cat\n")

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitcomposer.data.crops import Box
-from vitcomposer.data.jpeg_markers import INDEX_MAGIC
+from vitcomposer.data.jpeg_markers import INDEX_MAGIC, scan_end
 from vitcomposer.data.region import decode_seekable
 from vitcomposer.data.resize import resize_rgb
 from vitcomposer.data.stored import check_jpeg_size, image_formats
@@ -175,10 +175,10 @@ def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
 
     The header is told that the image ends there. libjpeg then complains about the rest of the scan, so its complaints
     are ignored, which loses nothing: Pillow, whose pixels decode_rgb gives for a damaged scan, ignores the same ones.
-    All but one: it refuses a truncated file, which has no EOI.
+    All but one: it refuses a truncated file.
     """
     frame = _find_frame(encoded)
-    if frame is not None and encoded[-2:] == b"\xff\xd9":
+    if frame is not None:
         at, height, width, unit = frame
         check_jpeg_size(height, width, encoded)
         rows = -(-(bottom + 2) // unit) * unit  # two more: chroma is blended with the row of samples below
@@ -193,17 +193,24 @@ def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
 
 
 def _find_frame(encoded: Encoded) -> tuple[int, int, int, int] | None:
-    """Of a baseline JPEG in YCbCr or grey: offset of its height, height, width, and the rows of an MCU."""
-    at, end = 2, len(encoded) - 20
+    """Of a baseline JPEG in YCbCr or grey: offset of its height, height, width, and the rows of an MCU.
+
+    None also where another marker than the EOI at the file's end follows the first scan: Pillow refuses a file that
+    ends in a marker segment, however many of the rows are there.
+    """
+    at, end, frame = 2, len(encoded) - 20, None
     while at < end and encoded[at] == 0xFF:
         marker, size = encoded[at + 1], encoded[at + 2] << 8 | encoded[at + 3]
         if marker in (0xC0, 0xC1) and encoded[at + 9] in (1, 3):
             rows = encoded[at + 11] & 15 if encoded[at + 9] == 3 else 1
             height, width = (encoded[i] << 8 | encoded[i + 1] for i in (at + 5, at + 7))
-            return at + 5, height, width, 8 * max(rows, 1)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = at + 5, height, width, 8 * max(rows, 1)
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None
         at += 2 + size
+        if marker == 0xDA:
+            ends = encoded[-2:] == b"\xff\xd9" and at <= len(encoded) - 2 == scan_end(encoded, at)
+            return frame if ends else None
     return None
 
 

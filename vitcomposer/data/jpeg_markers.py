@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
-INDEX_MAGIC = b"vitseek1"
+INDEX_MAGIC, NO_INDEX = b"vitseek1", b"no index"
 INDEX_HEAD = struct.Struct("<8s4HI")  # magic, MCUs a segment, segments a row, rows, zero, offset of the first segment
 SOF0, SOF1, SOF2 = 0xC0, 0xC1, 0xC2
 ARITHMETIC = range(0xC9, 0xD0)  # the frames whose coding has no least number of bits for a block (0xCC is no frame)
@@ -145,11 +145,16 @@ def frame_marker(data: bytes | memoryview) -> int:
         return 0
 
 
+def without_index(data: bytes) -> bytes:
+    """A seekable JPEG whose index no reader takes for one; everything else stays where it is, be it damaged or not."""
+    return data[:6] + NO_INDEX + data[6 + len(NO_INDEX) :]
+
+
 def _is_frame(marker: int) -> bool:
     return 0xC0 <= marker <= 0xCF and marker not in _NOT_SOF
 
 
-def scan_end(data: bytes, start: int) -> int:
+def scan_end(data: bytes | memoryview, start: int) -> int:
     """Where the marker after the entropy-coded data from ``start`` on begins."""
     match = _SCAN_END.search(data, start)
     if match is None:

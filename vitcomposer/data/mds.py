@@ -4,9 +4,9 @@ One task makes one part of the plan (vitcomposer.data.mds_plan), which is one sh
 stores every image and then the done-marker. So the result does not depend on the number of workers, and after a crash
 only parts without a marker are made again::
 
-    OUT/train/shard.00000.mds ...  index.json  class_names.json  [skipped.json]
+    OUT/train/shard.00000.mds ...  index.json  class_names.json
     OUT/.convert/train/plan.json  items.json.gz  done/00000.json ...
-    OUT/summary.json
+    OUT/summary.json  [left_out.csv]
 
 Several machines make one data set together in vitcomposer.data.mds_shares, out of the same steps.
 """
@@ -26,7 +26,16 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.data.mds_plan import SHOWN, Part, check_room, plan_split, read_json, to_json
+from vitcomposer.data.mds_left_out import (
+    LEFT_OUT,
+    MAX_BAD_FRACTION,
+    bad_images,
+    check_bad,
+    check_fraction,
+    count_images,
+    write_list,
+)
+from vitcomposer.data.mds_plan import Part, check_room, plan_split, read_json, to_json
 from vitcomposer.data.mds_shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.sources import Source, check_same_classes
 from vitcomposer.data.storage import LocalStore, Store, open_store
@@ -41,7 +50,7 @@ def convert(
     *,
     workers: int | None = None,
     shard_size: int | str = "64mb",
-    skip_bad: bool = False,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     seed: int = 0,
     stored: StoreOptions | None = None,
     on_progress: Progress | None = None,
@@ -55,7 +64,8 @@ def convert(
         out: Local folder or ``s3://bucket/prefix``.
         workers: Processes; None is one per core. The result does not depend on it.
         shard_size: Largest shard, in bytes or as ``64mb`` (powers of 1024). A larger image gets a shard of its own.
-        skip_bad: Leave images out that cannot be decoded, list them in ``skipped.json``, and go on.
+        max_bad_fraction: Share of a split's images that may be left out as they cannot be decoded; ``left_out.csv``
+            lists them.
         seed: Of the order that samples are stored in, and of the draw of raw images.
         stored: How images are stored. By default those of the split train become seekable, which changes no pixel.
         on_progress: Called with images done (in this call and before) and images in all, first before any work.
@@ -66,15 +76,16 @@ def convert(
         What ``summary.json`` holds for the splits of ``source``.
 
     Raises:
-        ValueError: Anything the user can mend: a bad image without ``skip_bad``, another source or other options than
-            the ones ``out`` was begun with, a place that cannot be written, or that another process writes.
+        ValueError: Anything the user can mend: more bad images than may be left out, another source or other options
+            than the ones ``out`` was begun with, a place that cannot be written, or that another process writes.
     """
+    check_fraction(max_bad_fraction)
     with open_store(out).one_writer():
         store, parts = begin(source, out, shard_size=shard_size, seed=seed, stored=stored)
         store.clean()
-        done = make(source, store, parts, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
+        done = make(source, store, parts, workers=workers, on_progress=on_progress)
         markers = {split: [done[part.marker] for part in parts if part.split == split] for split in source.splits}
-        return finish(store, dict.fromkeys(source.splits, source.class_names), markers)
+        return finish(store, dict.fromkeys(source.splits, source.class_names), markers, max_bad_fraction)
 
 
 def begin(
@@ -108,10 +119,9 @@ def make(
     parts: list[Part],
     *,
     workers: int | None,
-    skip_bad: bool,
     on_progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
-    """Make those parts that have no done-marker yet and return the markers of all.
+    """Make those parts that have no done-marker yet and return the markers of all, whose bad images are unchecked.
 
     Raises:
         ValueError: As of :func:`convert`.
@@ -124,16 +134,24 @@ def make(
     for part, marker in _run(source, store, pending, workers):
         done[part.marker] = marker
         progress(len(part.items))
-    bad = [entry for part in parts for entry in done[part.marker]["bad"]]
-    if bad and not skip_bad:
-        raise ValueError(_bad_images(bad))
     return done
 
 
 def finish(
-    store: Store, class_names: dict[str, list[str]], markers: dict[str, list[dict[str, Any]]]
+    store: Store,
+    class_names: dict[str, list[str]],
+    markers: dict[str, list[dict[str, Any]]],
+    max_bad_fraction: float,
 ) -> dict[str, dict[str, Any]]:
-    """Write what lies beside the shards of these splits, from their markers in order, and return the summary."""
+    """Write what lies beside the shards of these splits, from their markers in order, and return the summary.
+
+    Raises:
+        ValueError: More bad images than may be left out, or no good one.
+    """
+    bad = {split: bad_images(found) for split, found in markers.items()}
+    write_list(store, bad)  # also where there are too many: it is what the user needs then
+    images = {split: count_images(found) for split, found in markers.items()}
+    check_bad(bad, images, max_bad_fraction, f" {store.url}/{LEFT_OUT} lists them.")
     summary = {split: _finish_split(store, class_names[split], split, found) for split, found in markers.items()}
     _write_summary(store, summary)
     store.clean()
@@ -308,21 +326,14 @@ def _run(source: Source, store: Store, parts: list[Part], workers: int | None) -
         pool.shutdown(cancel_futures=True)
 
 
-def _bad_images(bad: list[dict[str, str]]) -> str:
-    shown = "\n".join(f"  {entry['file']}: {entry['reason']}" for entry in sorted(bad, key=lambda e: e["file"])[:SHOWN])
-    more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return (
-        f"Every image must be readable, {len(bad)} cannot be decoded:\n{shown}{more}\n"
-        "Call again with --skip-bad to leave them out, or mend them and convert into an empty place."
-    )
-
-
 def _finish_split(store: Store, class_names: list[str], split: str, markers: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the files beside the shards, the index last, and return the split's part of the summary."""
-    bad = sorted((entry for marker in markers for entry in marker["bad"]), key=lambda entry: entry["file"])
     shards = [shard for marker in markers for shard in marker["shards"]]
     if not shards:
-        raise ValueError(f"The split {split} must hold a readable image. All {len(bad)} are bad:\n{_bad_images(bad)}")
+        raise ValueError(
+            f"The split {split} must hold an image that can be decoded, none of {count_images(markers):,} can. "
+            f"{store.url}/{LEFT_OUT} says why."
+        )
     total = {key: Counter[str]() for key in ("sizes", "formats", "classes", "outcomes")}
     for marker in markers:
         for key, counter in total.items():
@@ -333,8 +344,6 @@ def _finish_split(store: Store, class_names: list[str], split: str, markers: lis
         widths[width] += count
         heights[height] += count
     counts = {name: total["classes"][str(label)] for label, name in enumerate(class_names)}
-    if bad:
-        write_new(store, f"{split}/skipped.json", to_json(bad))
     write_new(store, f"{split}/class_names.json", to_json(class_names))
     # laid out as MDSWriter does, without line breaks
     write_new(store, f"{split}/index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
@@ -345,7 +354,7 @@ def _finish_split(store: Store, class_names: list[str], split: str, markers: lis
         "stored": dict(total["outcomes"].most_common()),
         "shards": len(shards),
         "shard_bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
-        "skipped": len(bad),
+        "left_out": len(bad_images(markers)),
         "formats": dict(sorted(total["formats"].items())),
         "width": _spread(widths),
         "height": _spread(heights),

@@ -17,7 +17,7 @@ from vitcomposer.data.storage import Store
 from vitcomposer.data.stored import StoreOptions
 
 STATE = ".convert"
-SHOWN = 10  # bad images or classes that an error lists
+_SHOWN = 10  # classes that an error lists
 
 
 class Part(NamedTuple):
@@ -160,7 +160,7 @@ def _difference(old: dict, new: dict, items: list[Item], read_listing: Callable[
         "with another size or label": [name for name in now if name in before and now[name] != before[name]],
     }
     found = [f"{len(names)} images are {kind} (such as {min(names)})" for kind, names in kinds.items() if names]
-    return "; ".join(found) or f"the classes were {old['class_names'][:SHOWN]} and are {new['class_names'][:SHOWN]}"
+    return "; ".join(found) or f"the classes were {old['class_names'][:_SHOWN]} and are {new['class_names'][:_SHOWN]}"
 
 
 def _setting(value: bool | int | float | None) -> str:

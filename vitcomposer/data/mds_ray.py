@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.data.mds import Progress, begin, counted
+from vitcomposer.data.mds_left_out import MAX_BAD_FRACTION, check_fraction
 from vitcomposer.data.mds_shares import check_share, convert_share, merge
 from vitcomposer.data.sources import Item, Source
 
@@ -17,7 +18,7 @@ def convert_with_ray(
     *,
     workers: int | None = None,
     on_progress: Progress | None = None,
-    skip_bad: bool = False,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     **plan: Any,
 ) -> dict[str, Any]:
     """Write a data set as ``count`` tasks of one core each; called again it makes what is missing.
@@ -30,6 +31,7 @@ def convert_with_ray(
         ChildProcessError: Ray lost a task for good.
     """
     check_share(0, count)
+    check_fraction(max_bad_fraction)
     try:
         ray = import_module("ray")
     except ImportError as error:
@@ -42,12 +44,10 @@ def convert_with_ray(
     else:
         ray.init(address="local", num_cpus=workers, include_dashboard=False, _node_ip_address="127.0.0.1")
     try:
+        options = {**plan, "max_bad_fraction": max_bad_fraction}
         listed = ray.put((source, source.splits))
         task = ray.remote(_make_share)
-        waiting = {
-            task.remote(listed, os.fspath(out), index, count, {**plan, "skip_bad": skip_bad}): images[index]
-            for index in range(count)
-        }
+        waiting = {task.remote(listed, os.fspath(out), index, count, options): images[index] for index in range(count)}
         progress = counted(on_progress, sum(images))
         progress(0)
         while waiting:
@@ -60,7 +60,7 @@ def convert_with_ray(
         raise ChildProcessError(f"Ray lost a part: {error}. Call again to continue.") from error
     finally:
         ray.shutdown()
-    return merge(out)
+    return merge(out, max_bad_fraction)
 
 
 def _make_share(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.data.mds import Progress, begin, finish, finished_splits, make, read_markers, write_new
+from vitcomposer.data.mds_left_out import MAX_BAD_FRACTION, bad_images, check_bad, check_fraction
 from vitcomposer.data.mds_plan import STATE, done_marker, plan_difference, plan_hash, read_json, read_plan, to_json
 from vitcomposer.data.sources import Source, check_same_classes
 from vitcomposer.data.storage import Store, open_store
@@ -23,7 +24,7 @@ def convert_share(
     count: int,
     *,
     workers: int | None = None,
-    skip_bad: bool = False,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
     on_progress: Progress | None = None,
     **plan: Any,
 ) -> None:
@@ -34,17 +35,24 @@ def convert_share(
     ``shard_size``, ``seed`` and ``stored``.
 
     Raises:
-        ValueError: As ``convert`` does; a bad image is an error of its share.
+        ValueError: As ``convert`` does; a share has too many bad images when they alone are more than the whole split
+            may have.
     """
     check_share(index, count)
+    check_fraction(max_bad_fraction)
     with open_store(out).one_writer(f".{index:05}.{count:05}"):
-        _make_share(source, out, index, count, plan, workers=workers, skip_bad=skip_bad, on_progress=on_progress)
+        _make_share(source, out, index, count, max_bad_fraction, plan, workers=workers, on_progress=on_progress)
 
 
-def _make_share(source: Source, out: str | Path, index: int, count: int, plan: dict[str, Any], **how: Any) -> None:
+def _make_share(  # noqa: PLR0913, PLR0917
+    source: Source, out: str | Path, index: int, count: int, max_bad_fraction: float, plan: dict[str, Any], **how: Any
+) -> None:
     store, parts = begin(source, out, **plan)
     mine = parts[index::count]
-    make(source, store, mine, **how)
+    done = make(source, store, mine, **how)
+    bad = {split: bad_images([done[part.marker] for part in mine if part.split == split]) for split in source.splits}
+    images = {split: sum(len(part.items) for part in parts if part.split == split) for split in source.splits}
+    check_bad(bad, images, max_bad_fraction, " Other parts may have more.")
     for split in source.splits:
         recorded = read_plan(store, split)
         if plan_hash(recorded or {}) != next(part.plan for part in parts if part.split == split):
@@ -52,7 +60,8 @@ def _make_share(source: Source, out: str | Path, index: int, count: int, plan: d
                 f"{store.url}/{split} was begun with other input at the same moment. Call again to see the difference."
             )
         numbers = [part.number for part in mine if part.split == split]
-        write_new(store, _marker_name(split, index, count), to_json({"plan": recorded, "numbers": numbers}))
+        share = {"plan": recorded, "numbers": numbers, "max_bad_fraction": max_bad_fraction}
+        write_new(store, _marker_name(split, index, count), to_json(share))
 
 
 def check_share(index: int, count: int) -> None:
@@ -65,21 +74,28 @@ def check_share(index: int, count: int) -> None:
         )
 
 
-def merge(out: str | Path) -> dict[str, Any]:
+def merge(out: str | Path, max_bad_fraction: float | None = None) -> dict[str, Any]:
     """Make one data set of shares: the files that :func:`vitcomposer.data.convert` had written, to the byte.
+
+    Args:
+        out: Where they are.
+        max_bad_fraction: Of the images of a split; None is the largest that a share was made with.
 
     Returns:
         What ``summary.json`` holds for the splits that were made in shares.
 
     Raises:
-        ValueError: Shares that are missing or do not belong together; the message names them.
+        ValueError: Shares that are missing or do not belong together, which the message names, or have more bad images
+            than may be left out.
     """
+    if max_bad_fraction is not None:
+        check_fraction(max_bad_fraction)
     store = open_store(out)
     with store.one_writer():
-        return _merge(store)
+        return _merge(store, max_bad_fraction)
 
 
-def _merge(store: Store) -> dict[str, Any]:
+def _merge(store: Store, max_bad_fraction: float | None) -> dict[str, Any]:
     counts = {split: _complete(split, found) for split, found in _find_shares(store).items()}
     if not counts:
         raise ValueError(
@@ -88,13 +104,15 @@ def _merge(store: Store) -> dict[str, Any]:
         )
     class_names: dict[str, list[str]] = {}
     markers: dict[str, list[dict[str, Any]]] = {}
+    allowed = []
     for split, count in counts.items():
         shares = [read_json(store, _marker_name(split, index, count)) for index in range(count)]
         class_names[split], markers[split] = _read_split(store, split, shares)
+        allowed += [share.get("max_bad_fraction", MAX_BAD_FRACTION) for share in shares]
     first = next(iter(class_names))
     for other, names in {**finished_splits(store), **class_names}.items():
         check_same_classes(class_names[first], names, f"{store.url}/{first}", f"{store.url}/{other}")
-    return finish(store, class_names, markers)
+    return finish(store, class_names, markers, max(allowed) if max_bad_fraction is None else max_bad_fraction)
 
 
 def _read_split(store: Store, split: str, shares: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:

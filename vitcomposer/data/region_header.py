@@ -12,7 +12,8 @@ I64, U64, U32 = np.int64, np.uint64, np.uint32
 # Places in info, the header as numbers; after GROW the sizes wanted are at WANTED.
 HEIGHT, WIDTH, COMPONENTS, ACROSS, DOWN, INTERVAL, SCAN, DEFINED = range(8)
 QUANT, TABLES, STEP, PER_ROW, ROWS, WANTED = 8, 11, 17, 18, 19, 20
-INFO_SIZE = 24
+RGB = 24  # 1 where Adobe's marker says that three components are no YCbCr
+INFO_SIZE = 25
 
 MAGIC = int.from_bytes(b"vitseek1", "little")
 LENGTHS = 26  # offset in the file of the index's lengths
@@ -151,7 +152,7 @@ def _read_frame(data, p, end, info):
 @kernel
 def _read_scan(data, p, end, info):
     count = info[COMPONENTS]
-    if count == 0 or end - p != 4 + 2 * count or data[p] != count:
+    if count == 0 or end - p != 4 + 2 * count or data[p] != count or (count == 3 and info[RGB]):
         return False
     for c in range(count):
         dc, ac = I64(data[p + 2 + 2 * c]) >> 4, I64(data[p + 2 + 2 * c]) & 15
@@ -187,8 +188,8 @@ def read_header(data, info, quant, raw, lookup, limits):  # noqa: PLR0913, PLR09
         elif marker == 0xDD:
             good = end - p == 2
             info[INTERVAL] = _short(data, p) if good else 0
-        elif marker == 0xEE:  # Adobe's, whose transform 0 says that the components are RGB
-            good = end - p < 12 or data[p] != 65 or data[p + 11] == 1
+        elif marker == 0xEE and end - p >= 12 and data[p] == 65:
+            info[RGB] = data[p + 11] != 1
         elif marker == 0xDA:
             return _read_scan(data, p, end, info)
         else:

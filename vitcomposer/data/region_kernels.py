@@ -115,8 +115,11 @@ def decode_box(data, box, state, scratch, out):
         if s0 <= n % per_row < s1:
             used += size
             most = max(most, size)
-    # A block has at least two bits, so that few bytes cannot ask for much memory.
-    if start > len(data) or used * 4 < mcus * bands * per_mcu:
+    for n in range(b1 * per_row, total):
+        start += header.little(data, LENGTHS + 2 * n, 2) + 2
+    # A file of another length than the index says was cut or added to. A block has at least two bits, so that few bytes
+    # cannot ask for much memory.
+    if start != len(data) or used * 4 < mcus * bands * per_mcu:
         return REFUSED
     blocks = mcus * per_mcu
     info[header.WANTED] = most * count + SLACK

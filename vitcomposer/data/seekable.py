@@ -23,10 +23,12 @@ from vitcomposer.data.jpeg_markers import (
     EOI,
     INDEX_HEAD,
     INDEX_MAGIC,
+    NO_INDEX,
     SOF0,
     SOF1,
     SOF2,
     SOS,
+    Component,
     HuffmanTable,
     Markers,
     Scan,
@@ -36,6 +38,7 @@ from vitcomposer.data.jpeg_markers import (
     read_index,
     scan_end,
 )
+from vitcomposer.data.region import decodes_to
 from vitcomposer.data.seekable_kernels import (
     ENDS_EARLY,
     NO_CODE,
@@ -95,19 +98,24 @@ def make_seekable(jpeg: bytes) -> Seekable:
     return made or Seekable(jpeg, "unchanged", "too many bytes for one index")
 
 
-def verify(original: bytes, rewritten: bytes) -> bool:
-    """Whether both files decode to the same pixels, the second without a complaint of libjpeg-turbo."""
+def verify(pixels: np.ndarray, rewritten: bytes) -> bool:
+    """Whether a seekable file gives these pixels in libjpeg-turbo, without a complaint, and in the region decoder.
+
+    Args:
+        pixels: Pillow's of the file that was rewritten, uint8 (height, width, 3), or (height, width) of a grey one.
+    """
     try:
-        before = simplejpeg.decode_jpeg(original, colorspace="RGB", strict=False)
-        return np.array_equal(before, simplejpeg.decode_jpeg(rewritten, colorspace="RGB"))
+        whole = simplejpeg.decode_jpeg(rewritten, colorspace="RGB" if pixels.ndim == 3 else "GRAY")
     except ValueError:
         return False
+    return np.array_equal(whole.reshape(pixels.shape), pixels) and decodes_to(rewritten, pixels)
 
 
 def compile_kernels() -> None:
-    """Compile everything that :func:`make_seekable` may need, so that processes started later find it on disk."""
-    jpeg = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
-    make_seekable(jpeg)
+    """Compile all that :func:`make_seekable` and :func:`verify` may need: processes started later find it on disk."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    jpeg = simplejpeg.encode_jpeg(pixels)
+    verify(pixels, make_seekable(jpeg).data)
     _recode(jpeg)
 
 
@@ -122,10 +130,16 @@ def unsupported(markers: Markers) -> str:
         return "CMYK"
     if len(components) not in (1, 3):
         return f"{len(components)} components"
+    if len(components) == 3 and (markers.adobe_transform not in (None, 1) or _named_rgb(components)):
+        return "RGB"
     sampling = [component[1:3] for component in components]
     if len(components) == 3 and (sampling[0] not in _LUMA_SAMPLING or sampling[1:] != [(1, 1), (1, 1)]):
         return "odd chroma sampling"
     return ""
+
+
+def _named_rgb(components: tuple[Component, ...]) -> bool:
+    return bytes(component.id for component in components) == b"RGB"
 
 
 def _index_holds(data: bytes) -> bool:
@@ -259,7 +273,7 @@ def _marker_at(jpeg: bytes, position: int) -> int:
 
 
 def _replaced(jpeg: bytes, segment: Segment, markers: set[int]) -> bool:
-    old_index = segment.marker == APP11 and _piece(jpeg, segment)[4:].startswith(INDEX_MAGIC)
+    old_index = segment.marker == APP11 and _piece(jpeg, segment)[4:].startswith((INDEX_MAGIC, NO_INDEX))
     return old_index or segment.marker in markers
 
 

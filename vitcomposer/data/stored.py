@@ -14,9 +14,17 @@ from functools import cache
 from io import BytesIO
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vitcomposer.data.jpeg_markers import ARITHMETIC, frame_marker
+from vitcomposer.data.jpeg_markers import (
+    ARITHMETIC,
+    INDEX_MAGIC,
+    Markers,
+    frame_marker,
+    parse_markers,
+    without_index,
+)
 
 _T = TypeVar("_T")
 
@@ -95,7 +103,7 @@ class Stored(NamedTuple):
 
 
 def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
-    """Decide what is stored for an image, after it was decoded to its last pixel.
+    """Decide what is stored for an image, after Pillow has decoded it to its last pixel.
 
     Args:
         data: The encoded image.
@@ -106,29 +114,16 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
         ValueError: The reason why it cannot be decoded.
     """
     picture = _Picture(data)
+    picture.check()  # first, and for every way of storing: what training refuses, no split may hold
     if _share(options.seed, name) < options.raw_fraction:
         image, outcome = raw_sample(shrink(picture.decode(), options.short_side)), "raw"
     elif options.short_side and min(picture.size) > options.short_side:
         resized = _encode(shrink(picture.decode(), options.short_side), options.quality)
         image, outcome = _made_seekable(resized) if options.seekable else resized, "resized"
-    elif options.seekable or options.reencode:
-        image, outcome = _rewrite(data, picture, options)
     else:
-        picture.check()
-        image, outcome = data, "kept"
+        image, outcome = _keep(data, picture, options)
     small = (raw_sample(shrink(picture.decode(), options.raw_below)),) if options.raw_below else ()
     return Stored((image, *small), outcome, picture.format, *picture.size)
-
-
-def check_image(data: bytes) -> tuple[str, int, int]:
-    """Decode an image to its last pixel and return format, width and height.
-
-    Raises:
-        ValueError: The reason why it cannot be decoded.
-    """
-    picture = _Picture(data)
-    picture.check()
-    return picture.format, *picture.size
 
 
 @cache
@@ -185,21 +180,38 @@ class _Picture:
         if not data:
             raise ValueError("the file is empty")
         self._pixels: Image.Image | None = None
+        self._fault: str | None = None
         self._image = _explained(lambda: Image.open(BytesIO(data), formats=image_formats()))
         self.format, self.size = str(self._image.format), self._image.size
         if data[:2] == b"\xff\xd8":
             check_jpeg_size(self._image.height, self._image.width, data)
 
     def check(self) -> None:
-        """Decode to the last pixel."""
-        _explained(self._image.load)
+        """Decode to the last pixel.
+
+        Raises:
+            ValueError: The reason why that cannot be, the same each time: Pillow itself takes a broken image for
+                loaded when it is asked again.
+        """
+        try:
+            if self._fault is None:
+                _explained(self._image.load)
+        except ValueError as error:
+            self._fault = str(error)
+        if self._fault is not None:
+            raise ValueError(self._fault)
 
     def decode(self) -> Image.Image:
         """RGB, or gray as it came: resized and encoded as such it gives the same pixels, in fewer bytes."""
         self.check()
         if self._pixels is None:
-            self._pixels = self._image if self._image.mode == "L" else _explained(lambda: self._image.convert("RGB"))
+            plain = self._image.mode in ("L", "RGB")
+            self._pixels = self._image if plain else _explained(lambda: self._image.convert("RGB"))
         return self._pixels
+
+    def pixels(self) -> np.ndarray:
+        """What ``decode`` gives, uint8 (height, width, 3), or (height, width) of gray."""
+        return np.asarray(self.decode())
 
 
 def _explained(decode: Callable[[], _T]) -> _T:
@@ -215,30 +227,24 @@ def _explained(decode: Callable[[], _T]) -> _T:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _rewrite(data: bytes, picture: _Picture, options: StoreOptions) -> tuple[bytes, str]:
-    """A seekable or re-encoded image where the options ask for it and the image allows it."""
-    from vitcomposer.data.jpeg_markers import parse_markers
-    from vitcomposer.data.seekable import make_seekable, unsupported, verify
-
+def _keep(data: bytes, picture: _Picture, options: StoreOptions) -> tuple[bytes, str]:
+    """The image with all its pixels: as it came, or seekable or re-encoded where options and image allow it."""
+    is_jpeg = data[:2] == b"\xff\xd8"
+    if is_jpeg:
+        data = _without_wrong_index(data, picture)
+    if not options.seekable and not options.reencode:
+        return data, "kept"
     reason = picture.format
-    if data[:2] == b"\xff\xd8":
+    if is_jpeg:
+        from vitcomposer.data.seekable import unsupported
+
         try:
             markers = parse_markers(data)
             reason = unsupported(markers)
             if not reason and options.seekable:
-                made = make_seekable(data)
-                outcome = "seekable from progressive" if markers.progressive else "seekable"
-                outcome += ", EXIF rotation kept" if markers.orientation != 1 else ""
-                if made.how in ("copied", "recoded") and verify(data, made.data):
-                    return made.data, outcome  # verify has decoded it all
-                picture.check()
-                if made.how == "already":
-                    return data, outcome
-                return data, f"kept: {made.reason or 'pixels would differ'}"
-        except ValueError:  # Pillow, and with it training, may read it all the same
-            picture.check()
+                return _rewrite(data, picture, markers)
+        except ValueError:  # Pillow, and with it training, reads it all the same
             return data, "kept: damaged"
-    picture.check()
     if not reason:
         return data, "kept"
     if not options.reencode:
@@ -247,11 +253,32 @@ def _rewrite(data: bytes, picture: _Picture, options: StoreOptions) -> tuple[byt
     return _made_seekable(encoded) if options.seekable else encoded, f"re-encoded: {reason}"
 
 
+def _without_wrong_index(data: bytes, picture: _Picture) -> bytes:
+    """The JPEG without an index that somebody else made and that leads the region decoder to other pixels."""
+    from vitcomposer.data.region import decodes_to
+
+    if data[2:4] != b"\xff\xeb" or data[6:14] != INDEX_MAGIC or decodes_to(data, picture.pixels()):
+        return data
+    return without_index(data)
+
+
+def _rewrite(data: bytes, picture: _Picture, markers: Markers) -> tuple[bytes, str]:
+    """The JPEG made seekable, as it came where one pixel would differ."""
+    from vitcomposer.data.seekable import make_seekable, verify
+
+    made = make_seekable(data)
+    outcome = "seekable from progressive" if markers.progressive else "seekable"
+    outcome += ", EXIF rotation kept" if markers.orientation != 1 else ""
+    if made.how == "already" or (made.how != "unchanged" and verify(picture.pixels(), made.data)):
+        return made.data, outcome
+    return data, f"kept: {made.reason or 'pixels would differ'}"
+
+
 def _made_seekable(jpeg: bytes) -> bytes:
     from vitcomposer.data.seekable import make_seekable, verify
 
     made = make_seekable(jpeg).data
-    return made if verify(jpeg, made) else jpeg
+    return made if verify(_Picture(jpeg).pixels(), made) else jpeg
 
 
 def _encode(image: Image.Image, quality: int) -> bytes:
