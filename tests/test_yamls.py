@@ -25,7 +25,7 @@ YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 SUPERVISED = [p for p in YAMLS if "recipe: supervised\n" in p.read_text()]
 IMAGENET_YAMLS = [p for p in SUPERVISED if p.stem not in ("demo", "finetune_photos")]
 LIVE_TEACHER = sorted((ROOT / "yamls").glob("deit_*_distilled.yaml"))
-BATCH = 4  # images a step, of which batch norms and contrastive losses need two or more
+BATCH = 2  # images a step, which batch norms and contrastive losses need at least
 
 
 def overrides_of(path: Path, folder: Path) -> list[str]:
