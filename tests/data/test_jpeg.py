@@ -274,6 +274,7 @@ def test_every_sampling_gives_the_pixels_of_pillow_or_is_refused(subsampling: st
         assert jpeg.read_size(encoded) == (128, 160)
         np.testing.assert_array_equal(jpeg.decode_rgb(encoded), expected, err_msg=str(factors))
         np.testing.assert_array_equal(jpeg.decode_region(encoded, (3, 5, 60, 90)), expected[3:63, 5:95], str(factors))
+        jpeg.decode_crop_into(encoded, (0, 0, 128, 160), torch.empty((3, 32, 40), dtype=torch.uint8), "bicubic", "dct")
     assert decoded >= 14
 
 

@@ -179,7 +179,7 @@ def _forms(data: bytes, shard: dict[str, Any]) -> Iterator[str]:
 
 
 def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Iterator[str]:
-    """The samples whose image cannot be decoded, by shard and place in it."""
+    """The samples whose image cannot be decoded, or not as it is in training, by shard and place in it."""
     from streaming.base.compression import decompress
 
     first = 0
@@ -196,24 +196,27 @@ def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Ite
                 rows = []
             for row, fault in enumerate(pool.map(_decoding_fault, rows)):
                 if fault is not None:
-                    yield f"{name}, sample {row} (sample_id {first + row}) cannot be decoded: {fault}"
+                    yield f"{name}, sample {row} (sample_id {first + row}) {fault}"
             first += shard["samples"]
 
 
 def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
     from vitcomposer.data.jpeg import decode_rgb
+    from vitcomposer.data.region import decodes_to
     from vitcomposer.data.rows import IMAGE_COLUMNS, IMAGE_ENCODINGS, LOW_RESOLUTION_COLUMN, ShardError, raw_sample
 
     for name, (encoding, value) in columns.items():
         try:
             if name in (*IMAGE_COLUMNS, LOW_RESOLUTION_COLUMN) and encoding in IMAGE_ENCODINGS:
-                decode_rgb(raw_sample(memoryview(value)) if encoding == "pil" else value)
+                pixels = decode_rgb(raw_sample(memoryview(value)) if encoding == "pil" else value)
+                if read_index(value) is not None and not decodes_to(value, pixels):
+                    return "has an index that does not lead to its pixels: convert the data set again"
         except (ValueError, ShardError, struct.error) as error:
-            return str(error)
+            return f"cannot be decoded: {error}"
         except MemoryError:
             raise  # the machine's fault, not the image's
         except Exception as error:  # the list of what is broken ends at no sample
-            return f"{type(error).__name__}: {error}"
+            return f"cannot be decoded: {type(error).__name__}: {error}"
     return None
 
 

@@ -64,7 +64,7 @@ def decode_seekable(encoded: bytes | memoryview, box: tuple[int, int, int, int])
     return space.out[:size].reshape(height, width, 3) if status == DONE else None
 
 
-def decodes_to(encoded: bytes, pixels: np.ndarray) -> bool:
+def decodes_to(encoded: bytes | memoryview, pixels: np.ndarray) -> bool:
     """Whether a seekable JPEG is read here, and as these pixels: uint8 (height, width, 3), or (height, width) of grey.
 
     Where coefficients leave 16 bits, which takes a damaged file, the vector code of libjpeg-turbo gives other samples.
