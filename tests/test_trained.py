@@ -191,7 +191,7 @@ def test_what_is_no_trained_model_is_refused(trained_run: Path, tmp_path: Path) 
     for source, overrides, message in (
         (tmp_path, [], "must be a run folder .* or a folder of `vitcomposer export`"),
         (tmp_path / "typo", [], "There is no .*typo"),
-        (trained_run, ["model.depth=3"], "photos: .*blocks.2"),
+        (trained_run, ["model.depth=3"], r"model\.depth must be 2 for .*photos.* got 3"),
         (trained_run, ["model.num_classes=9"], "must name its 9 classes"),
         (trained_run, ["model.dept=3"], "model.dept"),
     ):

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean, expand_home
+from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, take_over
+from vitcomposer.schema import CONFIGS, ConfigError, Run, did_you_mean, expand_home
 from vitcomposer.schema.credentials import variable_within
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
@@ -43,6 +44,7 @@ def _load(path: str | Path, overrides: Iterable[str]) -> Any:
     page = _read(Path(path))
     changes = _parse_overrides(overrides)
     schema = _schema_of(OmegaConf.merge(page, changes), path)
+    _take_over_model(page, changes, Path(path))
     base = OmegaConf.merge(OmegaConf.structured(schema), {"run": {"name": Path(path).stem}})
     merged = _merge(_merge(base, page, str(path)), changes, "the command line")
     try:
@@ -93,6 +95,33 @@ def _check_secrets(value: Any, key: str = "") -> None:
             f"{key} must not hold the value of the environment variable {name}: the run folder would keep it. "
             "Leave it in the environment, where the object stores' clients look for it."
         )
+
+
+def _take_over_model(page: DictConfig, changes: DictConfig, path: Path) -> None:
+    """Give the page the architecture of the run, or of the exported model, whose weights it starts from.
+
+    What the command line says of it stays, and is compared with the weights as they are loaded. A run that goes on has
+    its own record of it: the folder that it started from may be gone.
+    """
+    merged = OmegaConf.merge(page, changes)
+    try:
+        weights = OmegaConf.select(merged, "init.weights")
+        folder = OmegaConf.select(merged, "run.folder", default=Run.folder)
+        own = Path(str(folder), str(OmegaConf.select(merged, "run.name", default=path.stem)))
+    except OmegaConfBaseException:  # reported where the whole configuration is resolved
+        return
+    model = page.get("model")
+    if not isinstance(weights, str) or not isinstance(model, DictConfig):
+        return
+    if path.name == RECORDED and OmegaConf.select(changes, "init.weights") is None:
+        return  # a run's own page, which says what its network became
+    weights, own = expand_home(weights, "init.weights"), expand_home(own, "run.folder")
+    started = recorded_page(own / LATEST)
+    same = isinstance(started.get("init"), dict) and started["init"].get("weights") == weights
+    recorded = recorded_model(own / LATEST if same else weights)
+    if recorded:
+        measured_as_it_is = page.get("recipe") in ("probe", "knn")
+        page.model = take_over(OmegaConf.to_container(model), recorded, size=measured_as_it_is)  # pyright: ignore
 
 
 def _read(path: Path) -> DictConfig:

@@ -14,6 +14,7 @@ from vitcomposer import config
 from vitcomposer.averages import averaging_window, better_weights, saved_weights
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.checkpoints import read_checkpoint
+from vitcomposer.origins import EXPORTED, LATEST, weights_file
 from vitcomposer.run_metrics import last_evaluation
 from vitcomposer.schema import ConfigError, Model, Probe, Supervised
 
@@ -21,8 +22,6 @@ Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]
 
 CLASS_NAMES = "class_names.json"
-LATEST = Path("checkpoints", "latest-rank0.pt")
-EXPORTED = ("config.json", "model.safetensors")
 
 _PREFIX = "model."  # of the network in the task whose state a checkpoint has
 
@@ -58,11 +57,13 @@ class _Saved:
     """What was found: a Trained without its network, and the weights that could fill it.
 
     Attributes:
+        file: That the weights were read from.
         better: Which of the weights to take, and why.
     """
 
     facts: dict[str, Any]
     model: Model
+    file: Path
     weights: dict[str, Mapping[str, Any]]  # "raw" and "ema", those there are
     better: tuple[str, str] | None = None  # where there are two
 
@@ -108,9 +109,9 @@ def _build(saved: _Saved, kind: str) -> Trained:
     options = {key: value for key, value in dataclasses.asdict(saved.model).items() if value is not None}
     network = build_model(options.pop("name"), **options)
     try:
-        report = load_weights(network, {"model": saved.weights[kind]}, min_matched=1)
+        report = load_weights(network, saved.weights[kind], min_matched=1, origin=saved.file)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from error
     absent = [*report.missing, *report.replaced_heads]
     if absent:
         raise ValueError(
@@ -161,7 +162,7 @@ def _of_yaml(path: Path, overrides: Sequence[str]) -> _Saved:
             f"init.weights must be the file of the trained network for {path}, got None. Add init.weights=FILE, or "
             "give the folder of a run instead of a yaml."
         )
-    return _saved(cfg, Path(cfg.init.weights), cfg.init.weights, _names_of_data(cfg))
+    return _saved(cfg, weights_file(cfg.init.weights), cfg.init.weights, _names_of_data(cfg))
 
 
 def _load_config(path: Path, overrides: Sequence[str]) -> Supervised:
@@ -201,7 +202,7 @@ def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None) ->
     content = read_checkpoint(file)
     weights = _weights_in(content)
     better = _better_of(content, cfg.algorithms, file) if len(weights) > 1 else None
-    return _Saved(_with_names(facts, names, cfg.model), cfg.model, weights, better)
+    return _Saved(_with_names(facts, names, cfg.model), cfg.model, file, weights, better)
 
 
 def _better_of(content: Mapping[str, Any], algorithms: Mapping[str, Any], file: Path) -> tuple[str, str]:
@@ -245,7 +246,7 @@ def _exported(folder: Path, overrides: Sequence[str]) -> _Saved:
         ) from error
     kind = "ema" if ours.get("averaged") else "raw"
     weights = read_checkpoint(folder / EXPORTED[1])
-    return _Saved(_with_names(facts, page.get("label_names"), model), model, {kind: weights})
+    return _Saved(_with_names(facts, page.get("label_names"), model), model, folder / EXPORTED[1], {kind: weights})
 
 
 def _with_names(facts: dict[str, Any], names: Any, model: Model) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from vitcomposer.data.teacher_rows import (
     map_rows,
     row_dtype,
 )
+from vitcomposer.origins import weights_file
 from vitcomposer.schema import ConfigError, Distill, require
 
 MANIFEST = "teacher.json"
@@ -90,9 +91,10 @@ def conditions(cfg: Distill) -> dict[str, Any]:
 
 def hash_weights(path: str) -> str | None:
     """What a cache knows of the teacher's file, None where there is no such file."""
-    if not Path(path).is_file():
+    weights = weights_file(path)
+    if not weights.is_file():
         return None
-    with open(path, "rb") as file:
+    with open(weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

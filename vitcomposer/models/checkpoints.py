@@ -10,22 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.models.architecture import check_same, declared, fixed_positions, notes_on
 from vitcomposer.models.checkpoint_files import check_harmless, model_tensors, read_checkpoint
 from vitcomposer.models.positions import resize_positions
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.origins import weights_file
 
 __all__ = ["LoadReport", "check_harmless", "load_weights", "read_checkpoint"]
 
 _HEAD = re.compile(r"^(head(_dist)?|fc)\.")
 _ATTENTION_BIAS = re.compile(r"\.attn\.(qkv|qk|v)\.bias$")
-# What a network computes with. Without it the rest is another function; tokens and heads may go.
-_NEEDED = re.compile(r"^(pos_embed|reg_token)$|^(patch_embed|blocks|conv1|bn1|layer\d|norm|norm_pre|fc_norm)\.")
+# What a network computes with. Without it the rest is another function; the distillation token and heads may go.
+_NEEDED = re.compile(
+    r"^(pos_embed|cls_token|reg_token)$|^(patch_embed|blocks|conv1|bn1|layer\d|norm|norm_pre|fc_norm)\."
+)
 _REMEDIES = (
     (_ATTENTION_BIAS, "set model.qkv_bias=true"),
     (re.compile(r"\.ls[12]\.gamma$"), "set model.init_values=1e-4, or another value above 0"),
     (re.compile(r"^pos_embed$"), "set model.position_embedding=learned"),
+    (re.compile(r"^cls_token$"), "set model.class_token=true"),
     (re.compile(""), "choose the model.name and options it was made with"),
 )
+# What a source may be without, and then the model has to be too.
+_WITHOUT = {
+    "pos_embed": "set model.position_embedding=sincos, or sincos_moco3 for weights of MoCo-v3",
+    "cls_token": "set model.class_token=false model.pool=avg",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class LoadReport:
         replaced_heads: Heads with another number of classes in the source; they keep their initial values.
         missing: In the model but not in the source; they keep their initial values.
         unexpected: In the source but not in the model.
+        notes: What the source says about its network, what had to be assumed, which of several weights were taken.
     """
 
     source: str
@@ -49,6 +60,7 @@ class LoadReport:
     replaced_heads: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def matched(self) -> float:
@@ -68,11 +80,16 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"  {title}: {_shorten(names)}")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def load_weights(
-    model: nn.Module, source: str | PathLike[str] | Mapping[str, Any], *, min_matched: float = 0.9
+    model: nn.Module,
+    source: str | PathLike[str] | Mapping[str, Any],
+    *,
+    min_matched: float = 0.9,
+    origin: str | PathLike[str] | None = None,
 ) -> LoadReport:
     """Fill ``model`` in place from a checkpoint; nothing is changed when an error is raised.
 
@@ -82,18 +99,25 @@ def load_weights(
     distilled model from a plain one, the distillation token and its head.
 
     Args:
-        source: File, or what ``torch.load`` made of one. Files are read without running code from them.
+        source: File, run folder (its newest checkpoint) or exported folder, or what ``torch.load`` made of a file.
+            Files are read without running code from them.
         min_matched: Least share of the model's tensors, heads aside, the source has to fill.
+        origin: The file that a given state dict was read from, which what lies beside it may say more about.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not safe or not readable, too little of it matches, a shape differs that cannot be
-            adapted, or the source has more blocks, biases or scales than the model.
+            adapted, the source has more blocks, biases or scales than the model, or it says that it is of another
+            architecture: see ``models.architecture``.
     """
-    name = "state dict" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    path = origin if isinstance(source, Mapping) else source
+    name = str(path) if path is not None else "state dict"
+    content = source if isinstance(source, Mapping) else read_checkpoint(weights_file(source))
     found, others = model_tensors(content)
     wanted = model.state_dict()
+    said = declared(path, content, found)
+    check_same(model, said, name)
+    _drop_computed_positions(model, found)
 
     resized = (
         _fit_positions(model, found, name) if isinstance(model, ImageTransformer) and "pos_embed" in wanted else ()
@@ -114,12 +138,22 @@ def load_weights(
         replaced_heads=tuple(sorted(replaced)),
         missing=tuple(key for key in wanted if key not in found and key not in replaced),
         unexpected=tuple(sorted({*(found.keys() - wanted.keys()), *others})),
+        notes=notes_on(model, said, content),
     )
     _check_shapes(name, loaded, wanted)
     _check_matched(report, min_matched)
     _check_nothing_lost(name, found, wanted)
+    _check_nothing_random(report)
     model.load_state_dict(loaded, strict=False)
     return report
+
+
+def _drop_computed_positions(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """A file that keeps fixed positions, as MoCo-v3's do, has nothing that a model which computes them lacks."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "position_embedding", "learned")
+    if isinstance(model, ImageTransformer) and kind != "learned" and fixed_positions(found.get("pos_embed")) == kind:
+        del found["pos_embed"]
 
 
 def _fit_positions(model: ImageTransformer, found: dict[str, Tensor], name: str) -> tuple[str, ...]:
@@ -190,6 +224,16 @@ def _check_nothing_lost(name: str, found: dict[str, Tensor], wanted: Mapping[str
     if lost:
         remedy = next(remedy for pattern, remedy in _REMEDIES if all(pattern.search(key) for key in lost))
         raise ValueError(f"{name} is of another architecture: the model has no {_shorten(tuple(lost), 3)}; {remedy}")
+
+
+def _check_nothing_random(report: LoadReport) -> None:
+    """Refuse a model whose positions, class token or scales no source fills: it would compute with random ones."""
+    absent = [key for key in report.missing if key in _WITHOUT or key.endswith(".gamma")]
+    if absent:
+        remedy = _WITHOUT.get(absent[0], "set model.init_values=0")
+        raise ValueError(
+            f"{report.source} is of another architecture: it has no {_shorten(tuple(absent), 3)}; {remedy}"
+        )
 
 
 def _shorten(names: tuple[str, ...], limit: int = 6) -> str:

@@ -65,7 +65,8 @@ def _fill(teacher: nn.Module, weights: str | PathLike[str], name: str, num_class
     except FileNotFoundError as error:
         raise FileNotFoundError(f"teacher.weights must be a file, got {str(weights)!r}. Download it first.") from error
     except ValueError as error:
-        raise ValueError(f"teacher.weights must hold the weights of {name}. {error}") from error
+        said = str(error).replace("model.", "teacher.options.")
+        raise ValueError(f"teacher.weights must hold the weights of {name}. {said}") from error
     if report.replaced_heads:
         raise ValueError(
             f"teacher.weights must have the {num_classes} classes of model.num_classes, but {weights} has another "
