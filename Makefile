@@ -8,7 +8,7 @@ NGPU ?= 1
 ARGS ?=
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup constraints demo swav_demo test integrations lint audit $(RECIPES)
+.PHONY: list setup constraints yamls demo swav_demo test integrations lint audit $(RECIPES)
 
 list:
 	@echo "make setup | demo | swav_demo | test | integrations | lint | audit    (each does the set-up it needs)"
@@ -24,6 +24,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP) --require-hashes --only-binary :all: --no-deps -r constraints.txt
 	$(BIN)/python -m pip install $(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The table of the recipes, from the first lines of their yamls.
+yamls: setup
+	$(BIN)/python -m vitcomposer.schema.pages
 
 # Every package of the tests with its version and the hashes of its wheels; UPGRADE=--upgrade takes the newest ones.
 constraints:

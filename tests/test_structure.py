@@ -14,7 +14,7 @@ import yaml
 
 from vitcomposer import config
 from vitcomposer.data.policies import RandAugment
-from vitcomposer.schema import CONFIGS
+from vitcomposer.schema import CONFIGS, pages
 
 ROOT = Path(__file__).resolve().parent.parent
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
@@ -290,3 +290,20 @@ def test_every_requirement_of_the_project_is_pinned() -> None:
     names = {re.split(r"[<>=\[ ;]", each)[0].lower().replace("_", "-") for each in needed}
     pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
     assert names <= pinned
+
+
+def test_the_table_of_the_recipes_is_that_of_their_headers() -> None:
+    assert (ROOT / "yamls/README.md").read_text() == pages.table(), "make yamls writes it"
+
+
+def test_a_field_of_a_header_may_have_several_lines(tmp_path: Path) -> None:
+    page = tmp_path / "x.yaml"
+    page.write_text(
+        "# A method.  A paper, arXiv:2012.12877.\n# Expected top-1: 80 (a\n#   reason).\n# Measured top-1: not run.\n"
+        "# Cost: 1 EFLOP.\n# Deviates: none.\n#   composer -n 8 train.py yamls/x.yaml\nrecipe: supervised\n"
+    )
+    expected = pages.Page("x", "A method", "A paper, arXiv:2012.12877.", "80 (a reason).", "not run.", "1 EFLOP.")
+    assert pages.read_page(page) == expected
+    page.write_text(page.read_text().replace("# Cost: 1 EFLOP.\n", ""))
+    with pytest.raises(ValueError, match=r"x.yaml must begin with.*it lacks \{'Cost'\}"):
+        pages.read_page(page)
