@@ -23,7 +23,9 @@ from vitcomposer.data.seekable import make_seekable
 from vitcomposer.data.stored import StoreOptions, image_formats, store_image
 
 sys.path.append(str(ROOT / "benchmarks"))
-from fuzz_mutations import mutated_image  # noqa: E402
+from fuzz_mutations import MUTATIONS, mutated_image, originals  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged EXIF and TIFF tags
 
 OPTIONS = {
     "train": StoreOptions(seekable=True),
@@ -108,6 +110,44 @@ def test_conversion_stores_no_image_that_pillow_refuses(tell: Tell) -> None:
 def test_conversion_stores_none_of_3000_images_that_pillow_refuses() -> None:
     outcomes = judge_all(6, 3000)
     assert outcomes["stored"] > 1200 and outcomes["left out"] > 800
+
+
+def other_formats() -> list[bytes]:
+    """Sound images in every format but JPEG, of several modes each."""
+    with Image.open(io.BytesIO(originals()["PNG"])) as file:
+        photo = file.convert("RGB")
+    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
+    every = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
+    kinds = {
+        "PNG": every[:6],
+        "WEBP": ("RGB", "RGBA"),
+        "GIF": ("L", "P"),
+        "BMP": ("1", "L", "P", "RGB"),
+        "PPM": ("L", "RGB"),
+    }
+    kinds |= {"TIFF": every, "TGA": ("L", "RGB", "RGBA"), "JPEG2000": ("L", "RGB", "RGBA"), "AVIF": ("RGB",)}
+    found = []
+    for kind, modes in kinds.items():
+        for mode in modes if kind in image_formats() else ():
+            buffer = io.BytesIO()
+            photo.convert(mode).save(buffer, kind)
+            found.append(buffer.getvalue())
+    return found
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_conversion_judges_other_formats_as_pillow_does(count: int) -> None:
+    files = other_formats()
+    names = [name for name in MUTATIONS if "restart" not in name and "random" not in name]
+    outcomes: Counter[str] = Counter()
+    for number in range(count):
+        rng = random.Random(number)
+        data, mutation = rng.choice(files), rng.choice(names)
+        try:
+            outcomes[judge(MUTATIONS[mutation](data, rng), rng)] += 1
+        except AssertionError as error:
+            raise AssertionError(f"image {number} ({mutation} of {data[:12]!r}): {error}") from error
+    assert min(outcomes["stored"], outcomes["left out"]) > count // 10, outcomes
 
 
 def with_coarse_tables(seed: int) -> bytes:

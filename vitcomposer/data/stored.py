@@ -114,7 +114,7 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
         ValueError: The reason why it cannot be decoded.
     """
     picture = _Picture(data)
-    picture.check()  # first, and for every way of storing: what training refuses, no split may hold
+    picture.decode()  # first, and for every way of storing: what training refuses, no split may hold
     if _share(options.seed, name) < options.raw_fraction:
         image, outcome = raw_sample(shrink(picture.decode(), options.short_side)), "raw"
     elif options.short_side and min(picture.size) > options.short_side:
