@@ -31,6 +31,7 @@ from vitcomposer.data.loader import build_dataspec
 from vitcomposer.data.multicrop import MultiCrop
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.report import read_metrics
+from vitcomposer.schema import ConfigError
 from vitcomposer.teacher_writer import write_cache
 
 pytestmark = pytest.mark.timeout(150)
@@ -301,6 +302,19 @@ def test_a_fault_of_the_decoder_names_the_sample(
     place = rf"{photo_mds}/{split}/shard\.\d+\.mds, sample \d+ \(sample_id \d+\), of [\d,]+ bytes: KeyError: 6"
     assert re.fullmatch(place, failures._message(caught.value))
     assert failures.explain(caught.value, None) is None, "it deserves its traceback"
+
+
+def test_a_label_that_is_no_class_names_its_sample(photo_mds: Path, tmp_path: Path) -> None:
+    cfg = config.load(DEIT, tiny_photo_overrides(photo_mds, tmp_path, "x"))
+    stream = ImageStream(local=str(photo_mds), split="train", batch_size=4, shuffle=False, seed=0)
+    collates = (
+        collate.TrainCollate(cfg.augment, cfg.mixing, image_size=16, num_classes=1, seed=0, source=stream),
+        collate.EvalCollate(image_size=16, crop_ratio=0.875, interpolation="bicubic", num_classes=1, source=stream),
+    )
+    samples = [{**stream[i], "label": i % 2} for i in (2, 3)]
+    for each in collates:
+        with pytest.raises(ConfigError, match=r"train/shard\.\d+\.mds, sample 3 \(sample_id 3\): the label must be in"):
+            each(samples)
 
 
 def test_a_fault_of_the_decoder_in_crops_of_several_sizes_or_in_files_names_the_sample(

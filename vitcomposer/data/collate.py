@@ -128,7 +128,7 @@ class TrainCollate:
             seeds += drawn[0]
             rngs += drawn[1]
             boxes += drawn[2]
-        check_labels(samples, self._num_classes)
+        check_labels(samples, self._num_classes, source=self._source)
         batch = {"image": images, **batch_labels(samples)}
         codes, values = draw_programs(self._policies, rngs)
         if self._views is not None:
@@ -227,7 +227,7 @@ class EvalCollate:
         self._source = source
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        batch = batch_head(samples, self._image_size, self._num_classes)
+        batch = batch_head(samples, self._image_size, self._num_classes, self._source)
         for i, sample in enumerate(samples):
             try:
                 self._centre(sample["image"], batch["image"][i])
@@ -269,19 +269,21 @@ def random_key(*parts: int) -> int:
     return state
 
 
-def batch_head(samples: list[Sample], image_size: int, num_classes: int) -> Batch:
+def batch_head(samples: list[Sample], image_size: int, num_classes: int, source: Source | None = None) -> Batch:
     """A batch of evaluation with its labels checked and its images still to be filled."""
-    check_labels(samples, num_classes, ignored=IGNORE_LABEL)
+    check_labels(samples, num_classes, ignored=IGNORE_LABEL, source=source)
     return {"image": empty_batch(len(samples), image_size), **batch_labels(samples)}
 
 
-def check_labels(samples: list[Sample], num_classes: int, ignored: int | None = None) -> None:
+def check_labels(
+    samples: list[Sample], num_classes: int, ignored: int | None = None, source: Source | None = None
+) -> None:
     """Raise ValueError for a label that is no class."""
     for sample in samples:
         label = sample["label"]
         if not 0 <= label < num_classes and label != ignored:
             raise ConfigError(
-                f"sample_id {sample['sample_id']}: the label must be in [0, {num_classes}) for model.num_classes="
+                f"{_place(source, sample)}: the label must be in [0, {num_classes}) for model.num_classes="
                 f"{num_classes}, got {label}. Set model.num_classes to the number of classes in the data set."
             )
 
@@ -325,8 +327,13 @@ def unreadable(sample: Sample, error: ValueError) -> ValueError:
 
 def unexpected(source: Source | None, sample: Sample, error: Exception) -> RuntimeError:
     """The error that says at which sample something happened that no image should cause."""
-    where = f"sample_id {sample['sample_id']}" if source is None else source.describe(sample["sample_id"])
-    return RuntimeError(f"{where}, of {len(sample['image']):,} bytes: {type(error).__name__}: {error}")
+    size = len(sample["image"])
+    return RuntimeError(f"{_place(source, sample)}, of {size:,} bytes: {type(error).__name__}: {error}")
+
+
+def _place(source: Source | None, sample: Sample) -> str:
+    sample_id = sample["sample_id"]
+    return f"sample_id {sample_id}" if source is None else source.describe(sample_id)
 
 
 def _runs(samples: list[Sample]) -> Iterator[tuple[int, int]]:
