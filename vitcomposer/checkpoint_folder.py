@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -147,7 +147,7 @@ def save_whole(content: Any, path: Path) -> None:
     try:
         with partial.open("wb") as file:
             writer = _DigestWriter(file)
-            torch.save(content, writer)
+            torch.save(content, cast(BinaryIO, writer))  # of which it uses these two methods
             writer.append_digest()
             file.flush()
             os.fsync(file.fileno())

@@ -108,7 +108,9 @@ def already_finished(cfg: Any) -> bool:
         try:
             lock_run_folder(cfg)
             if cfg.run.remote is not None:
-                bring_back(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints)
+                here = newest_whole(run_folder(cfg) / "checkpoints").path
+                name = None if here is None else here.name
+                bring_back(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints, here=name)
             answer[0] = _look_at_run_folder(cfg)
         except ConfigError as error:
             answer[0] = str(error)

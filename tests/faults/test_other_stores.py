@@ -123,7 +123,7 @@ def check_copy(uri: str, tmp_path: Path) -> None:
     names = {"checkpoints/ep0-ba4-rank0.pt", "checkpoints/ep0-ba6-rank0.pt", POINTER, "config.yaml"}
     assert set(store._names()) == names
     shutil.rmtree(folder)
-    came = RunStore(uri, folder, keep=2).fetch()
+    came = RunStore(uri, folder, keep=2).fetch(None)
     assert came is not None and came.read_bytes() == newest
 
 

@@ -215,13 +215,13 @@ def test_checkpoint_that_is_damaged_on_the_store_is_passed_over(
     remote.write("checkpoints/ep0-ba4-rank0.pt", b"torn")
     remote.write("checkpoints/ep0-ba6-rank0.pt", b"an upload that the pointer does not name yet")
     shutil.rmtree(folder)
-    came = RunStore(f"{bucket}/unit", folder, keep=2).fetch()
+    came = RunStore(f"{bucket}/unit", folder, keep=2).fetch(None)
     assert came is not None and came.read_bytes() == older and (came.parent / "latest-rank0.pt").samefile(came)
     assert (folder / "config.yaml").read_text() == "a"
     tell("the newest checkpoint is damaged on the store", caplog.messages[-1], time.monotonic() - began)
     remote.write("checkpoints/ep0-ba2-rank0.pt", b"torn too")
     with pytest.raises(ConfigError, match="run.remote .*no checkpoint on it is whole .*ep0-ba4.*ep0-ba2"):
-        RunStore(f"{bucket}/unit", tmp_path / "elsewhere" / "torn", keep=2).fetch()
+        RunStore(f"{bucket}/unit", tmp_path / "elsewhere" / "torn", keep=2).fetch(None)
 
 
 def test_machine_with_an_older_state_keeps_it_aside(bucket: str, tmp_path: Path) -> None:
@@ -229,11 +229,26 @@ def test_machine_with_an_older_state_keeps_it_aside(bucket: str, tmp_path: Path)
     for folder, step in ((here, 2), (there, 4)):
         fake_run(folder, step, config_yaml=str(step))
         RunStore(f"{bucket}/unit", folder, keep=2).sync()
-    came = RunStore(f"{bucket}/unit", here, keep=2).fetch()
+    came = RunStore(f"{bucket}/unit", here, keep=2).fetch("ep0-ba2-rank0.pt")
     assert came == here / "checkpoints/ep0-ba4-rank0.pt" and (here / "config.yaml").read_text() == "4"
     (aside,) = tmp_path.glob("here/run.older-*")
     assert (aside / "checkpoints/ep0-ba2-rank0.pt").exists()
-    assert RunStore(f"{bucket}/unit", here, keep=2).fetch() is None, "it is as far"
+    assert RunStore(f"{bucket}/unit", here, keep=2).fetch("ep0-ba4-rank0.pt") is None, "it is as far"
+
+
+def test_checkpoint_that_is_damaged_here_comes_back_from_the_store(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote, run = f"run.remote={bucket}/damaged", tmp_path / "run"
+    assert train(tmp_path, "run", remote) == 0
+    before, newest = weights(run), (run / "checkpoints/latest-rank0.pt").resolve()
+    whole = newest.read_bytes()
+    for path in (run / "checkpoints").glob("ep*.pt"):  # none is left here
+        path.write_bytes(whole[:999] + b"x" + whole[1000:])
+    capsys.readouterr()
+    assert train(tmp_path, "run", remote) == 0
+    assert f"{newest.name} came from {bucket}/damaged/run." in capsys.readouterr().out
+    assert newest.read_bytes() == whole and same(weights(run), before)
 
 
 def start(runs: Path, remote: str, ranks: int) -> subprocess.Popen[bytes]:

@@ -72,7 +72,7 @@ class RunStore:
             self._store = _open(uri)
         self._prefix = "/".join(part for part in (parse_uri(uri)[2].strip("/"), folder.name) if part)
         self._sent: dict[str, list[int]] = {}
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads((folder / STATE).read_text())
             self._sent = state["sent"] if state["uri"] == self.uri else {}
 
@@ -87,10 +87,13 @@ class RunStore:
             self._delete(".access")
         probe.unlink()
 
-    def fetch(self) -> Path | None:
+    def fetch(self, here: str | None) -> Path | None:
         """Make the run folder that of the newest whole checkpoint on the store, unless this machine is as far.
 
         A folder of an older state of the run is moved aside.
+
+        Args:
+            here: File name of the newest whole checkpoint on this machine.
 
         Returns:
             The checkpoint that came, or None.
@@ -100,8 +103,7 @@ class RunStore:
         """
         with self._explained():
             known = self._read_pointer()
-            here = self._newest()
-            if not known or (here is not None and _place(here) >= _place(known[0].name)):
+            if not known or (here is not None and _place(f"checkpoints/{here}") >= _place(known[0].name)):
                 return None
             if here is not None:
                 aside = self.folder.with_name(f"{self.folder.name}.older-{int(time.time())}")
@@ -136,10 +138,6 @@ class RunStore:
             self._upload(name, self.folder / name)
             self._remember(name, files[name])
         return len(changed)
-
-    def _newest(self) -> str | None:
-        found = [name for name in self._files() if _CHECKPOINT.fullmatch(name)]
-        return found[0] if found else None
 
     def _files(self) -> dict[str, list[int]]:
         """Size and time of the newest checkpoint, then of all other finished files."""
@@ -276,15 +274,18 @@ def describe(error: BaseException) -> str:
     return masked(f"{type(error).__name__}: {error}").replace("\n", " ").rstrip(". ")
 
 
-def bring_back(uri: str, folder: Path, *, keep: int) -> None:
+def bring_back(uri: str, folder: Path, *, keep: int, here: str | None) -> None:
     """At the start of a run: make sure that its store can be used, and go on from there where this machine is behind.
+
+    Args:
+        here: File name of the newest whole checkpoint on this machine.
 
     Raises:
         ConfigError: The store cannot be used, or holds no whole checkpoint of the run that it should hold.
     """
     store = RunStore(uri, folder, keep=keep)
     store.check()
-    came = store.fetch()
+    came = store.fetch(here)
     if came is not None:
         print(f"{folder}: {came.name} came from {store.uri}.")
 
