@@ -21,6 +21,7 @@ YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 SOURCES = [*ROOT.glob("vitcomposer/**/*.py"), *ROOT.glob("recipes/*.py"), ROOT / "train.py"]
 
 LAYERS = {
+    "vitcomposer.json_file": -1,
     "vitcomposer": 0,
     "vitcomposer.schema": 0,
     "vitcomposer.config": 1,

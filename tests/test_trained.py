@@ -17,6 +17,7 @@ from vitcomposer import __version__
 from vitcomposer.algorithms import EvaluationEMA
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.averages import EMA_STATE, SCHEDULE_FREE_STATE, averaged_weights, better_weights
+from vitcomposer.models import build_model
 from vitcomposer.models.checkpoints import read_checkpoint
 from vitcomposer.trained import Trained, load_each, load_trained
 
@@ -171,6 +172,50 @@ def test_exported_folder_is_the_model_that_was_exported(trained_run: Path, tmp_p
     assert (again.model, again.class_names, again.std) == (trained.model, trained.class_names, trained.std)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "deit_tiny_patch16_224"}))
     with pytest.raises(ValueError, match="must have the key vitcomposer.*init.weights="):
+        load_trained(tmp_path)
+
+
+PAGE = {
+    "model": {
+        **{"name": "vit_tiny_patch16", "num_classes": 2, "image_size": 32, "drop_path_rate": 0.0},
+        **{"patch_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 2},
+    },
+    "evaluation": {"image_size": 32, "crop_ratio": 0.875, "interpolation": "bicubic"},
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("block", "values", "why"),
+    [
+        ("model", {"depth": 1_000_000_000}, r"model\.depth must be a whole number from 1 to 1000"),
+        ("model", {"depth": 1e9}, r"depth has the value 1000000000\.0"),
+        ("model", {"depth": 1000, "embed_dim": 8192}, r"need at least 805,\d+,\d+,\d+ weights, far more"),
+        ("model", {"embed_dim": 65536, "num_heads": 1}, "need at least 5[12],"),
+        ("model", {"num_classes": 1 << 24}, "weights, far more than there are"),
+        ("model", {"image_size": 1 << 30}, "model.image_size must be such that"),
+        ("model", {"name": []}, r"name has the value \[\]"),
+        ("model", {"colour": 3}, "'colour', which is not known"),
+        ("evaluation", {"image_size": 1_000_000_000}, "at most 16384 pixels"),
+        ("evaluation", {"crop_ratio": 1e-9}, "at most 16384 pixels"),
+        ("evaluation", {"interpolation": "nearest"}, "interpolation has the value"),
+        ("std", [0, 1, 1], "std must be positive"),
+        ("mean", "abc", "mean must be three numbers"),
+        ("mean", None, "mean must be three numbers"),
+    ],
+)
+def test_page_of_a_stranger_is_refused_before_a_network_is_built(
+    block: str, values: Any, why: str, tmp_path: Path
+) -> None:
+    network = build_model(**PAGE["model"])  # type: ignore[arg-type]
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"vitcomposer": PAGE}))
+    assert load_trained(tmp_path).image_size == 32
+    changed = {**PAGE[block], **values} if isinstance(values, dict) else values  # type: ignore[dict-item]
+    (tmp_path / "config.json").write_text(json.dumps({"vitcomposer": {**PAGE, block: changed}}))
+    with pytest.raises(ValueError, match=why):
         load_trained(tmp_path)
 
 

@@ -1,6 +1,5 @@
 """Where weights come from: the run or the exported folder that their file lies in, and the network described there."""
 
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from vitcomposer.json_file import read_json
 from vitcomposer.schema import ConfigError
 
 LATEST = Path("checkpoints", "latest-rank0.pt")
@@ -59,8 +59,7 @@ def recorded_page(source: str | PathLike[str]) -> dict[str, Any]:
     if page is None:
         return {}
     try:
-        text = page.read_text(encoding="utf-8")
-        content = json.loads(text) if page.suffix == ".json" else yaml.safe_load(text)
+        content = read_json(page) if page.suffix == ".json" else yaml.safe_load(page.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"{page} must say what the weights beside it are, but cannot be read: {line}.") from error

@@ -1,7 +1,6 @@
 """Trained classifiers from wherever they lie: a run folder, a checkpoint in one, an exported folder, a yaml."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,21 @@ from torch import Tensor, nn
 
 from vitcomposer import config
 from vitcomposer.averages import averaging_window, better_weights, saved_weights
+from vitcomposer.json_file import read_json, to_block
 from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.checkpoint_files import model_tensors
 from vitcomposer.models.checkpoints import read_checkpoint
 from vitcomposer.origins import EXPORTED, LATEST, weights_file
 from vitcomposer.run_metrics import last_evaluation
-from vitcomposer.schema import ConfigError, Model, Probe, Supervised
+from vitcomposer.schema import ConfigError, Evaluation, Model, Probe, Supervised
 
 Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]
 
 CLASS_NAMES = "class_names.json"
 
+_LARGEST_SIDE = 1 << 14  # pixels, to which an exported model has images resized
+_SMALL_NETWORK = 10_000_000  # weights
 _PREFIX = "model."  # of the network in the task whose state a checkpoint has
 
 
@@ -107,8 +110,10 @@ _MISSING = {
 def _build(saved: _Saved, kind: str) -> Trained:
     source = saved.facts["source"]
     options = {key: value for key, value in dataclasses.asdict(saved.model).items() if value is not None}
-    network = build_model(options.pop("name"), **options)
+    # A network that is a little too large is told what it lacks; one that is far too large would never be built.
+    most_weights = 4 * sum(tensor.numel() for tensor in model_tensors(saved.weights[kind])[0].values()) + _SMALL_NETWORK
     try:
+        network = build_model(options.pop("name"), most_weights=most_weights, **options)
         report = load_weights(network, saved.weights[kind], min_matched=1, origin=saved.file)
     except ValueError as error:
         raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from error
@@ -151,7 +156,7 @@ def _of_run(run: Path, file: Path, overrides: Sequence[str]) -> _Saved:
             f"{run} must hold {file.relative_to(run)}, it has no checkpoint yet. Train on, or name a file."
         )
     recorded = run / CLASS_NAMES
-    names = json.loads(recorded.read_text(encoding="utf-8")) if recorded.is_file() else _names_of_data(cfg)
+    names = _names_in(recorded) if recorded.is_file() else _names_of_data(cfg)
     return _saved(cfg, file, str(run if file == run / LATEST else file), names)
 
 
@@ -185,7 +190,7 @@ def _names_of_data(cfg: Supervised) -> list[str] | None:
     for split in (cfg.data.val_split, cfg.data.train_split):
         path = Path(cfg.data.local or "", split, CLASS_NAMES)
         if cfg.data.local and path.is_file():
-            names = json.loads(path.read_text(encoding="utf-8"))
+            names = _names_in(path)
             return names if len(names) == cfg.model.num_classes else None
     return None
 
@@ -229,19 +234,22 @@ def _of_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _exported(folder: Path, overrides: Sequence[str]) -> _Saved:
     if overrides:
         raise ConfigError(f"{overrides[0]!r} must be left out for {folder}, an exported model is as it is.")
-    page = json.loads((folder / EXPORTED[0]).read_text(encoding="utf-8"))
-    ours = page.get("vitcomposer")
-    if ours is None:
+    try:
+        page = read_json(folder / EXPORTED[0])
+    except ValueError as error:
+        raise ValueError(f"{folder / EXPORTED[0]} must be what `vitcomposer export` writes: {error}.") from error
+    ours = page.get("vitcomposer") if isinstance(page, dict) else None
+    if not isinstance(ours, dict):
         raise ValueError(
             f"{folder / EXPORTED[0]} must have the key vitcomposer, which `vitcomposer export` writes. For a model of "
             f"timm give YAML init.weights={folder / EXPORTED[1]}"
         )
     try:
-        model = Model(**ours["model"])
-        facts = {**ours["evaluation"], "mean": tuple(ours["mean"]), "std": tuple(ours["std"]), "source": str(folder)}
-    except (TypeError, KeyError) as error:
+        model = to_block(Model, ours["model"])
+        facts = {**_input_of(ours), "source": str(folder)}
+    except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{folder / EXPORTED[0]} is of another version of vitcomposer ({ours.get('version')}): {error}. "
+            f"{folder / EXPORTED[0]} is damaged or of another version of vitcomposer ({ours.get('version')}): {error}. "
             "Export the model again."
         ) from error
     kind = "ema" if ours.get("averaged") else "raw"
@@ -249,7 +257,34 @@ def _exported(folder: Path, overrides: Sequence[str]) -> _Saved:
     return _Saved(_with_names(facts, page.get("label_names"), model), model, folder / EXPORTED[1], {kind: weights})
 
 
+def _input_of(ours: Mapping[str, Any]) -> dict[str, Any]:
+    """How the images are made for an exported model."""
+    evaluation = to_block(Evaluation, ours["evaluation"])
+    size, side = evaluation.image_size, 0 if evaluation.image_size is None else evaluation.image_size
+    if size is None or not 0 < side / evaluation.crop_ratio <= _LARGEST_SIDE:
+        raise ValueError(f"evaluation.image_size / crop_ratio must be at most {_LARGEST_SIDE} pixels, got {size!r}")
+    statistics = {}
+    for name in ("mean", "std"):
+        values = ours[name]
+        if not isinstance(values, list) or len(values) != 3 or not all(type(each) in (int, float) for each in values):
+            raise ValueError(f"{name} must be three numbers, got {values!r}"[:200])
+        statistics[name] = tuple(float(each) for each in values)
+    if not all(each > 0 for each in statistics["std"]):
+        raise ValueError(f"std must be positive, got {statistics['std']}")
+    facts = {"image_size": size, "crop_ratio": evaluation.crop_ratio, "interpolation": evaluation.interpolation}
+    return {**facts, **statistics}
+
+
+def _names_in(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} must be a list of names in JSON: {error}. Correct or delete it.") from error
+
+
 def _with_names(facts: dict[str, Any], names: Any, model: Model) -> dict[str, Any]:
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{facts['source']} must name its classes in a list of texts. Mend or delete {CLASS_NAMES}.")
     if names is not None and len(names) != model.num_classes:
         raise ValueError(
             f"{facts['source']} must name its {model.num_classes} classes, {CLASS_NAMES} or label_names has "

@@ -13,6 +13,7 @@ from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from vitcomposer.data.inspect import inspect_data
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.shards import ShardError
 from vitcomposer.data.stream import ImageStream, StreamOptions
@@ -365,3 +366,24 @@ def test_a_broken_index_is_named(root, text, message):
     (root / "train" / "index.json").write_text(text)
     with pytest.raises(ConfigError, match=f"{root}/train/index.json {message}"):
         open_stream(root)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("place", ["local", "remote"])
+def test_an_index_that_never_ends_is_not_read(root, tmp_path, place, monkeypatch):
+    (root / "train" / "index.json").unlink()
+    (root / "train" / "index.json").symlink_to("/dev/zero")
+    where = {"remote": str(root)} if place == "remote" else {}
+    with pytest.raises(ConfigError, match="index.json .*it is no file"):
+        open_stream(tmp_path / "cache" if where else root, **where)
+    with pytest.raises(ValueError, match="index.json is no file"):
+        inspect_data(root)
+
+
+def test_an_index_of_another_size_than_any_is_not_downloaded(root, tmp_path):
+    with (root / "train" / "index.json").open("r+b") as file:
+        file.truncate(1 << 40)  # without a byte on the disk
+    with pytest.raises(ConfigError, match=r"index.json cannot be read: it has 1099511627776 bytes, at most 268435456"):
+        open_stream(tmp_path / "cache", remote=str(root))
+    with pytest.raises(ValueError, match=r"index.json has 1099511627776 bytes, at most 268435456"):
+        inspect_data(root)

@@ -162,6 +162,18 @@ def test_file_that_is_no_checkpoint_is_refused(kind: str, suffix: str, tmp_path:
         load_weights(small(), path)
 
 
+def test_safetensors_of_nothing_but_a_header_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    """Ten megabytes of names of empty tensors, which take 130 as Python has them."""
+    entries = (f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(200_000))
+    header = f"{{{','.join(entries)}}}".encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=rf"its header has {len(header)} bytes of the file's {len(header) + 8}"):
+        load_weights(small(), tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="its header has 1152921504606846976 bytes"):
+        load_weights(small(), tmp_path / "a.safetensors")
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         load_weights(small(), tmp_path / "absent.pt")

@@ -320,9 +320,14 @@ def test_runs_in_bfloat16_with_and_without_autocast(name: str) -> None:
         ("convit_tiny", {"class_token": False}, r"model\.class_token is an option of the vit and deit models"),
         ("vit_tiny_patch16", {"embed_dim": 100}, r"model\.embed_dim .*model\.num_heads=3, got 100; use 99 or 102"),
         ("vit_tiny_patch16", {"patch_size": 24}, r"model\.image_size .*patch_size=24, got 224; use 216 or 240"),
-        ("vit_tiny_patch16", {"depth": 0}, r"model\.depth must be a whole number of at least 1, got 0"),
+        ("vit_tiny_patch16", {"depth": 0}, r"model\.depth must be a whole number from 1 to 1000, got 0"),
+        ("vit_tiny_patch16", {"depth": 1_000_000_000}, r"model\.depth must be a whole number from 1 to 1000"),
+        ("vit_tiny_patch16", {"depth": 1e9}, r"model\.depth must be a whole number from 1 to 1000"),
+        ("vit_tiny_patch16", {"embed_dim": 3 << 40}, r"model\.embed_dim must be a whole number from 1 to 65536"),
+        ("vit_tiny_patch16", {"mlp_ratio": 1e9}, r"model\.mlp_ratio must be above 0 and at most 256"),
+        ("vit_tiny_patch16", {"mlp_ratio": float("nan")}, r"model\.mlp_ratio must be above 0 and at most 256"),
         ("vit_tiny_patch16", {"drop_path_rate": 1.0}, r"model\.drop_path_rate must be in \[0, 1\), got 1\.0"),
-        ("vit_tiny_patch16", {"mlp_ratio": 0}, r"model\.mlp_ratio must be above 0, got 0"),
+        ("vit_tiny_patch16", {"mlp_ratio": 0}, r"model\.mlp_ratio must be above 0 .*got 0"),
         ("vit_tiny_patch16", {"init_values": -1}, r"model\.init_values must not be negative, got -1"),
         ("vit_tiny_patch16", {"pool": "gap"}, r"model\.pool must be token or avg, got 'gap'"),
         ("vit_tiny_patch16", {"drop_path_mode": "step"}, r"model\.drop_path_mode must be linear or constant"),
@@ -346,6 +351,24 @@ def test_runs_in_bfloat16_with_and_without_autocast(name: str) -> None:
 def test_bad_option_is_named_with_its_remedy(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(name, num_classes=10, image_size=224, **options)
+
+
+def test_sizes_that_no_network_has_are_refused_before_it_is_built() -> None:
+    for name in ("vit_tiny_patch16", "convit_tiny"):
+        with pytest.raises(ValueError, match=r"model\.image_size must be such that there are at most 1048576 patches"):
+            build_model(name, num_classes=10, image_size=1 << 30)
+        with pytest.raises(ValueError, match=r"model\.num_classes must be at most 16777216, got 1000000000"):
+            build_model(name, num_classes=1_000_000_000, image_size=224)
+        with pytest.raises(ValueError, match=r"model\.depth=999, .* need at least 44\d,\d+,\d+ weights, far more"):
+            build_model(name, num_classes=10, image_size=224, depth=999, most_weights=5_717_416)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16", "deit_tiny_distilled_patch16", "convit_tiny"])
+def test_network_fits_into_the_weights_that_it_has(name: str) -> None:
+    model = build_model(name, num_classes=10, image_size=32)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    build_model(name, num_classes=10, image_size=32, most_weights=weights)
+    assert 0.95 * weights < model.config.least_weights(10) < weights
 
 
 def test_negative_number_of_classes_is_refused() -> None:

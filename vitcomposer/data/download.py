@@ -45,6 +45,8 @@ class OneTryS3(S3Downloader):
     boto3 tries a request three times and a body five, each up to its time-out of a minute, before anybody hears of it.
     """
 
+    most: int | None = None  # bytes of the next file
+
     def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
         from botocore.exceptions import NoCredentialsError
 
@@ -74,6 +76,7 @@ class OneTryS3(S3Downloader):
         payer = {"RequestPayer": "requester"} if place.netloc in self._requester_pays_buckets else {}
         answer = client.get_object(Bucket=place.netloc, Key=place.path.lstrip("/"), **payer)
         began, done, size = time.monotonic(), 0, answer["ContentLength"]
+        _check_size(size, self.most)
         said = began
         with open(local, "wb") as file:
             for piece in answer["Body"].iter_chunks(_PIECE):
@@ -95,12 +98,21 @@ def open_downloader(remote: str | None) -> CloudDownloader:
     return OneTryS3() if remote is not None and remote.startswith("s3://") else CloudDownloader.get(remote)
 
 
-def download(downloader: CloudDownloader, source: str, target: str | Path, *, retries: int, timeout: float) -> None:
+def download(  # noqa: PLR0913 (all but three are named at the call)
+    downloader: CloudDownloader,
+    source: str,
+    target: str | Path,
+    *,
+    retries: int,
+    timeout: float,
+    most: int | None = None,
+) -> None:
     """Bring a file to ``target``, which appears whole or not at all.
 
     Args:
         retries: Tries after the first, with growing pauses between them; none where the answer would be the same.
         timeout: Seconds without a byte after which a try on S3 is given up; other stores have their own.
+        most: Bytes that it may have; of stores other than S3 and disks this is looked at afterwards.
 
     Raises:
         DownloadError: It cannot be had.
@@ -110,9 +122,16 @@ def download(downloader: CloudDownloader, source: str, target: str | Path, *, re
     try:
         for tries in range(1, retries + 2):
             try:
+                if "://" not in source and os.path.exists(source):
+                    _check_size(os.path.getsize(source) if os.path.isfile(source) else None, most)
+                if isinstance(downloader, OneTryS3):
+                    downloader.most = most
                 downloader.download(source, part, timeout)
+                _check_size(os.path.getsize(part), most)
                 os.replace(part, target)
                 return
+            except DownloadError:
+                raise
             except Exception as error:  # every object store has its own
                 if not isinstance(downloader, OneTryS3):  # boto3 replaces what is broken, in less time than all of it
                     downloader.clean_up()
@@ -129,6 +148,12 @@ def download(downloader: CloudDownloader, source: str, target: str | Path, *, re
     finally:
         for left in (part, f"{part}.tmp"):
             Path(left).unlink(missing_ok=True)
+
+
+def _check_size(size: int | None, most: int | None) -> None:
+    if size is None or (most is not None and size > most):
+        what = "it is no file" if size is None else f"it has {size} bytes, at most {most} are expected"
+        raise DownloadError(what, "Check what lies there.")
 
 
 def remove_parts(folder: Path, older_than: float = 3600.0) -> None:

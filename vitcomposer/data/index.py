@@ -2,6 +2,8 @@
 
 from typing import Any
 
+_SHARD_BYTES = 1 << 32
+
 
 def index_fault(index: Any) -> str | None:
     """What is wrong with the content of an index.json, or None. Shards of formats other than MDS are not looked at."""
@@ -34,6 +36,8 @@ def _shard_fault(shard: dict[str, Any]) -> str | None:
         return f"size_limit must be null or a number of bytes, it is {limit!r}"
     samples: Any = shard.get("samples")
     size = shard["raw_data"]["bytes"]
+    if size >= _SHARD_BYTES:
+        return f"raw_data.bytes must be below 2^32, with which a shard counts its bytes, it is {size}"
     if not _is_count(samples) or 4 * (samples + 2) > size:  # the table of a shard takes four bytes a sample
         return f"samples must be a number that {size} bytes can hold, it is {samples!r}"
     return _column_fault(shard)

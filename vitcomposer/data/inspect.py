@@ -5,7 +5,6 @@ folder and columns that run code, and must be looked at before anything acts on 
 """
 
 import hashlib
-import json
 import os
 import re
 import struct
@@ -25,6 +24,8 @@ from vitcomposer.data.index import index_fault
 from vitcomposer.data.jpeg_markers import read_index
 from vitcomposer.data.storage import LocalStore, Store, open_store
 from vitcomposer.data.stored import read_raw_size
+from vitcomposer.data.unpack import unpack
+from vitcomposer.json_file import MOST_BYTES, parse_json
 
 _IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "jpeg_array")
 _CHEAP = 256 << 20  # bytes of a shard that is read without being asked for
@@ -64,11 +65,11 @@ def inspect_data(
     """
     store = open_store(location)
     names = [split] if split is not None else ["", *store.folders()]
-    summary = json.loads(store.read("summary.json") or b"{}").get("splits", {})
+    summary = parse_json(store.read("summary.json", most=MOST_BYTES) or b"{}").get("splits", {})
     reports = []
     for name in names:
         prefix = f"{name}/" if name else ""
-        index = store.read(f"{prefix}index.json")
+        index = store.read(f"{prefix}index.json", most=MOST_BYTES)
         if index is not None:
             shards = read_shard_index(index, f"{store.url}/{prefix}index.json")
             report = _inspect_split(store, prefix, shards, summary.get(name, {}).get("class_counts"))
@@ -85,13 +86,11 @@ def inspect_data(
 def read_shard_index(data: bytes, where: str) -> list[dict[str, Any]]:
     """The shards of an index that is safe to use."""
     try:
-        index = json.loads(data)
+        index = parse_json(data)
         if fault := index_fault(index):
             raise ValueError(fault)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where} must be an MDS index (version 2): {error or 'it nests too deep'}. Convert again."
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where} must be an MDS index (version 2): {error}. Convert again.") from error
     shards = index["shards"]
     for shard in shards:
         if shard["format"] != "mds":
@@ -118,7 +117,7 @@ def _check_name(basename: str, where: str) -> None:
 def _inspect_split(
     store: Store, prefix: str, shards: list[dict[str, Any]], class_counts: dict[str, int] | None
 ) -> SplitReport:
-    class_names = store.read(f"{prefix}class_names.json")
+    class_names = store.read(f"{prefix}class_names.json", most=MOST_BYTES)
     report = SplitReport(
         name=prefix.rstrip("/") or ".",
         samples=sum(shard["samples"] for shard in shards),
@@ -126,7 +125,7 @@ def _inspect_split(
         bytes=sum(shard["raw_data"]["bytes"] for shard in shards),
         hashes=sorted({algorithm for shard in shards for algorithm in _stored(shard)["hashes"]}),
         columns=dict(zip(shards[0]["column_names"], shards[0]["column_encodings"], strict=True)) if shards else {},
-        class_names=None if class_names is None else json.loads(class_names),
+        class_names=None if class_names is None else parse_json(class_names),
         class_counts=class_counts,
         first_sample=_first_sample(store, prefix, shards[0]) if shards else "none",
     )
@@ -180,8 +179,6 @@ def _forms(data: bytes, shard: dict[str, Any]) -> Iterator[str]:
 
 def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Iterator[str]:
     """The samples whose image cannot be decoded, or not as it is in training, by shard and place in it."""
-    from streaming.base.compression import decompress
-
     first = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders run without the interpreter's lock
         for shard in shards:
@@ -189,7 +186,7 @@ def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Ite
             data = store.read(name) or b""
             try:
                 if shard["zip_data"]:
-                    data = decompress(shard["compression"], data)
+                    data = unpack(shard["compression"], data, shard["raw_data"]["bytes"])
                 offsets = struct.unpack_from(f"<{shard['samples'] + 1}I", data, 4)
                 rows = [columns_of_row(data[start:stop], shard) for start, stop in pairwise(offsets)]
             except Exception:  # the shard is damaged, which its size or hash has told

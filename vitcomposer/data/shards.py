@@ -1,7 +1,6 @@
 """MDS shards: the index is checked before anything is read, each shard before its first sample is."""
 
 import hashlib
-import json
 import logging
 import os
 from contextlib import suppress
@@ -22,6 +21,8 @@ from vitcomposer.data.download import DownloadError, download, longest_wait, ope
 from vitcomposer.data.index import index_fault
 from vitcomposer.data.rows import ShardError
 from vitcomposer.data.storage import masked
+from vitcomposer.data.unpack import unpack
+from vitcomposer.json_file import MOST_BYTES, read_json
 from vitcomposer.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class ShardStream(Stream):
             ) from error
         self.folder = Path(local, split)
         self._algorithm = validate_hash
+        self._raw_sizes: dict[str, int] = {}
+        self._most_bytes: dict[str, int] = {}
         self.is_origin = remote is None or os.path.realpath(remote) == os.path.realpath(local)
         self._trust_cache = trust_cache and not self.is_origin
 
@@ -87,7 +90,7 @@ class ShardStream(Stream):
             else:  # before Streaming's own look, which gives the leader the time of one try
                 self._await_index()
         try:
-            if fault := index_fault(json.loads((self.folder / INDEX).read_bytes())):
+            if fault := index_fault(read_json(self.folder / INDEX)):
                 raise ValueError(fault)
             # Columns are judged by RowReader: Streaming's own error would tell the user to allow unsafe types.
             shards = super().get_shards(world, allow_unsafe_types=True)
@@ -97,6 +100,10 @@ class ShardStream(Stream):
                 "Delete it if it is a cached copy, else write the split again with `vitcomposer convert`."
             ) from error
         self._check_index(shards)
+        pairs = [shard.file_pairs[0] for shard in shards]
+        self._raw_sizes = {zipped.basename: raw.bytes for raw, zipped in pairs if zipped}
+        # What is a little larger than its index says is told as damage, what never ends is not waited for.
+        self._most_bytes = {info.basename: 2 * info.bytes + MOST_BYTES for pair in pairs for info in pair if info}
         return shards
 
     def _no_split(self) -> str:
@@ -145,8 +152,22 @@ class ShardStream(Stream):
                 local,
                 retries=self.download_retry,
                 timeout=self.download_timeout,
+                most=self._most_bytes.get(from_basename, MOST_BYTES),
             )
         return str(local)
+
+    def _decompress_shard_part(
+        self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None
+    ) -> None:
+        """Instead of Streaming's, which unpacks whatever is in there."""
+        path, size = Path(zip_filename), self._raw_sizes[zip_info.basename]
+        if fault := self._size_fault(zip_info):
+            raise ValueError(fault)
+        part = Path(raw_filename + ".tmp")
+        part.write_bytes(unpack(compression or "", path.read_bytes(), size))
+        part.replace(raw_filename)
+        if not self.safe_keep_zip:
+            path.unlink()
 
     def _check_index(self, shards: list[Reader]) -> None:
         index = self.folder / INDEX
@@ -241,8 +262,8 @@ def read_class_names(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        names = read_json(path)
+    except ValueError as error:
         raise ConfigError(f"{path} must be a list of names in JSON: {error}. Correct or delete it.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path} must be a list of names, got {type(names).__name__}. Correct or delete it.")
@@ -274,7 +295,7 @@ def _remedy(error: DownloadError) -> str:
 def describe_cut_shard(folder: Path) -> str | None:
     """The first shard of a split on disk that is shorter than its index says, for a message; None where none is."""
     try:
-        shards = json.loads((folder / INDEX).read_bytes())["shards"]
+        shards = read_json(folder / INDEX)["shards"]
         stored = {each["basename"]: each["bytes"] for each in (shard["raw_data"] for shard in shards)}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from io import BytesIO
@@ -31,6 +32,18 @@ def masked(text: str) -> str:
 def s3_endpoint() -> str:
     """Where requests to ``s3://`` go, for a message."""
     return masked(os.environ.get("S3_ENDPOINT_URL") or "AWS (S3_ENDPOINT_URL is not set)")
+
+
+def _check_size(where: str, size: int | None, most: int | None) -> None:
+    if size is None:
+        raise ValueError(f"{where} is no file.")
+    if most is not None and size > most:
+        raise ValueError(f"{where} has {size} bytes, at most {most} are expected. Do not use this data.")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe too, that it can be told."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class LocalStore:
@@ -61,10 +74,16 @@ class LocalStore:
         """Room left on the disk."""
         return shutil.disk_usage(self.root).free
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
-        """Bytes ``start`` to ``stop`` of an object, or None when there is no such object."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes | None:
+        """Bytes ``start`` to ``stop`` of an object, or None when there is no such object.
+
+        Raises:
+            ValueError: It is no file, or has more than ``most`` bytes.
+        """
         try:
-            with open(self.root / name, "rb") as file:
+            with open(self.root / name, "rb", opener=_without_waiting) as file:
+                status = os.fstat(file.fileno())
+                _check_size(f"{self.root / name}", status.st_size if stat.S_ISREG(status.st_mode) else None, most)
                 file.seek(start)
                 return file.read() if stop is None else file.read(stop - start)
         except (FileNotFoundError, NotADirectoryError):
@@ -149,19 +168,20 @@ class S3Store:
         """None: a bucket has no limit that could be asked for."""
         return None
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
-        """Bytes ``start`` to ``stop`` of an object, or None when there is no such object."""
+    def read(self, name: str, start: int = 0, stop: int | None = None, *, most: int | None = None) -> bytes | None:
+        """As ``LocalStore.read``."""
         span = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 
         with self._explained("read"):
             for again in reversed(range(_READS)):
                 try:
-                    body = self._client.get_object(Bucket=self.bucket, Key=self.prefix + name, **span)["Body"]
+                    answer = self._client.get_object(Bucket=self.bucket, Key=self.prefix + name, **span)
                 except self._client.exceptions.NoSuchKey:
                     return None
+                _check_size(f"{self.url}/{name}", answer["ContentLength"], most)
                 try:
-                    return body.read()
+                    return answer["Body"].read()
                 except (FlexibleChecksumError, HTTPClientError, IncompleteReadError):
                     if not again:
                         raise

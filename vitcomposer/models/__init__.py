@@ -33,7 +33,7 @@ def model_names() -> list[str]:
 
 
 def build_model(
-    name: str, *, num_classes: int, image_size: int, **options: Any
+    name: str, *, num_classes: int, image_size: int, most_weights: int | None = None, **options: Any
 ) -> transformer.ImageTransformer | resnet.ResNet | MeanColor:
     """Build a model with new weights; all but ``mean_color`` have timm's feature interface (``ImageTransformer``).
 
@@ -43,6 +43,7 @@ def build_model(
         name: One of ``model_names()``, or ``mean_color`` for a model that costs nothing and takes no options.
         num_classes: Outputs of the head; 0 builds a model without head that returns pooled features.
         image_size: Side in pixels the position embedding is made for; the forward pass takes other sizes too.
+        most_weights: Refuse a network with more, before anything of it is built: what is said to fill it has no more.
         options: What to change of the published architecture: fields of ``vit.ViTConfig`` or ``convit.ConViTConfig``.
             None keeps what the name stands for; dropout rates are 0 unless given. A ResNet has none.
 
@@ -58,22 +59,34 @@ def build_model(
     if name in vit.VARIANTS:
         changes = _known_options(name, options, _VIT_OPTIONS, other_family="convit", other_options=_CONVIT_OPTIONS)
         config = replace(vit.VARIANTS[name], **changes)
+        _check_weights(config, num_classes, most_weights)
         model_class = vit.DistilledVisionTransformer if config.dist_token else vit.VisionTransformer
         return model_class(config, num_classes=num_classes, image_size=image_size)
     if name in convit.VARIANTS:
         other = "vit and deit"
         changes = _known_options(name, options, _CONVIT_OPTIONS, other_family=other, other_options=_VIT_OPTIONS)
         config = replace(convit.VARIANTS[name], **changes)
+        _check_weights(config, num_classes, most_weights)
         return convit.ConViT(config, num_classes=num_classes, image_size=image_size)
     if name in resnet.VARIANTS or name == MEAN_COLOR:
         used = sorted(option for option, value in options.items() if value)
         if used:
             raise ValueError(f"model.{used[0]} must be left out or 0 for {name}, got {options[used[0]]!r}.")
+        transformer.check_classes(num_classes)
         if name == MEAN_COLOR:
             return MeanColor(num_classes=num_classes)
         return resnet.ResNet(name, num_classes=num_classes, image_size=image_size)
     known = f" Known: {', '.join(model_names())}."
     raise ValueError(f"model.name must be a known model, got {name!r}.{did_you_mean(name, model_names()) or known}")
+
+
+def _check_weights(config: transformer.TransformerConfig, num_classes: int, most: int | None) -> None:
+    needed = config.least_weights(num_classes)
+    if most is not None and needed > most:
+        raise ValueError(
+            f"model.depth={config.depth}, model.embed_dim={config.embed_dim} and model.num_classes={num_classes} need "
+            f"at least {needed:,} weights, far more than there are; give those that the weights were trained with"
+        )
 
 
 def _known_options(

@@ -13,6 +13,10 @@ from vitcomposer.models.initialization import WEIGHT_INITS, init_head, init_tran
 from vitcomposer.models.layers import LAYER_NORM_EPS, PatchEmbed
 from vitcomposer.models.positions import Grid, resize_positions, sincos_positions
 
+# Far beyond every published network: with a larger number a network is built for hours, or fills the memory.
+_MOST = {"patch_size": 4096, "embed_dim": 1 << 16, "depth": 1000, "num_heads": 1 << 12}
+_MOST_MLP_RATIO, _MOST_PATCHES, _MOST_CLASSES = 256, 1 << 20, 1 << 24
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -51,15 +55,16 @@ class TransformerConfig:
     weight_init: str = "deit"
 
     def __post_init__(self) -> None:
-        for option in ("patch_size", "embed_dim", "depth", "num_heads"):
+        for option, most in _MOST.items():
             value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"model.{option} must be a whole number of at least 1, got {value!r}")
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"model.{option} must be a whole number from 1 to {most}, got {value!r}")
         for option in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
             if not 0.0 <= getattr(self, option) < 1.0:
                 raise ValueError(f"model.{option} must be in [0, 1), got {getattr(self, option)}; 0 switches it off")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"model.mlp_ratio must be above 0, got {self.mlp_ratio}; published models use 4")
+        if not 0 < self.mlp_ratio <= _MOST_MLP_RATIO:
+            rule = f"above 0 and at most {_MOST_MLP_RATIO}"
+            raise ValueError(f"model.mlp_ratio must be {rule}, got {self.mlp_ratio}; published models use 4")
         if self.init_values < 0:
             raise ValueError(f"model.init_values must not be negative, got {self.init_values}; 0 means no LayerScale")
         check_choice("drop_path_mode", self.drop_path_mode, ("linear", "constant"))
@@ -71,6 +76,19 @@ class TransformerConfig:
                 f"model.embed_dim must be divisible by model.num_heads={self.num_heads}, got {self.embed_dim}; "
                 f"use {lower} or {upper}"
             )
+
+    def least_weights(self, num_classes: int) -> int:
+        """How many numbers the matrices of patches, blocks and head have: without positions, tokens and biases."""
+        block = 4 * self.embed_dim**2 + 2 * self.embed_dim * int(self.embed_dim * self.mlp_ratio)
+        return self.depth * block + self.embed_dim * (3 * self.patch_size**2 + num_classes)
+
+
+def check_classes(num_classes: int) -> None:
+    """Raise ValueError for a number of classes that no head has."""
+    if num_classes > _MOST_CLASSES:
+        raise ValueError(f"model.num_classes must be at most {_MOST_CLASSES}, got {num_classes}")
+    if num_classes < 0:
+        raise ValueError(f"model.num_classes must not be negative, got {num_classes}; 0 builds a model without head")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -131,10 +149,10 @@ class ImageTransformer(nn.Module):
                 f"model.image_size must be divisible by model.patch_size={patch}, got {image_size}; "
                 f"use {lower} or {upper}"
             )
-        if num_classes < 0:
-            raise ValueError(
-                f"model.num_classes must not be negative, got {num_classes}; 0 builds a model without head"
-            )
+        if (image_size // patch) ** 2 > _MOST_PATCHES:
+            rule = f"such that there are at most {_MOST_PATCHES} patches of model.patch_size={patch}"
+            raise ValueError(f"model.image_size must be {rule}, got {image_size}")
+        check_classes(num_classes)
         self.config = config
         self.num_classes = num_classes
         self.image_size = image_size
