@@ -127,6 +127,7 @@ def _run_convert(args: argparse.Namespace) -> int:
     source = args.source(args)
     for line in source.warnings:
         print(line)
+    left_out = 0  # of a part, which has no summary
     plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
     with _Progress(args.out) as progress:
         how = {
@@ -135,14 +136,15 @@ def _run_convert(args: argparse.Namespace) -> int:
             "on_progress": progress.update,
         }
         if part is not None:
-            convert_share(source, args.out, part, args.parts, **plan, **how)
+            left_out = convert_share(source, args.out, part, args.parts, **plan, **how)
             summary = {}
         elif args.engine == "ray":
             summary = convert_with_ray(source, args.out, args.parts, **plan, **how)
         else:
             summary = convert(source, args.out, **plan, **how)
     if part is not None:
-        print(f"part {part} of {args.parts} is done; after all: vitcomposer convert merge {args.out}")
+        said = f", {left_out:,} images that cannot be decoded are left out" if left_out else ""
+        print(f"part {part} of {args.parts} is done{said}; after all: vitcomposer convert merge {args.out}")
     _print_summary(summary, args.out)
     return 0
 

@@ -97,6 +97,8 @@ def test_merge_counts_the_bad_images_of_all_parts(folder: Path, tmp_path: Path) 
     for number in range(4):
         (folder / f"train/cat/00{number}.JPEG").write_bytes(jpeg(number)[:300])
     make(folder, out, *range(3), count=3, max_bad_fraction=0.11)  # three of 28 in one part
+    options = {"workers": 1, "shard_size": "8kb", "max_bad_fraction": 0.11}
+    assert sum(convert_share(FolderSource(folder), out, index, 3, **options) for index in range(3)) == 4
     with pytest.raises(ValueError, match=r"4 of 28 in the split train, got 0\.1"):
         merge(out)
     assert not (out / "train/index.json").exists()

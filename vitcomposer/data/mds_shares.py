@@ -27,12 +27,15 @@ def convert_share(
     max_bad_fraction: float = MAX_BAD_FRACTION,
     on_progress: Progress | None = None,
     **plan: Any,
-) -> None:
+) -> int:
     """Write share ``index`` of ``count``, from 0. :func:`merge` makes a data set of all of them.
 
     Shares may be made at the same time, anywhere, in any order, and more than once: after a crash the same call makes
     the shards that are missing. The other arguments are those of :func:`vitcomposer.data.convert`; ``plan`` is its
     ``shard_size``, ``seed`` and ``stored``.
+
+    Returns:
+        The number of images that are left out of this share.
 
     Raises:
         ValueError: As ``convert`` does; a share has too many bad images when they alone are more than the whole split
@@ -41,12 +44,12 @@ def convert_share(
     check_share(index, count)
     check_fraction(max_bad_fraction)
     with open_store(out).one_writer(f".{index:05}.{count:05}"):
-        _make_share(source, out, index, count, max_bad_fraction, plan, workers=workers, on_progress=on_progress)
+        return _make_share(source, out, index, count, max_bad_fraction, plan, workers=workers, on_progress=on_progress)
 
 
 def _make_share(  # noqa: PLR0913, PLR0917
     source: Source, out: str | Path, index: int, count: int, max_bad_fraction: float, plan: dict[str, Any], **how: Any
-) -> None:
+) -> int:
     store, parts = begin(source, out, **plan)
     mine = parts[index::count]
     done = make(source, store, mine, **how)
@@ -62,6 +65,7 @@ def _make_share(  # noqa: PLR0913, PLR0917
         numbers = [part.number for part in mine if part.split == split]
         share = {"plan": recorded, "numbers": numbers, "max_bad_fraction": max_bad_fraction}
         write_new(store, _marker_name(split, index, count), to_json(share))
+    return sum(map(len, bad.values()))
 
 
 def check_share(index: int, count: int) -> None:
