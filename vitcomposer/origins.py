@@ -82,8 +82,8 @@ def take_over(model: Mapping[str, Any], recorded: Mapping[str, Any], *, size: bo
     Args:
         size: Also in the size of their images, where nothing is trained on others.
     """
-    names = [str(block.get("name")).replace("_distilled", "") for block in (model, recorded)]
-    taken = ARCHITECTURE[names[0] == names[1] :]
+    plain = [str(block.get("name")).replace("_distilled", "") for block in (model, recorded)]
+    taken = [key for key in ARCHITECTURE if key != "name" or plain[0] != plain[1]]
     found = {key: value for key, value in model.items() if key not in taken}
     found |= {key: recorded[key] for key in taken if recorded.get(key) is not None}
     if size and isinstance(recorded.get("image_size"), int):
