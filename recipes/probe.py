@@ -19,7 +19,6 @@ def build(cfg: Probe) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    optim.check_schedule(cfg.max_duration, cfg.schedule)
     run = prepare(cfg)
     trunk = build_network(replace(cfg.model, num_classes=0), starting_point(cfg))
     flops = forward_flops(trunk, cfg.model.image_size)

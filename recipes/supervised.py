@@ -3,9 +3,9 @@
 from composer import Trainer
 
 from vitcomposer.schema import Supervised
-from vitcomposer.supervision import LOSSES, build_supervision, prepare_supervision
+from vitcomposer.supervision import LOSSES, build_supervision
 from vitcomposer.tasks import Classification
-from vitcomposer.trainer import build_network, starting_point
+from vitcomposer.trainer import build_network, prepare, starting_point
 
 
 def build(cfg: Supervised) -> Trainer:
@@ -14,7 +14,7 @@ def build(cfg: Supervised) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare_supervision(cfg)
+    run = prepare(cfg)
     model = build_network(cfg.model, starting_point(cfg))
     task = Classification(model, loss=LOSSES[cfg.loss], num_classes=cfg.model.num_classes)
     return build_supervision(cfg, run, task)

@@ -30,7 +30,7 @@ def build_task(cfg: SwAV) -> Task:
         epsilon=cfg.loss.epsilon,
         iterations=cfg.loss.sinkhorn_iterations,
         crops_for_assign=cfg.loss.crops_for_assign,
-        queue_length=cfg.loss.queue_length,
+        queue_length=cfg.queue_length,
         embedding_dim=cfg.head.dims[-1],
     )
     return Task(
@@ -40,5 +40,5 @@ def build_task(cfg: SwAV) -> Task:
         freeze_prototypes_epochs=cfg.loss.freeze_prototypes_epochs,
         hard_assignment_epochs=cfg.loss.hard_assignment_epochs,
         queue_start_epoch=cfg.loss.queue_start_epoch,
-        queue_steps=cfg.loss.queue_length // cfg.global_train_batch_size,
+        queue_steps=cfg.queue_length // cfg.global_train_batch_size,
     )

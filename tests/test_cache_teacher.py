@@ -15,7 +15,6 @@ import pytest
 import torch
 from streaming import MDSWriter, StreamingDataset
 
-from recipes.distill import check
 from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, run_train, tiny_photo_overrides
 from tests.test_folder_lock import hold_by_parent
 from tests.test_train import losses
@@ -280,7 +279,7 @@ def test_other_weights_and_other_images_are_refused(
 def test_curriculum_with_a_cache_is_refused(overrides: list[str], whole: Path) -> None:
     stages = "algorithms.Curriculum={image_sizes: [16, 32], compute: [0.5, 0.5]}"
     with pytest.raises(ConfigError, match=r"algorithms\.Curriculum must be left out with a cache"):
-        check(load(overrides, f"cache.local={whole}", stages))
+        load(overrides, f"cache.local={whole}", stages)
 
 
 def test_softened_answers_need_all_logits(overrides: list[str], cache: Path) -> None:

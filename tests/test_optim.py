@@ -19,13 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from vitcomposer.models import build_model
 from vitcomposer.optim import (
     CosineWithWarmup,
-    _parse_time,
     build_optimizer,
-    check_schedule,
     cosine_with_warmup,
     param_groups,
 )
 from vitcomposer.schema import ConfigError, Optimizer, Schedule
+from vitcomposer.schema.times import check_schedule, parse_time
 
 ADAMW = Optimizer(name="adamw", lr=5e-4, lr_batch_size=512, lr_scaling="linear", weight_decay=0.05)
 DEIT = Schedule(t_warmup="5ep", alpha_i=1e-3, alpha_f=1e-2, cosine_from="start")
@@ -256,9 +255,9 @@ def test_schedule_from_start_is_below_the_peak_when_the_warmup_ends():
     ],
 )
 def test_good_durations_pass_and_mean_what_composer_reads(duration, warmup):
-    check_schedule(duration, replace(DEIT, t_warmup=warmup))
+    check_schedule(duration, warmup)
     for text in (duration, warmup):
-        value, unit = _parse_time("x", text)
+        value, unit = parse_time("x", text)
         time = Time.from_timestring(text)
         assert (time.value, time.unit.value) == (value, unit)
 
@@ -283,7 +282,7 @@ def test_good_durations_pass_and_mean_what_composer_reads(duration, warmup):
 )
 def test_bad_durations_are_refused_with_their_key(duration, warmup, message):
     with pytest.raises(ConfigError, match=message):
-        check_schedule(duration, replace(DEIT, t_warmup=warmup))
+        check_schedule(duration, warmup)
 
 
 class Classifier(ComposerModel):

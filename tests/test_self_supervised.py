@@ -1,5 +1,6 @@
 """SwAV, SimCLR, MoCo-v3 and DINO through their recipes: resuming, two ranks, frozen parameters, averages, bad input."""
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -20,6 +21,8 @@ from recipes import RECIPES
 from tests.conftest import ROOT, run_train
 from tests.test_compile import HAS_COMPILER
 from vitcomposer import config
+from vitcomposer.schema import ConfigError
+from vitcomposer.schema.ranks import adjustments, check_ranks, sync_bn_ranks
 from vitcomposer.trainer import fit
 
 METHODS = ("swav", "simclr", "moco", "dino")
@@ -255,17 +258,61 @@ def test_digits_are_told_apart_without_labels(method: str, digits: Path, tmp_pat
         assert rows[-1]["swav/prototype_usage"] > 0.8
 
 
+@pytest.mark.parametrize(
+    ("sync_bn", "ranks", "size", "said"),
+    [
+        (8, 1, 1, "of the 1 ranks that there are"),
+        (8, 3, 3, "of the 3 ranks that there are"),
+        (2, 5, 2, "the last 1 are a smaller group"),
+        (8, 16, 8, None),
+        (0, 16, 16, None),
+        (-1, 16, 4, None),
+        ("node", 16, 4, None),
+        ("global", 16, 16, None),
+        ("none", 16, 1, None),
+    ],
+)
+def test_ranks_that_share_batch_norms_are_as_in_vissl(sync_bn: str | int, ranks: int, size: int, said: str) -> None:
+    cfg = config.load(page("swav"), [f"sync_bn={sync_bn}", "global_train_batch_size=240"])
+    assert cfg.sync_bn == sync_bn
+    check_ranks(cfg, ranks, 4)
+    assert sync_bn_ranks(cfg.sync_bn, ranks, ranks_of_node=4) == size
+    lines = adjustments(cfg, ranks)
+    assert lines == [] if said is None else said in lines[0]
+
+
+def test_queue_keeps_whole_batches_and_says_so(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*tiny("swav", digits, tmp_path, "queue"), "loss.queue_length=47", "sync_bn=8"]
+    cfg = config.load(page("swav"), given)
+    assert cfg.loss.queue_length == 47 and cfg.queue_length == 32
+    assert run_train([page("swav"), *given]) == 0
+    printed = capsys.readouterr().out
+    assert "loss.queue_length=47: the queue keeps 32, whole batches of 16." in printed
+    assert "sync_bn=8: of the 1 ranks that there are, all share their batch norms." in printed
+
+
+def test_moco_needs_two_images_for_each_batch_norm() -> None:
+    cfg = config.load(page("moco"), ["global_train_batch_size=8", "sync_bn=none", "optimizer.lr_scaling=none"])
+    check_ranks(cfg, 4, 4)
+    with pytest.raises(ConfigError, match="global_train_batch_size must be two or more images"):
+        check_ranks(cfg, 8, 8)
+    check_ranks(dataclasses.replace(cfg, sync_bn="global"), 8, 8)
+
+
 BAD = {
     "sum of crops": ("swav", ["crops.total_num_crops=5"], ["crops.total_num_crops", "6", "5"]),
     "one size short": ("swav", ["crops.size_crops=[16]"], ["crops.size_crops", "2", "1"]),
     "empty scale": ("swav", ["crops.crop_scales=[[0.4,1.0],[0.5,0.2]]"], ["crops.crop_scales", "[0.5, 0.2]"]),
     "size off the patch grid": ("swav", ["crops.size_crops=[16,10]"], ["crops.size_crops", "4", "10"]),
-    "queue off the batch": ("swav", ["loss.queue_length=30"], ["loss.queue_length", "16", "30"]),
+    "queue below a batch": ("swav", ["loss.queue_length=8"], ["loss.queue_length", "16", "8"]),
     "crop without code": ("swav", ["loss.crops_for_assign=[0,6]"], ["loss.crops_for_assign", "6"]),
     "codes of two sizes": ("swav", ["loss.crops_for_assign=[0,2]"], ["loss.crops_for_assign", "one size"]),
     "head of another width": ("swav", ["head.dims=[384,128]"], ["head.dims", "64", "384"]),
     "microbatch": ("swav", ["run.device_train_microbatch_size=8"], ["run.device_train_microbatch_size", "16", "8"]),
-    "ranks that no group divides": ("swav", ["sync_bn=2"], ["sync_bn", "1", "2"]),
+    "one image a step in SimCLR": ("simclr", ["global_train_batch_size=1"], ["global_train_batch_size", "2 or more"]),
+    "one image a step in MoCo-v3": ("moco", ["global_train_batch_size=1"], ["global_train_batch_size", "2 or more"]),
     "group by no name": ("swav", ["sync_bn=all"], ["sync_bn", "global", "all"]),
     "neighbours of no image": ("swav", ["monitor={k: [0], temperature: 0.07}"], ["monitor.k", "1", "[0]"]),
     "classes": ("simclr", ["model.num_classes=10"], ["model.num_classes", "0", "10"]),

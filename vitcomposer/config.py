@@ -1,18 +1,23 @@
-"""From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf."""
+"""From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf.
 
-from collections.abc import Iterable, Iterator
+OmegaConf answers references (``${model.image_size}``) and writes a configuration; what a value means is decided by the
+type of its field (:mod:`vitcomposer.schema.values`), so that a text keeps its letters and every error is reported.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, take_over
-from vitcomposer.schema import CONFIGS, ConfigError, Run, did_you_mean, expand_home
+from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean, expand_home
 from vitcomposer.schema.credentials import variable_within
+from vitcomposer.schema.errors import collect
+from vitcomposer.schema.trees import Plain, Tree, is_null, read_overrides, read_page
+from vitcomposer.schema.values import is_mapping, read
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
 # everything else of the environment stays out of it; the shell can write any other value into a key by itself.
@@ -25,44 +30,154 @@ ENVIRONMENT = frozenset({
 # fmt: on
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Any:
+def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any], None] | None = None) -> Any:
     """Read a recipe's yaml, apply overrides and return its frozen dataclass (:mod:`vitcomposer.schema`).
 
     Args:
         path: A yaml with a ``recipe`` key.
-        overrides: ``dotted.key=value`` strings; values are parsed as yaml (``1e-3`` is a float, ``null`` is None).
+        overrides: ``dotted.key=value`` strings; the type of the key says what a value means. ``null`` removes an entry
+            of ``algorithms`` or ``optimizer.options`` that the yaml has, ``{}`` empties a block.
+        also: A further check, such as of the files that the configuration names. What it raises is reported together
+            with the rest. It may meet a configuration that lacks keys which are wrong.
 
     Raises:
-        ConfigError: The first key that is unknown, missing, of the wrong type or out of range.
+        ConfigError: All keys that are unknown, missing, of the wrong type or out of range.
     """
+    problems: list[str] = []
+    path = Path(expand_home(path, "The yaml"))
+    page = read_page(path)
+    changes = read_overrides(overrides, problems)
+    schema = _schema_of(page, changes, path)
+    tree: Tree = {**page, "run": _with_name(page.get("run", {}), path.stem)}
+    for key, value in changes:
+        _apply(schema, tree, key, value, problems)
     with _environment_behind_a_list():
-        return _load(path, overrides)
-
-
-def _load(path: str | Path, overrides: Iterable[str]) -> Any:
-    path = expand_home(path, "The yaml")
-    page = _read(Path(path))
-    changes = _parse_overrides(overrides)
-    schema = _schema_of(OmegaConf.merge(page, changes), path)
-    _take_over_model(page, changes, Path(path))
-    base = OmegaConf.merge(OmegaConf.structured(schema), {"run": {"name": Path(path).stem}})
-    merged = _merge(_merge(base, page, str(path)), changes, "the command line")
-    try:
-        _check_secrets(OmegaConf.to_container(merged, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, str(path))) from error
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"{missing[0]} is required and missing in {path}. Add it to the yaml. All missing: {missing}")
-    try:
-        return expand_home(OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, str(path))) from error
+        tree = _without_references(tree, problems)
+    with collect(problems):
+        _check_secrets(tree)
+        tree = expand_home(tree)
+    cfg = read(schema, tree, problems)
+    if also is not None:
+        with collect(problems):
+            also(cfg)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return cfg
 
 
 def to_yaml(cfg: Any) -> str:
     """The whole configuration as yaml text that :func:`load` reads back to an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def _schema_of(page: Tree, changes: list[tuple[str, Any]], path: str | Path) -> type:
+    name = next((value for key, value in reversed(changes) if key == "recipe"), page.get("recipe"))
+    if not isinstance(name, str) or name not in CONFIGS:
+        given = None if name is None or is_null(name) else name
+        hint = did_you_mean(str(name), CONFIGS) or " Write recipe: supervised."
+        raise ConfigError(f"recipe must be one of {', '.join(sorted(CONFIGS))}, got {given!r} in {path}.{hint}")
+    return CONFIGS[name]
+
+
+def _with_name(run: Any, stem: str) -> Any:
+    return {"name": stem, **run} if isinstance(run, dict) else run
+
+
+def _apply(schema: type, tree: Tree, key: str, value: Any, problems: list[str]) -> None:
+    *above, last = key.split(".")
+    for at, name in enumerate(above):
+        below = tree.get(name)
+        if isinstance(below, list):
+            whole = ".".join(above[: at + 1])
+            problems.append(f"{key} must be a key of {whole}, which is a list. Write {whole}=[..., ...].")
+            return
+        tree[name] = dict(below) if isinstance(below, dict) else {}
+        tree = tree[name]
+    _put(schema, tree, [*above, last], value, problems)
+
+
+def _put(schema: type, tree: Tree, path: list[str], value: Any, problems: list[str]) -> None:
+    """Set ``path``, whose last name is in ``tree``; entries of a mapping are merged, and removed by null."""
+    name, old = path[-1], tree.get(path[-1])
+    if is_null(value) and is_mapping(schema, path[:-1]):
+        if name in tree:
+            del tree[name]
+            return
+        if is_mapping(schema, path):  # an algorithm: it has no value null
+            hint = did_you_mean(name, list(tree)) or f" There are: {', '.join(tree) or 'none'}."
+            problems.append(f"{'.'.join(path)} must be an entry that can be removed, it is not there.{hint}")
+            return
+    if isinstance(value, dict) and value and isinstance(old, dict):
+        tree[name] = dict(old)
+        for below, entry in value.items():
+            _put(schema, tree[name], [*path, below], entry, problems)
+        return
+    tree[name] = value
+
+
+def _without_references(tree: Tree, problems: list[str]) -> Tree:
+    """The tree with what its ``${...}`` refer to; one that cannot be had is noted and left as it is."""
+
+    def scalars(value: Any, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict | list):
+            for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from scalars(entry, f"{key}.{name}" if key else str(name))
+        elif "${" in value:
+            yield key, value
+
+    def plain(value: Any) -> Any:  # OmegaConf knows no subclasses of str
+        if isinstance(value, dict):
+            return {name: plain(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
+        return None if is_null(value) else str(value)
+
+    def answered(value: Any, key: str, root: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: answered(entry, f"{key}.{name}" if key else name, root) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [answered(entry, f"{key}.{at}", root) for at, entry in enumerate(value)]
+        if "${" not in value:
+            return value
+        try:
+            found = OmegaConf.select(root, key)
+            found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except (OmegaConfBaseException, ConfigError) as error:
+            problems.append(_explain_reference(key, value, error))
+            return value
+        return _as_tree(found)
+
+    references = dict(scalars(tree, ""))
+    for key, text in references.items():
+        try:
+            OmegaConf.create({"x": str(text)})
+        except OmegaConfBaseException:
+            problems.append(
+                f"{key} must hold references that are whole, got {text!r}. Close its braces, or take the ${{ out."
+            )
+            return tree
+    return answered(tree, "", OmegaConf.create(plain(tree))) if references else tree
+
+
+def _as_tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _as_tree(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_as_tree(entry) for entry in value]
+    return Plain("null" if value is None else value)
+
+
+def _explain_reference(key: str, text: str, error: BaseException) -> str:
+    """One line for a reference that leads nowhere, without OmegaConf's words."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, ConfigError):
+            return f"{key} cannot be had: {each}"
+        each = each.__cause__ or each.__context__
+    return (
+        f"{key} must refer to a key of this yaml or to a variable of the environment that is set, got {text!r}. "
+        'Write the value itself; on a command line, have the shell write it: key="$NAME".'
+    )
 
 
 @contextmanager
@@ -95,89 +210,3 @@ def _check_secrets(value: Any, key: str = "") -> None:
             f"{key} must not hold the value of the environment variable {name}: the run folder would keep it. "
             "Leave it in the environment, where the object stores' clients look for it."
         )
-
-
-def _take_over_model(page: DictConfig, changes: DictConfig, path: Path) -> None:
-    """Give the page the architecture of the run, or of the exported model, whose weights it starts from.
-
-    What the command line says of it stays, and is compared with the weights as they are loaded. A run that goes on has
-    its own record of it: the folder that it started from may be gone.
-    """
-    merged = OmegaConf.merge(page, changes)
-    try:
-        weights = OmegaConf.select(merged, "init.weights")
-        folder = OmegaConf.select(merged, "run.folder", default=Run.folder)
-        own = Path(str(folder), str(OmegaConf.select(merged, "run.name", default=path.stem)))
-    except OmegaConfBaseException:  # reported where the whole configuration is resolved
-        return
-    model = page.get("model")
-    if not isinstance(weights, str) or not isinstance(model, DictConfig):
-        return
-    if path.name == RECORDED and OmegaConf.select(changes, "init.weights") is None:
-        return  # a run's own page, which says what its network became
-    weights, own = expand_home(weights, "init.weights"), expand_home(own, "run.folder")
-    started = recorded_page(own / LATEST)
-    same = isinstance(started.get("init"), dict) and started["init"].get("weights") == weights
-    recorded = recorded_model(own / LATEST if same else weights)
-    if recorded:
-        measured_as_it_is = page.get("recipe") in ("probe", "knn")
-        page.model = take_over(OmegaConf.to_container(model), recorded, size=measured_as_it_is)  # pyright: ignore
-
-
-def _read(path: Path) -> DictConfig:
-    if not path.is_file():
-        near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"There is no yaml at {path}.{did_you_mean(path.as_posix(), near)}")
-    try:
-        page = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} is not readable yaml: {error}. Mend the line it names.") from error
-    if not isinstance(page, DictConfig):
-        raise ConfigError(
-            f"{path} must hold keys and values, got a {type(page).__name__}. Start with recipe: supervised."
-        )
-    return page
-
-
-def _parse_overrides(overrides: Iterable[str]) -> DictConfig:
-    overrides = list(overrides)
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or not key.strip() or key.startswith("-"):
-            raise ConfigError(f"An override must read key=value, got {text!r}. Write it like max_duration=100ep.")
-    return OmegaConf.from_dotlist(overrides)
-
-
-def _schema_of(page: Any, path: str | Path) -> type:
-    name = page.get("recipe") if isinstance(page, DictConfig) else None
-    if name not in CONFIGS:
-        hint = did_you_mean(str(name), CONFIGS)
-        raise ConfigError(f"recipe must be one of {sorted(CONFIGS)}, got {name!r} in {path}.{hint}")
-    return CONFIGS[name]
-
-
-def _merge(base: Any, more: DictConfig, origin: str) -> Any:
-    try:
-        return OmegaConf.merge(base, more)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_explain(error, origin, base, more)) from error
-
-
-def _explain(error: OmegaConfBaseException, origin: str, base: Any = None, more: DictConfig | None = None) -> str:
-    """OmegaConf's first line says what is wrong; the full key and the origin say where."""
-    key = getattr(error, "full_key", None) or _first_bad_key(base, more)
-    reason = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
-    reason = reason.removeprefix(f"{ConfigError.__name__} raised while resolving interpolation: ")
-    return f"{key or 'The configuration'} (from {origin}): {reason}"
-
-
-def _first_bad_key(base: Any, more: Any, prefix: str = "") -> str:
-    """The deepest key whose value alone cannot be merged: some of OmegaConf's errors do not name theirs."""
-    for key in more if isinstance(more, DictConfig) else ():
-        try:
-            OmegaConf.merge(base, {key: more[key]})
-        except OmegaConfBaseException:
-            below = base[key] if isinstance(base, DictConfig) and key in base else None
-            deeper = _first_bad_key(below, more[key], f"{prefix}{key}.") if isinstance(below, DictConfig) else ""
-            return deeper or f"{prefix}{key}"
-    return ""

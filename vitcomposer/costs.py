@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vitcomposer import curriculum, flops, optim
+from vitcomposer import curriculum, flops
 from vitcomposer.models import build_model
 from vitcomposer.models.teachers import build_teacher_network
 from vitcomposer.models.transformer import num_recomputed
@@ -202,7 +202,6 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
     Raises:
         ConfigError: What the run itself would refuse of duration and curriculum.
     """
-    optim.check_schedule(cfg.max_duration, cfg.schedule)
     options, _ = curriculum.split_options(cfg.algorithms)
     size, augment, crops = cfg.model.image_size, getattr(cfg, "augment", None), getattr(cfg, "crops", None)
     rule, remedy = "without Curriculum and PatchDropout where there are crops", "Change crops.size_crops."

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 
 from vitcomposer import schema
 from vitcomposer.schema import ConfigError, did_you_mean, require
+from vitcomposer.schema.times import parse_time
 
 if TYPE_CHECKING:  # importing Composer costs seconds, and building an optimizer does not need it
     from composer.core import State
@@ -217,7 +217,7 @@ class CosineWithWarmup:
         global_train_batch_size: int,
         compute_share: Callable[[float], float] | None = None,
     ) -> None:
-        self.t_warmup = _parse_time("schedule.t_warmup", t_warmup)
+        self.t_warmup = parse_time("schedule.t_warmup", t_warmup)
         self.alpha_i = alpha_i
         self.alpha_f = alpha_f
         self.cosine_from: CosineFrom = cosine_from
@@ -261,33 +261,3 @@ class CosineWithWarmup:
             assert state.dataloader_len is not None, "our loaders know their length"
             return value * int(state.dataloader_len)
         return math.ceil(value / self.global_train_batch_size) if unit == "sp" else value
-
-
-def check_schedule(max_duration: str, schedule: schema.Schedule) -> None:
-    """Refuse what Composer takes without a word: durations that never end and warm-ups that never reach the peak.
-
-    A warm-up in other units than ``max_duration`` is compared when the Trainer knows the length of an epoch.
-
-    Raises:
-        ConfigError: The key that cannot be used.
-    """
-    total, total_unit = _parse_time("max_duration", max_duration)
-    remedy = "Write 300ep, 1000ba or 100000sp."
-    require(total_unit != "dur" and total > 0, "max_duration", "above 0 in ep, ba or sp", max_duration, remedy)
-    warmup, unit = _parse_time("schedule.t_warmup", schedule.t_warmup)
-    longest = {"dur": 1.0, total_unit: total}.get(unit, math.inf)
-    remedy = "The peak would never be reached: shorten the warm-up."
-    require(warmup <= longest, "schedule.t_warmup", f"at most max_duration ({max_duration})", schedule.t_warmup, remedy)
-
-
-def _parse_time(key: str, text: str) -> tuple[float, str]:
-    """Value and unit of a Composer time string, in the units that make sense for images.
-
-    Composer also knows tok, iter and sec; a run of image batches never counts a token and so would never end.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?|\.\d+)(ep|ba|sp|dur)", str(text).strip())
-    remedy = "Write 300ep, 1000ba or 100000sp" + (", or 0.05dur." if key == "schedule.t_warmup" else ".")
-    require(match is not None, key, "a time string in ep, ba or sp", text, remedy)
-    value, unit = float(cast(re.Match[str], match)[1]), cast(re.Match[str], match)[2]
-    require(unit == "dur" or value.is_integer(), key, f"a whole number of {unit}", text, remedy)
-    return value, unit

@@ -5,6 +5,7 @@ from typing import Any
 
 from composer import Trainer
 from composer.core import Algorithm, Callback, DataSpec
+from composer.utils import dist
 from torch import nn
 
 from vitcomposer import optim
@@ -15,22 +16,21 @@ from vitcomposer.data.multicrop_loader import build_multicrop_dataspec
 from vitcomposer.models import convert_sync_bn
 from vitcomposer.models.batch_norm import SyncBatchNorm
 from vitcomposer.schema import Model, SelfSupervised, require
+from vitcomposer.schema.ranks import adjustments
 from vitcomposer.tasks import SelfSupervisedTask
 from vitcomposer.trainer import Placement, build_network, build_trainer, prepare, starting_point
 
 
 def prepare_pretraining(cfg: SelfSupervised) -> Placement:
-    """Check what no single block can, then start the process group and share the batch out.
+    """Start the process group, share the batch out and say what is rounded for it.
 
     Raises:
-        ConfigError: A schedule, a batch or a group of ranks that cannot run here.
+        ConfigError: A batch that cannot run here.
     """
-    optim.check_schedule(cfg.max_duration, cfg.schedule)
     run = prepare(cfg)
-    size = cfg.sync_bn
-    rule = f"a divisor of the {run.world_size} ranks"
-    fits = isinstance(size, str) or run.world_size % size == 0
-    require(fits, "sync_bn", rule, size, "Use global, node or another number of ranks.")
+    if dist.get_global_rank() == 0:
+        for line in adjustments(cfg, run.world_size):
+            print(line)
     return run
 
 

@@ -15,40 +15,14 @@ from vitcomposer.curriculum import Options, Plan, build_plan, check_network, spl
 from vitcomposer.data.loader import build_dataspec, set_view
 from vitcomposer.data.teacher_cache import CachedTeacher
 from vitcomposer.flops import TRAIN_FACTOR, forward_flops, train_factor
-from vitcomposer.schema import Supervised, require
+from vitcomposer.schema import Supervised
 from vitcomposer.tasks import Classification
-from vitcomposer.trainer import Placement, build_evaluators, build_trainer, prepare
+from vitcomposer.trainer import Placement, build_evaluators, build_trainer
 
 LOSSES = {
     "soft_target_cross_entropy": losses.soft_target_cross_entropy,
     "binary_cross_entropy": losses.binary_cross_entropy,
 }
-
-
-def prepare_supervision(cfg: Supervised) -> Placement:
-    """Check what no single block can, then start the process group and share the batch out.
-
-    Raises:
-        ConfigError: Choices that exclude each other, or a batch that cannot run here.
-    """
-    optim.check_schedule(cfg.max_duration, cfg.schedule)
-    require(
-        cfg.loss != "binary_cross_entropy" or cfg.mixing.label_smoothing == 0,
-        "mixing.label_smoothing",
-        "0 with loss: binary_cross_entropy, which counts every class with a target above 0 as present",
-        cfg.mixing.label_smoothing,
-        "Set mixing.label_smoothing=0.",
-    )
-    require(
-        "LabelSmoothing" not in cfg.algorithms or "distilled" not in cfg.model.name,
-        "algorithms.LabelSmoothing",
-        "left out with a distilled model, which has two outputs",
-        cfg.model.name,
-        "Set mixing.label_smoothing instead, which does the same.",
-    )
-    run = prepare(cfg)
-    _check_mixing(cfg, run)
-    return run
 
 
 def build_supervision(
@@ -124,16 +98,4 @@ def _plan_stages(
         steps_per_epoch=len(cast(DataLoader, train.dataloader)),
         images_per_step=cfg.global_train_batch_size,
         forward_flops=flops,
-    )
-
-
-def _check_mixing(cfg: Supervised, run: Placement) -> None:
-    """Mixing pairs the images of a device's batch."""
-    mixes = cfg.mixing.mixup_alpha > 0 or cfg.mixing.cutmix_alpha > 0
-    require(
-        not mixes or run.device_train_batch_size % 2 == 0,
-        "global_train_batch_size",
-        f"an even number of images for each of the {run.world_size} ranks, since mixing pairs images",
-        cfg.global_train_batch_size,
-        f"Use {2 * run.world_size * -(-run.device_train_batch_size // 2)}.",
     )

@@ -56,10 +56,11 @@ from vitcomposer.run_folder import (
     run_folder,
 )
 from vitcomposer.schema import ConfigError, Init, Model, require
+from vitcomposer.schema.algorithms import SCHEDULE_FREE
+from vitcomposer.schema.ranks import check_ranks
 
 STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
-SCHEDULE_FREE = "adamw_schedulefree"
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -128,34 +129,20 @@ def prepare(cfg: Any) -> Placement:
     reproducibility.seed_all(cfg.seed)
     if device == "cpu":
         _keep_freed_memory()
-    if hasattr(cfg, "optimizer") and cfg.optimizer.name == SCHEDULE_FREE:
-        _check_schedule_free(cfg)
+    ranks = dist.get_world_size()
+    check_ranks(cfg, ranks, dist.get_local_world_size())
     train = cfg.global_train_batch_size
     # A recipe without labels has no evaluation of its own.
     evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
-    share = _share(train, "global_train_batch_size")
+    share = train // ranks
     algorithms = getattr(cfg, "algorithms", {})
     check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
     return Placement(
         device=device,
-        world_size=dist.get_world_size(),
+        world_size=ranks,
         device_train_batch_size=share,
-        device_eval_batch_size=_share(evaluate, "evaluation.global_batch_size"),
+        device_eval_batch_size=evaluate // ranks,
     )
-
-
-def _check_schedule_free(cfg: Any) -> None:
-    remedy = "Set schedule.alpha_f=1; schedule.t_warmup stays its warm-up."
-    rule = f"1 with optimizer.name={SCHEDULE_FREE}, which averages instead of lowering the learning rate"
-    require(cfg.schedule.alpha_f == 1, "schedule.alpha_f", rule, cfg.schedule.alpha_f, remedy)
-    for name in ("EMA", "SAM"):
-        require(
-            name not in cfg.algorithms,
-            f"algorithms.{name}",
-            f"left out with optimizer.name={SCHEDULE_FREE}, whose weights are an average already",
-            dict(cfg.algorithms.get(name, {})),
-            f"Drop algorithms.{name}, or use optimizer.name=adamw.",
-        )
 
 
 def _keep_freed_memory() -> None:
@@ -168,14 +155,6 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _share(batch_size: int, key: str) -> int:
-    ranks = dist.get_world_size()
-    below, above = max(batch_size // ranks, 1) * ranks, -(-batch_size // ranks) * ranks
-    choice = f"Use {below} or {above}." if below != above else f"Use {below}."
-    require(batch_size % ranks == 0, key, f"divisible by the {ranks} ranks", batch_size, choice)
-    return batch_size // ranks
 
 
 def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval: str) -> list[Evaluator]:

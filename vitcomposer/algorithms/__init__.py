@@ -1,6 +1,6 @@
 """Composer algorithms: those of Composer that help a ViT, and those it lacks."""
 
-from vitcomposer.algorithms.build import ALLOWED, REJECTED, STAGED, build_algorithms, build_stage_algorithms
+from vitcomposer.algorithms.build import ALLOWED, build_algorithms, build_stage_algorithms
 from vitcomposer.algorithms.curriculum import Curriculum
 from vitcomposer.algorithms.ema import EvaluationEMA
 from vitcomposer.algorithms.patch_dropout import PatchDropout
@@ -11,8 +11,6 @@ from vitcomposer.averages import EMA_LABEL, averaged_weights
 __all__ = [
     "ALLOWED",
     "EMA_LABEL",
-    "REJECTED",
-    "STAGED",
     "BeginStep",
     "CosineWeightDecay",
     "Curriculum",

@@ -11,6 +11,7 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitcomposer.ranks import gather_with_gradient, rank_and_world_size
+from vitcomposer.schema.ranks import sync_bn_ranks
 
 SyncGroup = Literal["none", "global", "node"] | int
 
@@ -83,7 +84,7 @@ def convert_sync_bn(module: nn.Module, group: SyncGroup) -> nn.Module:
 
     Args:
         group: ``none``, ``global`` (all ranks), ``node`` (the ranks of a node) or a number of ranks: consecutive chunks
-            of it, the last one may be smaller (VISSL's GROUP_SIZE).
+            of it, the last one may be smaller (VISSL's GROUP_SIZE, whose 0 is ``global`` and whose -1 is ``node``).
 
     Returns:
         ``module``, or the new layer where it is a BatchNorm layer itself.
@@ -93,19 +94,10 @@ def convert_sync_bn(module: nn.Module, group: SyncGroup) -> nn.Module:
         RuntimeError: There are several ranks, but no process group yet.
     """
     _, world_size = rank_and_world_size()
-    size = min(_group_size(group, world_size), world_size)
+    size = sync_bn_ranks(group, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if world_size < int(os.environ.get("WORLD_SIZE", "1")) and group not in ("none", 1):
         raise RuntimeError("batch norm over ranks needs torch.distributed's process group: set it up before")
     return _convert(module, _own_group(size)) if size > 1 else module
-
-
-def _group_size(group: SyncGroup, world_size: int) -> int:
-    named = {"none": 1, "global": world_size, "node": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
-    if isinstance(group, str) and group in named:
-        return named[group]
-    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
-        raise ValueError(f"sync_bn must be none, global, node or a number of ranks, got {group!r}; use global")
-    return group
 
 
 def _own_group(size: int) -> dist.ProcessGroup | None:

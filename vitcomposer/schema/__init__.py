@@ -9,7 +9,6 @@ from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augment,
-    ConfigError,
     Data,
     Evaluation,
     Init,
@@ -18,11 +17,10 @@ from vitcomposer.schema.blocks import (
     Optimizer,
     Run,
     Schedule,
-    did_you_mean,
-    require,
     require_plain_address,
 )
 from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
+from vitcomposer.schema.errors import ConfigError, did_you_mean, require
 from vitcomposer.schema.paths import expand_home
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
 from vitcomposer.schema.self_supervised import DINO, Crops, MoCo, SelfSupervised, SimCLR, SwAV

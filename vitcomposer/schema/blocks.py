@@ -1,29 +1,17 @@
-"""The blocks of a yaml that several recipes share, and the form of every configuration error."""
+"""The blocks of a yaml that several recipes share."""
 
-import difflib
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.schema.errors import require, require_within
+from vitcomposer.schema.times import check_interval
+
+MAX_IMAGE_SIZE = 16384  # pixels of a side
+MAX_SECONDS = 1e6  # eleven days; timers of the system take no endless numbers
+MAX_BATCH = 10**7  # images
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class ConfigError(ValueError):
-    """A key of the yaml or of the command line that cannot be used; the message names key, rule, value and remedy."""
-
-
-def require(condition: bool, key: str, rule: str, given: Any, remedy: str) -> None:
-    """Raise ConfigError in the one form that every configuration error of vitcomposer has."""
-    if not condition:
-        raise ConfigError(f"{key} must be {rule}, got {given!r}. {remedy}")
-
-
-def did_you_mean(given: str, known: Collection[str]) -> str:
-    """`` Did you mean 'x'?`` with the nearest known name, or nothing."""
-    near = difflib.get_close_matches(given, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def require_plain_address(key: str, address: str | None) -> None:
@@ -35,6 +23,26 @@ def require_plain_address(key: str, address: str | None) -> None:
 
 def _fraction(key: str, value: float, remedy: str) -> None:
     require(0.0 <= value <= 1.0, key, "in [0, 1]", value, remedy)
+
+
+def check_colors(block: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Refuse what no image of values from 0 to 1 is normalised by."""
+    require_within(f"{block}mean", mean, -10, 10, "Use the ImageNet values.")
+    require(all(s > 0 for s in std), f"{block}std", "positive", std, "Use the ImageNet values.")
+    require_within(f"{block}std", std, 0.001, 100, "Use the ImageNet values.")
+
+
+_MODEL_RANGES: dict[str, tuple[float, float]] = {
+    "image_size": (1, MAX_IMAGE_SIZE),
+    "patch_size": (1, 1024),
+    "embed_dim": (1, 65536),
+    "depth": (1, 1000),
+    "num_heads": (1, 1024),
+    "mlp_ratio": (0.01, 100),
+    "init_values": (0, 100),
+    "local_up_to_layer": (0, 1000),
+    "locality_strength": (1e-6, 1e6),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +73,13 @@ class Model:
     use_local_init: bool | None = None  # ConViT only
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 0, "model.num_classes", "at least 0", self.num_classes, "0 is a trunk, no head.")
-        require(self.image_size >= 1, "model.image_size", "a number of pixels", self.image_size, "Use 224.")
-        _fraction("model.drop_path_rate", self.drop_path_rate, "Use 0 to switch stochastic depth off.")
-        _fraction("model.drop_rate", self.drop_rate, "Use 0 to switch dropout off.")
+        require_within("model.num_classes", self.num_classes, 0, 10**7, "0 is a trunk, no head.")
+        for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
+            rate = getattr(self, name)
+            require(rate is None or 0 <= rate < 1, f"model.{name}", "in [0, 1)", rate, "Use 0 to switch it off.")
+        for name, (low, high) in _MODEL_RANGES.items():
+            remedy = "Use 224." if name == "image_size" else "null keeps the published value."
+            require_within(f"model.{name}", getattr(self, name), low, high, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +98,7 @@ class Init:
         remedy = "0.9 refuses the file of another network; 1 takes nothing but the whole."
         _fraction("init.min_matched", self.min_matched, remedy)
         blocks = self.train_blocks
-        fits = blocks is None or blocks >= 0
-        require(fits, "init.train_blocks", "0 or more", blocks, "0 trains the head alone, null everything.")
+        require_within("init.train_blocks", blocks, 0, 1000, "0 trains the head alone, null everything.")
 
     def check_no_blocks(self, recipe: str) -> None:
         """Refuse ``train_blocks`` in a recipe that decides by itself what learns."""
@@ -137,20 +147,22 @@ class Data:
             "Set data.local=/fast/disk/cache.",
         )
         require_plain_address("data.remote", self.remote)
-        require(self.download_retry >= 0, "data.download_retry", "0 or more", self.download_retry, "5 is usual.")
-        waits = self.download_timeout > 0
-        require(waits, "data.download_timeout", "a number of seconds above 0", self.download_timeout, "60 is usual.")
         limit = self.cache_limit
-        known = limit is None or re.fullmatch(r"[0-9.]+ *[kmgt]?b?", limit.lower()) is not None
-        require(known, "data.cache_limit", "a number of bytes", limit, "Write it like 200gb.")
-        require(
-            self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers, "0 loads in the main process."
-        )
-        require(self.prefetch_factor >= 1, "data.prefetch_factor", "1 or more", self.prefetch_factor, "2 is usual.")
-        require(self.timeout > 0, "data.timeout", "a number of seconds above 0", self.timeout, "600 is usual.")
+        found = None if limit is None else re.fullmatch(r"(\d+(?:\.\d+)?) *[kmgt]?b?", limit.lower())
+        known = limit is None or (found is not None and float(found[1]) > 0)
+        require(known, "data.cache_limit", "a number of bytes above 0", limit, "Write it like 200gb.")
+        require_within("data.num_workers", self.num_workers, 0, 1024, "0 loads in the main process.")
+        require_within("data.prefetch_factor", self.prefetch_factor, 1, 1024, "2 is usual.")
+        for name, usual in (("timeout", 600), ("download_timeout", 60)):
+            value = getattr(self, name)
+            rule = f"a number of seconds above 0 and at most {MAX_SECONDS:.0f}"
+            require(0 < value <= MAX_SECONDS, f"data.{name}", rule, value, f"{usual} is usual.")
+        require_within("data.download_retry", self.download_retry, 0, 1000, "5 is usual.")
+        for name in ("predownload", "num_canonical_nodes", "shuffle_block_size"):
+            require_within(f"data.{name}", getattr(self, name), 1, 10**9, "null is usual.")
         remedy = "0 lets none pass, 0.001 one in a thousand."
         _fraction("data.max_bad_fraction", self.max_bad_fraction, remedy)
-        require(self.synthetic_samples >= 1, "data.synthetic_samples", "1 or more", self.synthetic_samples, "Use 1024.")
+        require_within("data.synthetic_samples", self.synthetic_samples, 1, 10**9, "Use 1024.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,19 +186,17 @@ class Augment:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        require(0 < low <= high <= 1, "augment.crop_scale", "0 < low <= high <= 1", self.crop_scale, "Use [0.08, 1.0].")
+        require(
+            1e-6 <= low <= high <= 1, "augment.crop_scale", "0 < low <= high <= 1", self.crop_scale, "Use [0.08, 1.0]."
+        )
         low, high = self.crop_ratio
-        require(0 < low <= high, "augment.crop_ratio", "0 < low <= high", self.crop_ratio, "Use [0.75, 1.3333].")
+        fits, remedy = 0.01 <= low <= high <= 100, "Use [0.75, 1.3333]."
+        require(fits, "augment.crop_ratio", "0.01 <= low <= high <= 100", self.crop_ratio, remedy)
         _fraction("augment.flip_prob", self.flip_prob, "Use 0.5, or 0 where left and right differ (digits, text).")
         _fraction("augment.random_erasing", self.random_erasing, "Use 0.25, or 0 to switch it off.")
-        require(self.color_jitter >= 0, "augment.color_jitter", "0 or more", self.color_jitter, "0 switches it off.")
-        require(
-            self.repeated_augmentation >= 1,
-            "augment.repeated_augmentation",
-            "1 or more",
-            self.repeated_augmentation,
-            "DeiT uses 3; 1 switches it off.",
-        )
+        require_within("augment.color_jitter", self.color_jitter, 0, 10, "0 switches it off.")
+        views = self.repeated_augmentation
+        require_within("augment.repeated_augmentation", views, 1, 1000, "DeiT uses 3; 1 switches it off.")
         require(
             self.repeated_augmentation > 1 or not self.shared_decodes,
             "augment.shared_decodes",
@@ -201,7 +211,7 @@ class Augment:
             self.three_augment,
             "Choose one of the two.",
         )
-        require(all(s > 0 for s in self.std), "augment.std", "positive", self.std, "Use the ImageNet values.")
+        check_colors("augment.", self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +228,8 @@ class Mixing:
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
             value = getattr(self, name)
-            require(value >= 0, f"mixing.{name}", "0 or more", value, "0 switches it off.")
+            fits = value == 0 or 0.001 <= value <= 1000
+            require(fits, f"mixing.{name}", "0, or from 0.001 to 1000", value, "0 switches it off.")
         _fraction("mixing.prob", self.prob, "1 mixes every batch.")
         _fraction("mixing.switch_prob", self.switch_prob, "0.5 gives CutMix half of the batches.")
         require(
@@ -236,9 +247,9 @@ class Evaluation:
     global_batch_size: int | None = None  # null: the training batch
 
     def __post_init__(self) -> None:
-        require(0 < self.crop_ratio <= 1, "evaluation.crop_ratio", "in (0, 1]", self.crop_ratio, "DeiT uses 0.875.")
-        size = self.global_batch_size
-        require(size is None or size >= 1, "evaluation.global_batch_size", "1 or more", size, "null follows training.")
+        require_within("evaluation.crop_ratio", self.crop_ratio, 0.1, 1, "DeiT uses 0.875.")
+        require_within("evaluation.image_size", self.image_size, 1, MAX_IMAGE_SIZE, "null is the training size.")
+        require_within("evaluation.global_batch_size", self.global_batch_size, 1, MAX_BATCH, "null follows training.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +268,10 @@ class Optimizer:
     options: dict[str, Any] = field(default_factory=dict)  # betas, eps, momentum, ...: of that optimizer
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", "above 0", self.lr, "DeiT uses 5e-4 at 512 images.")
-        require(self.lr_batch_size >= 1, "optimizer.lr_batch_size", "1 or more", self.lr_batch_size, "DeiT uses 512.")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", "0 or more", self.weight_decay, "DeiT uses 0.05.")
+        rule, remedy = "above 0 and at most 10000", "DeiT uses 5e-4 at 512 images."
+        require(0 < self.lr <= 10_000, "optimizer.lr", rule, self.lr, remedy)
+        require_within("optimizer.lr_batch_size", self.lr_batch_size, 1, MAX_BATCH, "DeiT uses 512.")
+        require_within("optimizer.weight_decay", self.weight_decay, 0, 1000, "DeiT uses 0.05.")
         named, rule = self.no_weight_decay, "null with optimizer.decay_all, which spares nothing"
         require(not self.decay_all or named is None, "optimizer.no_weight_decay", rule, named, "Drop one of the two.")
         remedy = "0.75 is usual for fine-tuning, 1 switches it off."
@@ -334,13 +346,16 @@ class Run:
         known = self.remote is None or re.match(r"(s3|gs|azure|oci)://[^/]+", self.remote) is not None
         remedy = "Write it like s3://BUCKET/runs."
         require(known, "run.remote", "null or an address that starts with s3, gs, azure or oci", self.remote, remedy)
-        require(self.keep_checkpoints >= 1, "run.keep_checkpoints", "1 or more", self.keep_checkpoints, "2 is usual.")
+        for name in ("eval_interval", "save_interval", "log_interval", "attention_interval"):
+            check_interval(f"run.{name}", getattr(self, name))
+        require_within("run.keep_checkpoints", self.keep_checkpoints, 1, 10**6, "2 is usual.")
         wait, remedy = self.dist_timeout, "Allow for the longest save and download; 600 is usual."
-        require(wait > 0, "run.dist_timeout", "a number of seconds above 0", wait, remedy)
+        rule = f"a number of seconds above 0 and at most {MAX_SECONDS:.0f}"
+        require(0 < wait <= MAX_SECONDS, "run.dist_timeout", rule, wait, remedy)
         skip, remedy = self.skip_nonfinite_steps, "0 ends the run at the first."
-        require(skip >= 0, "run.skip_nonfinite_steps", "0 or more", skip, remedy)
+        require_within("run.skip_nonfinite_steps", skip, 0, 10**9, remedy)
         size = self.device_train_microbatch_size
-        fits = size is None or size == "auto" or (not isinstance(size, str) and size >= 1)
+        fits = size is None or size == "auto" or (not isinstance(size, str) and 1 <= size <= MAX_BATCH)
         require(fits, "run.device_train_microbatch_size", "1 or more, auto or null", size, "Leave it out.")
         shares, remedy = self.sharded_checkpoints, "Leave it out."
         fits = not shares or self.parallelism == "fsdp2"

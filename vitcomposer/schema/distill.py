@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vitcomposer.schema.blocks import IMAGENET_MEAN, IMAGENET_STD, require, require_plain_address
+from vitcomposer.schema.blocks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_IMAGE_SIZE,
+    check_colors,
+    require_plain_address,
+)
+from vitcomposer.schema.errors import require, require_within
 from vitcomposer.schema.supervised import Supervised
 
 
@@ -20,9 +27,8 @@ class Teacher:
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] | None = None  # null: the run's
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        require(size is None or size >= 1, "teacher.image_size", "a number of pixels", size, "null is the student's.")
-        require(all(s > 0 for s in self.std), "teacher.std", "positive", self.std, "Use the ImageNet values.")
+        require_within("teacher.image_size", self.image_size, 1, MAX_IMAGE_SIZE, "null is the student's.")
+        check_colors("teacher.", self.mean, self.std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +49,7 @@ class Distillation:
     def __post_init__(self) -> None:
         remedy = "DeiT uses 0.5 with hard, its paper 0.1 with soft."
         require(0 <= self.alpha <= 1, "distillation.alpha", "in [0, 1]", self.alpha, remedy)
-        remedy = "DeiT's paper uses 3."
-        require(self.temperature > 0, "distillation.temperature", "above 0", self.temperature, remedy)
+        require_within("distillation.temperature", self.temperature, 0.001, 1000, "DeiT's paper uses 3.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,24 @@ class Distill(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_choices()
         sees = self.distillation.teacher_sees
         mixes = self.mixing.mixup_alpha > 0 or self.mixing.cutmix_alpha > 0
         fits = self.cache is None or not mixes or sees == "unmixed"
         remedy = "Set distillation.teacher_sees=unmixed."
         require(fits, "distillation.teacher_sees", "unmixed with a cache, whose views are of one image", sees, remedy)
+
+    def _check_choices(self) -> None:
+        """Refuse those that say nothing."""
+        chosen = self.distillation
+        rule, remedy = "above 0, or the teacher works for nothing", "Use recipe: supervised to learn from labels alone."
+        require(chosen.alpha > 0, "distillation.alpha", rule, chosen.alpha, remedy)
+        rule = "below 1 with a distilled model, whose class head would learn nothing"
+        fits = chosen.alpha < 1 or "distilled" not in self.model.name
+        require(fits, "distillation.alpha", rule, chosen.alpha, "Use the name without _distilled.")
+        fits = chosen.kind == "soft" or chosen.temperature == 1
+        rule = "1 with kind: hard, which does not depend on it"
+        require(fits, "distillation.temperature", rule, chosen.temperature, "Set distillation.temperature=1.")
+        stages = self.algorithms.get("Curriculum")
+        rule = "left out with a cache, whose views are all of model.image_size"
+        require(not (self.cache and stages), "algorithms.Curriculum", rule, stages, "Drop it, or set cache=null.")

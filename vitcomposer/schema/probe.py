@@ -15,8 +15,10 @@ from vitcomposer.schema.blocks import (
     Optimizer,
     Run,
     Schedule,
-    require,
+    check_colors,
 )
+from vitcomposer.schema.errors import noting, require, require_within
+from vitcomposer.schema.times import check_interval, check_seed, check_steps
 
 NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)
 
@@ -40,12 +42,13 @@ class KNN:
 
     def check(self, key: str) -> None:
         """Refuse values that no measurement has; ``key`` is what the yaml calls this block."""
-        fits, remedy = bool(self.k) and min(self.k) >= 1, "Use [10, 20, 100, 200]."
-        require(fits, f"{key}.k", "numbers of 1 or more", self.k, remedy)
-        require(self.temperature > 0, f"{key}.temperature", "above 0", self.temperature, "Use 0.07.")
+        check_interval(f"{key}.interval", self.interval)
+        fits, remedy = bool(self.k) and 1 <= min(self.k) <= max(self.k) <= 10**6, "Use [10, 20, 100, 200]."
+        require(fits, f"{key}.k", "numbers of 1 or more, up to a million", self.k, remedy)
+        require_within(f"{key}.temperature", self.temperature, 0.001, 1000, "Use 0.07.")
         size = self.train_samples
         rule, remedy = f"at least {max(self.k)}, the largest k", "null takes the whole split."
-        require(size is None or size >= max(self.k), f"{key}.train_samples", rule, size, remedy)
+        require(size is None or max(1, *self.k) <= size <= 10**9, f"{key}.train_samples", rule, size, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class Heads:
             require(len(set(given)) == len(given), f"heads.{name}", "different from each other", given, remedy)
         remedy = "1 is the learning rate of the block optimizer."
         require(min(self.lr_factors) > 0, "heads.lr_factors", "above 0", self.lr_factors, remedy)
+        require_within("heads.lr_factors", self.lr_factors, 1e-6, 1e6, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +90,10 @@ class Probe:
     run: Run
 
     def __post_init__(self) -> None:
-        size = self.global_train_batch_size
+        check_steps(self, usual="DINO uses 1024.")
+        with noting():
+            require_within("model.num_classes", self.model.num_classes, 2, 10**7, "Count your classes.")
         self.init.check_no_blocks(self.recipe)
-        require(size >= 1, "global_train_batch_size", "1 or more", size, "DINO uses 1024.")
-        require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
         _check_run(self.run, self.recipe)
 
     @property
@@ -115,6 +119,8 @@ class Neighbors:
     run: Run
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+        check_colors("", self.mean, self.std)
         self.knn.check("knn")
         self.init.check_no_blocks(self.recipe)
         size, remedy = self.evaluation.global_batch_size, "There is no training batch to follow: use 256."

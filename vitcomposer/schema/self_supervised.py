@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.schema.algorithms import check_algorithms, check_company, check_schedule_free
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_IMAGE_SIZE,
     Data,
     Evaluation,
     Init,
@@ -13,13 +15,13 @@ from vitcomposer.schema.blocks import (
     Optimizer,
     Run,
     Schedule,
-    require,
+    check_colors,
 )
+from vitcomposer.schema.errors import noting, require, require_within
 from vitcomposer.schema.probe import KNN
+from vitcomposer.schema.times import check_steps
 
-
-def _fraction(key: str, value: float, remedy: str) -> None:
-    require(0.0 <= value <= 1.0, key, "in [0, 1]", value, remedy)
+MAX_CROPS = 100  # of an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +53,36 @@ class Crops:
             given = len(getattr(self, name))
             rule = f"as long as crops.num_crops, {groups}"
             require(given == groups, f"crops.{name}", rule, given, "Give one entry for each group of crops.")
-        fits = groups > 0 and min(self.num_crops) > 0
-        require(fits, "crops.num_crops", "one or more crops a group", self.num_crops, "Use [2, 4].")
+        fits = groups > 0 and min(self.num_crops) > 0 and sum(self.num_crops) <= MAX_CROPS
+        rule = f"one or more crops a group, at most {MAX_CROPS} in all"
+        require(fits, "crops.num_crops", rule, self.num_crops, "Use [2, 4].")
         total, remedy = sum(self.num_crops), "Change it together with crops.num_crops."
         rule = f"{total}, the sum of crops.num_crops"
         require(self.total_num_crops == total, "crops.total_num_crops", rule, self.total_num_crops, remedy)
-        require(total >= 2, "crops.total_num_crops", "2 or more", total, "Two views of an image are compared.")
-        require(min(self.size_crops) > 0, "crops.size_crops", "numbers of pixels", self.size_crops, "Use [160, 96].")
-        fits = all(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1 for scale in self.crop_scales)
+        remedy = "Two views of an image are compared."
+        require_within("crops.total_num_crops", self.total_num_crops, 2, MAX_CROPS, remedy)
+        require_within("crops.size_crops", self.size_crops, 1, MAX_IMAGE_SIZE, "Use [160, 96].")
+        fits = all(len(scale) == 2 and 1e-6 <= scale[0] <= scale[1] <= 1 for scale in self.crop_scales)
         remedy = "Use [[0.08, 1.0], [0.05, 0.14]]."
         require(fits, "crops.crop_scales", "pairs with 0 < low <= high <= 1", self.crop_scales, remedy)
-        fits = min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5
+        fits = 0 <= min(self.color_jitter) <= max(self.color_jitter) <= 10 and self.color_jitter[3] <= 0.5
         remedy = "SwAV uses [0.8, 0.8, 0.8, 0.2]."
-        require(fits, "crops.color_jitter", "0 or more, hue at most 0.5", self.color_jitter, remedy)
-        _fraction("crops.flip_prob", self.flip_prob, "Use 0.5, or 0 where left and right differ (digits, text).")
-        _fraction("crops.jitter_prob", self.jitter_prob, "Use 0.8.")
-        _fraction("crops.gray_prob", self.gray_prob, "Use 0.2.")
+        require(fits, "crops.color_jitter", "from 0 to 10, hue at most 0.5", self.color_jitter, remedy)
+        require_within(
+            "crops.flip_prob", self.flip_prob, 0, 1, "Use 0.5, or 0 where left and right differ (digits, text)."
+        )
+        require_within("crops.jitter_prob", self.jitter_prob, 0, 1, "Use 0.8.")
+        require_within("crops.gray_prob", self.gray_prob, 0, 1, "Use 0.2.")
         for name in ("blur_prob", "solarize_prob"):
             for value in getattr(self, name):
-                _fraction(f"crops.{name}", value, "Use 0.5, or 0 to switch it off.")
-        require(all(s > 0 for s in self.std), "crops.std", "positive", self.std, "Use the ImageNet values.")
+                require_within(f"crops.{name}", value, 0, 1, "Use 0.5, or 0 to switch it off.")
+        check_colors("crops.", self.mean, self.std)
 
     @property
     def sizes(self) -> list[int]:
         """Pixels of each crop."""
-        return [s for n, s in zip(self.num_crops, self.size_crops, strict=True) for _ in range(n)]
+        groups = zip(self.num_crops, self.size_crops, strict=True)
+        return [size for count, size in groups for _ in range(min(count, MAX_CROPS))]  # more are refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +90,8 @@ class SelfSupervised:
     """What every recipe without labels has; each adds its ``head`` and ``loss``.
 
     ``recipe`` is each one's own name. ``model.num_classes`` is 0: the trunk ends in its pooled features. ``sync_bn``
-    says whose statistics the batch norms of trunk and head share: none, global, node, or that many neighbouring ranks.
+    says whose statistics the batch norms of trunk and head share: none, global, node, or that many neighbouring ranks
+    (all of them where there are fewer); VISSL's 0 is global and its -1 node.
     """
 
     recipe: str
@@ -104,16 +112,22 @@ class SelfSupervised:
     run: Run
 
     def __post_init__(self) -> None:
-        size = self.global_train_batch_size
-        require(size >= 1, "global_train_batch_size", "1 or more", size, "SwAV uses 4096.")
-        require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
-        self.init.check_no_blocks(self.recipe)
-        given, remedy = self.model.num_classes, "The head without labels is in the block head."
-        require(given == 0, "model.num_classes", "0", given, remedy)
-        named = self.sync_bn in ("none", "global", "node") or (isinstance(self.sync_bn, int) and self.sync_bn >= 1)
+        check_steps(self, usual="SwAV uses 4096.")
+        with noting():
+            check_algorithms(self.algorithms, staged=False)
+        with noting():
+            check_company(self.algorithms, loss=self.recipe, precision=self.precision, label_smoothing=0.0)
+            check_schedule_free(self.optimizer, self.schedule, self.algorithms)
+        with noting():
+            self.init.check_no_blocks(self.recipe)
+            given, remedy = self.model.num_classes, "The head without labels is in the block head."
+            require(given == 0, "model.num_classes", "0", given, remedy)
+        named = self.sync_bn in ("none", "global", "node")
+        named = named or (isinstance(self.sync_bn, int) and -1 <= self.sync_bn <= 10**6)
         require(named, "sync_bn", "none, global, node or a number of ranks", self.sync_bn, "Use global.")
-        if self.monitor is not None:
-            self.monitor.check("monitor")
+        with noting():
+            if self.monitor is not None:
+                self.monitor.check("monitor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +140,8 @@ class SwAVHead:
 
     def __post_init__(self) -> None:
         _check_dims("head.dims", self.dims)
-        fits = bool(self.num_clusters) and min(self.num_clusters) >= 2
-        require(fits, "head.num_clusters", "numbers of 2 or more", self.num_clusters, "Use [3000].")
+        fits = bool(self.num_clusters) and 2 <= min(self.num_clusters) <= max(self.num_clusters) <= 10**6
+        require(fits, "head.num_clusters", "numbers of 2 or more, up to a million", self.num_clusters, "Use [3000].")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +158,14 @@ class SwAVObjective:
     queue_start_epoch: int
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "loss.temperature", "above 0", self.temperature, "SwAV uses 0.1.")
-        require(self.epsilon > 0, "loss.epsilon", "above 0", self.epsilon, "SwAV uses 0.05.")
-        iterations = self.sinkhorn_iterations
-        require(iterations >= 1, "loss.sinkhorn_iterations", "1 or more", iterations, "SwAV uses 3.")
+        require_within("loss.temperature", self.temperature, 0.001, 1000, "SwAV uses 0.1.")
+        require_within("loss.epsilon", self.epsilon, 0.001, 1000, "SwAV uses 0.05.")
+        require_within("loss.sinkhorn_iterations", self.sinkhorn_iterations, 1, 1000, "SwAV uses 3.")
         crops = self.crops_for_assign
         fits = bool(crops) and min(crops) >= 0 and len(set(crops)) == len(crops)
         require(fits, "loss.crops_for_assign", "different crops, counted from 0", crops, "Use [0, 1].")
         for name in ("freeze_prototypes_epochs", "hard_assignment_epochs", "queue_length", "queue_start_epoch"):
-            require(getattr(self, name) >= 0, f"loss.{name}", "0 or more", getattr(self, name), "0 switches it off.")
+            require_within(f"loss.{name}", getattr(self, name), 0, 10**7, "0 switches it off.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +184,13 @@ class SwAV(SelfSupervised):
         sizes = {self.crops.sizes[crop] for crop in crops}
         require(len(sizes) == 1, "loss.crops_for_assign", "crops of one size", crops, "Name crops of one size.")
         batch, length = self.global_train_batch_size, self.loss.queue_length
-        near = max(1, round(length / batch)) * batch
-        rule = f"a multiple of global_train_batch_size, {batch}"
-        require(length % batch == 0, "loss.queue_length", rule, length, f"Use {near}, or 0 for no queue.")
+        rule = f"0, or at least global_train_batch_size, {batch}"
+        require(length == 0 or length >= batch, "loss.queue_length", rule, length, f"Use {batch}, or 0 for no queue.")
+
+    @property
+    def queue_length(self) -> int:
+        """Features of earlier batches that are kept: whole batches, as in VISSL."""
+        return self.loss.queue_length // self.global_train_batch_size * self.global_train_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +211,7 @@ class InfoNCE:
     temperature: float
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "loss.temperature", "above 0", self.temperature, "SimCLR uses 0.1.")
+        require_within("loss.temperature", self.temperature, 0.001, 1000, "SimCLR uses 0.1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +224,7 @@ class SimCLR(SelfSupervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_pair(self.crops)
+        _require_pair(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +252,8 @@ class MoCoObjective:
     freeze_patch_projection: bool
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "loss.temperature", "above 0", self.temperature, "MoCo-v3 uses 0.2.")
-        _fraction("loss.momentum", self.momentum, "MoCo-v3 uses 0.99.")
+        require_within("loss.temperature", self.temperature, 0.001, 1000, "MoCo-v3 uses 0.2.")
+        require_within("loss.momentum", self.momentum, 0, 1, "MoCo-v3 uses 0.99.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +266,7 @@ class MoCo(SelfSupervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_pair(self.crops)
+        _require_pair(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +278,7 @@ class DINOHead:
     batch_norm: bool
 
     def __post_init__(self) -> None:
-        require(self.out_dim >= 2, "head.out_dim", "2 or more", self.out_dim, "DINO uses 65536.")
+        require_within("head.out_dim", self.out_dim, 2, 10**7, "DINO uses 65536.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,11 +296,11 @@ class DINOObjective:
 
     def __post_init__(self) -> None:
         for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
-            require(getattr(self, name) > 0, f"loss.{name}", "above 0", getattr(self, name), "DINO uses 0.1 and 0.04.")
+            require_within(f"loss.{name}", getattr(self, name), 0.001, 1000, "DINO uses 0.1 and 0.04.")
         for name in ("teacher_temperature_warmup_epochs", "freeze_last_layer_epochs", "weight_decay_end"):
-            require(getattr(self, name) >= 0, f"loss.{name}", "0 or more", getattr(self, name), "0 switches it off.")
-        _fraction("loss.center_momentum", self.center_momentum, "DINO uses 0.9.")
-        _fraction("loss.momentum", self.momentum, "DINO uses 0.996.")
+            require_within(f"loss.{name}", getattr(self, name), 0, 10**7, "0 switches it off.")
+        require_within("loss.center_momentum", self.center_momentum, 0, 1, "DINO uses 0.9.")
+        require_within("loss.momentum", self.momentum, 0, 1, "DINO uses 0.996.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +322,14 @@ class DINO(SelfSupervised):
 
 
 def _check_dims(key: str, dims: list[int]) -> None:
-    fits = len(dims) >= 2 and min(dims) >= 1
+    fits = len(dims) >= 2 and 1 <= min(dims) <= max(dims) <= 10**6
     require(fits, key, "two or more widths", dims, "Give input, hidden and output widths: [384, 2048, 128].")
 
 
-def _require_pair(crops: Crops) -> None:
+def _require_pair(recipe: SimCLR | MoCo) -> None:
+    """Two views of an image, and other images that they are told from."""
+    batch, crops = recipe.global_train_batch_size, recipe.crops
+    rule = "2 or more: a view is told from those of other images"
+    require(batch >= 2, "global_train_batch_size", rule, batch, "SimCLR and MoCo-v3 use 4096.")
     given, remedy = crops.sizes, "Use num_crops [2] and one size, or two groups of one crop and one size."
     require(len(given) == 2 and len(set(given)) == 1, "crops.num_crops", "two crops of one size", given, remedy)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.schema.algorithms import check_algorithms, check_company, check_schedule_free
 from vitcomposer.schema.blocks import (
     Augment,
     Data,
@@ -13,8 +14,9 @@ from vitcomposer.schema.blocks import (
     Optimizer,
     Run,
     Schedule,
-    require,
 )
+from vitcomposer.schema.errors import noting, require, require_within
+from vitcomposer.schema.times import check_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,20 @@ class Supervised:
     run: Run
 
     def __post_init__(self) -> None:
-        size = self.global_train_batch_size
-        require(size >= 1, "global_train_batch_size", "1 or more", size, "DeiT uses 1024.")
-        require(self.seed >= 0, "seed", "0 or more", self.seed, "Use 0.")
-        classes = self.model.num_classes
-        require(classes >= 1, "model.num_classes", "at least 1", classes, "Count your classes.")
+        check_steps(self, usual="DeiT uses 1024.")
+        with noting():
+            require_within("model.num_classes", self.model.num_classes, 2, 10**7, "Count your classes.")
+        with noting():
+            check_algorithms(self.algorithms)
+        smoothing = self.mixing.label_smoothing
+        check_company(
+            self.algorithms,
+            loss=self.loss,
+            precision=self.precision,
+            label_smoothing=smoothing,
+            distilled="distilled" in self.model.name,
+        )
+        rule = "0 with loss: binary_cross_entropy, which counts every class with a target above 0 as present"
+        fits = self.loss != "binary_cross_entropy" or smoothing == 0
+        require(fits, "mixing.label_smoothing", rule, smoothing, "Set mixing.label_smoothing=0.")
+        check_schedule_free(self.optimizer, self.schedule, self.algorithms)
