@@ -1,18 +1,23 @@
 # make            what there is
-# make deit_s NGPU=8 ARGS="max_duration=100ep data.remote=s3://bucket/imagenet data.local=/cache"
+# make deit_s NGPU=8 max_duration=100ep data.remote=s3://bucket/imagenet data.local=/cache
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := --quiet --disable-pip-version-check
 NGPU ?= 1
 ARGS ?=
+# Every other variable that is set on the command line is a key of the yaml, and reaches it as it was written.
+own := NGPU ARGS PYTHON VENV BIN RECIPES MAKEFLAGS SHELL
+given := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+quote := '
+KEYS = $(foreach name,$(filter-out $(own),$(given)),$(quote)$(subst $(quote),'\'',$(name)=$(value $(name)))$(quote))
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
 .PHONY: list setup constraints yamls demo swav_demo test integrations lint audit $(RECIPES)
 
 list:
 	@echo "make setup | demo | swav_demo | test | integrations | lint | audit    (each does the set-up it needs)"
-	@echo "make RECIPE [NGPU=8] [ARGS=\"key=value ...\"]"
+	@echo "make RECIPE [NGPU=8] [key=value ...]"
 	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
 setup: $(VENV)/installed
@@ -39,12 +44,12 @@ constraints:
 # One torch thread beside the loader's worker: 780 images/s on two cores, with two threads 550.
 demo: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
-	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/demo.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/demo.yaml $(ARGS) $(KEYS)
 
 # The same images without their labels: SwAV with multi-crop, judged by nearest neighbours while it trains.
 swav_demo: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
-	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/swav_demo.yaml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/swav_demo.yaml $(ARGS) $(KEYS)
 
 # One torch thread a worker: two pytest workers share two cores.
 test: setup
@@ -73,4 +78,4 @@ audit:
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 $(RECIPES): setup
-	$(BIN)/composer -n $(NGPU) train.py yamls/$@.yaml $(ARGS)
+	$(BIN)/composer -n $(NGPU) train.py yamls/$@.yaml $(ARGS) $(KEYS)

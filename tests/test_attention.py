@@ -35,7 +35,9 @@ def weights(folder: Path, name: str, **options: Any) -> list[str]:
     given = {"name": name, **SIZE, **options}
     keys = [f"model.{key}={'null' if value is None else value}" for key, value in given.items()]
     return [
-        argument for key in (*DATA, *keys, f"init.weights={folder / 'model.pth'}") for argument in ("--override", key)
+        *DATA,
+        *keys,
+        f"init.weights={folder / 'model.pth'}",
     ]
 
 
@@ -67,7 +69,7 @@ def test_model_without_class_token_or_labels_is_drawn(photos: list[str], tmp_pat
     vit = weights(tmp_path, "vit_tiny_patch16", pool="avg", class_token=False)
     found = draw(["yamls/deit_ti.yaml", photos[0], *vit, "--heads", "1"], tmp_path / "vit")
     assert sorted(found) == ["cat.png", "layers.png"]
-    trunk = [*weights(tmp_path, "vit_tiny_patch16"), "--override", "model.num_classes=0"]
+    trunk = [*weights(tmp_path, "vit_tiny_patch16"), "model.num_classes=0"]
     assert sorted(draw(["yamls/dino_vit_s.yaml", photos[0], *trunk], tmp_path / "dino")) == ["cat.png", "layers.png"]
 
 
@@ -92,6 +94,6 @@ def test_wrong_arguments_are_named_before_anything_is_written(
 def test_resnet_is_refused(photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build_model("resnet50", num_classes=4, image_size=32).state_dict(), tmp_path / "model.pth")
     keys = [*DATA, "model.name=resnet50", "model.drop_path_rate=0", f"init.weights={tmp_path / 'model.pth'}"]
-    given = [argument for key in keys for argument in ("--override", key)]
-    assert main(["attention", "yamls/deit_ti.yaml", photos[0], *given, "--out", str(tmp_path / "out")]) == 2
+
+    assert main(["attention", "yamls/deit_ti.yaml", photos[0], *keys, "--out", str(tmp_path / "out")]) == 2
     assert "SOURCE must be a ViT, DeiT or ConViT, which have attention, got 'resnet50'" in capsys.readouterr().err

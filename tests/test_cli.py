@@ -1,5 +1,6 @@
 """The command line: what it prints, what it returns, and that a mistake is one line."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from vitcomposer.cli import main
 
 
@@ -130,6 +132,86 @@ def test_mistake_is_one_line_and_exit_code_2(
 def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a folder"):
         main(["--traceback", "convert", "folder", str(tmp_path / "nowhere"), str(tmp_path / "out")])
+
+
+def test_traceback_is_shown_after_the_command_too(tmp_path: Path) -> None:
+    command = ["convert", "folder", str(tmp_path / "nowhere"), str(tmp_path / "out")]
+    for at in range(len(command) + 1):
+        with pytest.raises(ValueError, match="must be a folder"):
+            main([*command[:at], "--traceback", *command[at:]])
+
+
+KEY, OTHER = "max_duration=100ep", "optimizer.lr=1e-3"
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "expected"),
+    [
+        ("plan", ["plan", "Y", KEY, OTHER, "--gpu", "h100"], {"yaml": "Y", "gpu": "h100"}),
+        ("plan", ["plan", "Y", "--gpu", "h100", KEY, OTHER], {"yaml": "Y", "gpu": "h100"}),
+        ("plan", ["plan", KEY, "Y", "--gpu", "h100", OTHER], {"yaml": "Y", "gpu": "h100"}),
+        ("plan", ["plan", "--gpu", "h100", KEY, "Y", "--gpus", "8", OTHER], {"yaml": "Y", "gpus": 8}),
+        ("bench", ["bench", "Y", "--seconds", "1", KEY, OTHER], {"yaml": "Y", "seconds": 1.0}),
+        ("cache_teacher", ["cache-teacher", "Y", KEY, "--crop-sets", "2", OTHER], {"yaml": "Y", "crop_sets": 2}),
+        ("evaluate", ["eval", "R", "--data", "a", "b", KEY, OTHER], {"source": "R", "data": ["a", "b"]}),
+        ("evaluate", ["eval", "R", "--data", "a", "--bf16", KEY, OTHER], {"source": "R", "bf16": True}),
+        ("export", ["export", "R", "--out", "o", "--format", "onnx", KEY, OTHER], {"format": ["onnx"]}),
+        ("export", ["export", "R", "--force", KEY, "--out", "o", OTHER], {"force": True, "source": "R"}),
+        ("predict", ["predict", "R", "a.jpg", KEY, "b.jpg", OTHER, "--top-k", "3"], {"inputs": ["a.jpg", "b.jpg"]}),
+        ("predict", ["predict", "R", "--bf16", KEY, "a.jpg", OTHER], {"inputs": ["a.jpg"], "bf16": True}),
+        ("attention", ["attention", "R", "a.jpg", "--out", "o", "--layers", "1", "2", KEY, OTHER], {"layers": [1, 2]}),
+        ("soup", ["soup", "a", "b", KEY, "--out", "o", OTHER], {"checkpoints": ["a", "b"]}),
+        (
+            "launch",
+            ["launch", "slurm", "Y", "--gpus-per-node", "8", KEY, "--env", "A=b", OTHER],
+            {"env": ["A=b"], "yaml": "Y"},
+        ),
+    ],
+)
+def test_keys_stand_anywhere_on_every_command(
+    module: str, argv: list[str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(f"vitcomposer.{module}._run", lambda args: seen.append(args) or 0)
+    assert main(argv) == 0
+    assert seen[0].overrides == [KEY, OTHER]
+    assert {name: getattr(seen[0], name) for name in expected} == expected
+
+
+def test_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.jpg").touch()
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr("vitcomposer.predict._run", lambda args: seen.append(args) or 0)
+    assert main(["predict", "R", "a=b.jpg", "dir/c=d.jpg", KEY]) == 0
+    assert seen[0].inputs == ["a=b.jpg", "dir/c=d.jpg"] and seen[0].overrides == [KEY]
+
+
+def test_unknown_option_is_refused_beside_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "Y", KEY, "--gpu", "h100", "--nope", OTHER])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "forwarded"),
+    [
+        (["max_duration=100ep"], ["max_duration=100ep"]),
+        (["optimizer.lr=1e-3", "NGPU=8", "data.local=/x"], ["optimizer.lr=1e-3", "data.local=/x"]),
+        (["augment.crop_scale=[0.5, 1.0]"], ["augment.crop_scale=[0.5, 1.0]"]),
+        (["algorithms={}", "run.name=it's $5"], ["algorithms={}", "run.name=it's $5"]),
+        (["ARGS=seed=1 max_duration=2ep", "seed=2"], ["seed=1", "max_duration=2ep", "seed=2"]),
+    ],
+)
+def test_keys_reach_the_yaml_through_make(given: list[str], forwarded: list[str], tmp_path: Path) -> None:
+    composer = tmp_path / "composer"
+    composer.write_text("#!/bin/sh\nshift 4\nprintf '%s\\n' \"$@\"\n")
+    composer.chmod(0o755)
+    (tmp_path / "installed").touch()
+    command = ["make", "-s", "deit_s", f"VENV={tmp_path}", f"BIN={tmp_path}", "-o", "setup", *given]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
+    assert sorted(ran.stdout.splitlines()) == sorted(forwarded), ran.stderr
 
 
 def test_module_runs_as_a_program(digits: Path) -> None:

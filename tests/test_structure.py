@@ -27,6 +27,7 @@ LAYERS = {
     "vitcomposer.config": 1,
     "vitcomposer.folder_lock": 0,
     "vitcomposer.whole_files": 0,
+    "vitcomposer.arguments": 0,
     "vitcomposer.ranks": 0,
     "vitcomposer.escape": 0,
     "vitcomposer.averages": 0,

@@ -34,7 +34,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help=help_text)
     parser.add_argument("--heads", type=int, nargs="+", metavar="HEAD", help="whose maps are drawn (default: all)")
     help_text = "of the run's yaml, such as evaluation.image_size=384 or init.weights=FILE"
-    parser.add_argument("--override", action="append", default=[], metavar="key=value", help=help_text)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_text)
     help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=help_text)
     parser.set_defaults(run=_run)
@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer import attention_pictures as pictures
     from vitcomposer.models.attention import nonlocality, observe_attention, positional_attention
 
-    model = load_network(args.source, args.override, weights=args.weights)
+    model = load_network(args.source, args.overrides, weights=args.weights)
     network = _transformer(model)
     layers = _choose("--layers", args.layers or [network.config.depth], network.config.depth)
     heads = _choose("--heads", args.heads or range(1, network.config.num_heads + 1), network.config.num_heads)

@@ -8,7 +8,19 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer import attention, bench, cache_teacher, convert, evaluate, export, launch, plan, predict, soup
+from vitcomposer import (
+    arguments,
+    attention,
+    bench,
+    cache_teacher,
+    convert,
+    evaluate,
+    export,
+    launch,
+    plan,
+    predict,
+    soup,
+)
 from vitcomposer.escape import for_terminal, message
 from vitcomposer.schema import expand_home
 
@@ -16,6 +28,7 @@ if TYPE_CHECKING:
     from vitcomposer.data.inspect import SplitReport
 
 _COMMANDS = (attention, bench, cache_teacher, evaluate, export, launch, plan, predict, soup)
+_WITH_KEYS = ("attention", "bench", "cache-teacher", "eval", "export", "launch", "plan", "predict", "soup")
 _SHOWN = 5  # class names that are printed
 _SHELL = ("setup",)  # arguments that a shell expands, where it runs them
 
@@ -27,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add_command in (convert.add_command, _add_inspect, *(module.add_command for module in _COMMANDS)):
         add_command(commands)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words  # after the command too
+    words = [word for word in words if word != "--traceback"]
+    takes_keys = next((word for word in words if not word.startswith("-")), None) in _WITH_KEYS
+    args = arguments.parse(parser, words) if takes_keys else parser.parse_args(words)
     try:
         for name, value in vars(args).items():
             if name not in _SHELL:
@@ -37,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        if args.traceback:
+        if traceback:
             raise
         print(f"error: {message(str(error))}", file=sys.stderr)
         return 2

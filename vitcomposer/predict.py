@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
     help_text = "image, folder of images, folder with the index.json of an MDS split, or - for paths on stdin"
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=help_text)
     help_text = "of the run's yaml, such as evaluation.image_size=384 or init.weights=FILE"
-    parser.add_argument("--override", action="append", default=[], metavar="key=value", help=help_text)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_text)
     help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=help_text)
     help_text = f"classes of an image that are given (default: {DEFAULT_TOP_K}, or all where there are fewer)"
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
 
     device = choose_device(args)
     parts = list(_find(args.inputs, args.batch_size))
-    model = load_trained(args.source, args.override, weights=args.weights)
+    model = load_trained(args.source, args.overrides, weights=args.weights)
     classes = model.model.num_classes
     top_k = min(DEFAULT_TOP_K, classes) if args.top_k is None else args.top_k
     require(1 <= top_k <= classes, "--top-k", f"from 1 to {classes}, the classes", top_k, "5 is usual.")

@@ -31,6 +31,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("soup", help="the mean of several models' weights", description=_run.__doc__)
     help_text = "run folder, checkpoint in one, or exported folder"
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help=help_text)
+    help_text = "of the runs' yamls, such as evaluation.image_size=384"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_text)
     parser.add_argument("--out", required=True, type=Path, help="folder, as `vitcomposer export` writes")
     help_text = "greedy adds a model where that does not lower top-1 (default: %(default)s)"
     parser.add_argument("--method", choices=["uniform", "greedy"], default="uniform", help=help_text)
@@ -62,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
 
     members = []
     for source in sources:
-        members.append(load_trained(source, weights=args.weights))
+        members.append(load_trained(source, args.overrides, weights=args.weights))
         check_same(members[0], members[-1])
     score = None
     if args.data is not None and args.split is not None:
