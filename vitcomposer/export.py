@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vitcomposer import __version__
 from vitcomposer.escape import for_terminal
 from vitcomposer.folder_lock import beside, only_writer
+from vitcomposer.run_metrics import read_object
 from vitcomposer.schema import require
 from vitcomposer.whole_files import PARTIAL
 
@@ -63,7 +64,10 @@ def _run(args: argparse.Namespace) -> int:
 def metrics_of_run(folder: Path) -> dict[str, Any]:
     """What a finished run measured at its end; nothing for any other source."""
     path = folder / "summary.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_object(path)
+    if found is None and path.is_file():
+        print(f"{path} cannot be read: the model card has no accuracy.")
+    found = found or {}
     return found if found.get("finished") else {}
 
 

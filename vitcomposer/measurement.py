@@ -8,10 +8,9 @@ from composer.core import Callback, DataSpec
 from composer.models import ComposerModel
 from torch.optim import SGD
 
-from vitcomposer import config
-from vitcomposer.callbacks import Preemption, RunRecord, Throughput
+from vitcomposer.callbacks import Preemption, Throughput
 from vitcomposer.run_folder import run_folder
-from vitcomposer.trainer import Placement, build_loggers
+from vitcomposer.trainer import Placement, build_loggers, build_record
 
 
 def build_measurement(
@@ -26,7 +25,7 @@ def build_measurement(
     folder = run_folder(cfg)
     throughput = Throughput(None, cfg.precision)
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": None}
-    record = RunRecord(folder, config.to_yaml(cfg), facts, throughput=throughput, log_interval=cfg.run.log_interval)
+    record = build_record(cfg, facts, throughput)
     return Trainer(
         model=task,
         train_dataloader=data,

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from vitcomposer.run_metrics import read_metrics
+from vitcomposer.run_metrics import read_object, split_metrics
 from vitcomposer.whole_files import whole_file, write_whole
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d1600a", "#2c7d3f", "#6e6e6e"
@@ -99,9 +99,11 @@ def write_report(run_folder: str | Path) -> Path:
             f"run_folder must be the folder of a run, with a metrics.jsonl, got {folder}. "
             "Give the folder that holds config.yaml."
         )
-    lines = read_metrics(path)
+    lines, bad = split_metrics(path.read_bytes())
+    if bad:
+        print(f"{path}: {len(bad)} of its lines cannot be read and are left out of the report.")
     # Less than an epoch is better told in steps.
-    x = "epoch" if lines and lines[-1]["epoch"] >= 1 else "step"
+    x = "epoch" if lines and (lines[-1].get("epoch") or 0) >= 1 else "step"
     pictures = {"curves": _draw(lines, x), "attention": _draw_attention(lines, x), "more": _draw_more(lines, x)}
     for name, figure in pictures.items():
         if figure is None:
@@ -312,7 +314,7 @@ def _end(axes: Axes) -> None:
 
 
 def _series(lines: list[dict[str, Any]], x: str, key: str) -> tuple[list[float], list[float]]:
-    points = [(line[x], line[key]) for line in lines if line.get(key) is not None]
+    points = [(line[x], line[key]) for line in lines if line.get(key) is not None and line.get(x) is not None]
     return [p[0] for p in points], [p[1] for p in points]
 
 
@@ -333,7 +335,7 @@ def _page(folder: Path) -> str:
     if summary is None:
         sections.append("<h2>Summary</h2><p>The run has not ended yet, or was cut off.</p>")
     else:
-        rows = [(label, _format(summary.get(key), form)) for key, label, form in ROWS]
+        rows = [(label, _format_any(summary.get(key), form)) for key, label, form in ROWS]
         cells = "\n".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
         sections.append(f"<h2>Summary</h2>\n<table>\n{cells}\n</table>")
     for name, title, alt in (
@@ -344,7 +346,7 @@ def _page(folder: Path) -> str:
             sections.append(f"<h2>{title}</h2>\n{_picture(folder / name, alt)}")
     config = folder / "config.yaml"
     texts = {
-        "Configuration": config.read_text() if config.is_file() else None,
+        "Configuration": config.read_text(errors="replace") if config.is_file() else None,
         "Environment": None if environment is None else json.dumps(environment, indent=2),
     }
     sections += [f"<h2>{name}</h2>\n<pre>{html.escape(text)}</pre>" for name, text in texts.items() if text]
@@ -357,7 +359,17 @@ def _picture(path: Path, alt: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    found = read_object(path)
+    if found is None and path.is_file():
+        print(f"{path} cannot be read and is left out of the report.")
+    return found
+
+
+def _format_any(value: Any, form: str) -> str:
+    try:
+        return _format(value, form)
+    except (ValueError, TypeError, AttributeError, OverflowError):  # not what a run writes
+        return str(value)
 
 
 def _format(value: Any, form: str) -> str:

@@ -1,7 +1,6 @@
 """The folder of one run: whether it holds this run, how far it is, and the checkpoint that it goes on from."""
 
-import dataclasses
-import json
+import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from composer.utils import dist
 
 from vitcomposer import config, folder_lock
-from vitcomposer.checkpoint_folder import has_checkpoints, newest_whole, ranks_and_step
+from vitcomposer.checkpoint_folder import has_checkpoints, newest_whole, ranks_and_step, remove
 from vitcomposer.data.run_store import bring_back
+from vitcomposer.data.shards import CLASS_NAMES, images_of, read_class_names
+from vitcomposer.run_identity import IDENTITY, difference, plain, read_identity
+from vitcomposer.run_metrics import read_object
 from vitcomposer.schema import ConfigError
+from vitcomposer.whole_files import set_aside
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
 FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "cache.remote")
+
+# What a kill leaves of files that were being written, and of downloads from run.remote.
+_UNFINISHED = ("*.partial", ".*.partial*", "*.part", "checkpoints/*.partial", "checkpoints/*.part")
 
 
 def current_device() -> str:
@@ -47,16 +54,24 @@ def lock_run_folder(cfg: Any) -> bool:
         ConfigError: Another process writes there.
     """
     folder = run_folder(cfg)
-    numbered = (f"{cfg.run.name}_{number}" for number in range(2, 1 << 20))
-    free = next(name for name in numbered if not folder.with_name(name).exists())
     is_new = not folder.exists()
     try:
-        taken = folder_lock.acquire(folder_lock.beside(folder), str(folder), f"set run.name={free}")
+        taken = folder_lock.acquire(folder_lock.beside(folder), str(folder), f"set run.name={_free_name(cfg)}")
     except OSError:  # whether the folder itself can be written is looked at later
         return False
     if taken and is_new:
         _new.add(folder)
+    if taken:  # whoever wrote these is dead
+        for pattern in _UNFINISHED:
+            for left in folder.glob(pattern):
+                remove(left)
     return taken
+
+
+def _free_name(cfg: Any) -> str:
+    folder = run_folder(cfg)
+    numbered = (f"{cfg.run.name}_{number}" for number in range(2, 1 << 20))
+    return next(name for name in numbered if not folder.with_name(name).exists())
 
 
 def unlock_run_folder(cfg: Any) -> None:
@@ -121,11 +136,16 @@ def already_finished(cfg: Any) -> bool:
 
 
 def _look_at_run_folder(cfg: Any) -> bool:
+    """Whether the run that the folder holds is complete.
+
+    Raises:
+        ConfigError: It is another one.
+    """
     folder = run_folder(cfg)
-    if not (folder / "config.yaml").is_file():
+    old = _recorded_config(folder)
+    if old is None:
         return False
-    old = config.load(folder / "config.yaml")
-    changed = _changed_keys(dataclasses.asdict(old), dataclasses.asdict(cfg))
+    changed = _changed_keys(old, plain(cfg))
     if changed:
         key, before, after = changed[0]
         more = "" if len(changed) == 1 else f" (and {len(changed) - 1} more: {', '.join(c[0] for c in changed[1:])})"
@@ -133,9 +153,91 @@ def _look_at_run_folder(cfg: Any) -> bool:
             f"{key} must be {before!r} to go on with the run in {folder}, got {after!r}{more}. "
             f"Set run.name to start another run, or delete the folder."
         )
-    summary = folder / "summary.json"
-    finished = summary.is_file() and json.loads(summary.read_text()).get("finished", False)
-    return finished and old.max_duration == cfg.max_duration
+    _compare_images(cfg)
+    summary = read_object(folder / "summary.json")
+    if summary is None and (folder / "summary.json").is_file():
+        _set_aside(folder / "summary.json", "The run is finished again from its last checkpoint.")
+    return bool(summary and summary.get("finished")) and old["max_duration"] == cfg.max_duration
+
+
+def _recorded_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run in a folder, from config.yaml, or from identity.json where that one is damaged."""
+    path, identity = folder / "config.yaml", read_identity(folder)
+    if identity is None and (folder / IDENTITY).is_file():
+        _set_aside(folder / IDENTITY, "Whether these are the images that the run began with is not checked.")
+    content = path.read_bytes() if path.is_file() else None
+    if identity is not None and (content is None or hashlib.sha256(content).hexdigest() != identity["config_sha256"]):
+        if content is not None:
+            _set_aside(path, f"{IDENTITY} holds the same.")
+        return identity["config"]
+    if content is None:
+        return None
+    if identity is None and not _is_whole_config(content):
+        _set_aside(path, "That this configuration is the one that the run began with is not checked.")
+        return None
+    return plain(config.load(path))
+
+
+def _is_whole_config(content: bytes) -> bool:
+    """Whether a config.yaml has an end: the block run is its last."""
+    try:
+        page = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(page, dict) and "recipe" in page and isinstance(page.get("run"), dict)
+
+
+def _set_aside(path: Path, what_follows: str) -> None:
+    print(f"{path} is not as the run wrote it and is set aside as {set_aside(path).name}. {what_follows}")
+
+
+def check_images(cfg: Any) -> dict[str, Any]:
+    """What a run notes down of the images of its splits; all ranks have to call it, once the indexes are here.
+
+    Raises:
+        ConfigError: They are others than those that the run in the folder began with.
+    """
+    answer: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer[0] = _compare_images(cfg)
+        except ConfigError as error:
+            answer[0] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], str):
+        raise ConfigError(answer[0])
+    return answer[0]
+
+
+def _compare_images(cfg: Any) -> dict[str, Any]:
+    """By split, what the run began with, and what is here of the others."""
+    folder = run_folder(cfg)
+    recorded = (read_identity(folder) or {}).get("images", {})
+    before = recorded or _images_of_older_run(folder)
+    found = {}
+    for split in ("train", "val"):
+        name = getattr(cfg.data, f"{split}_split")
+        now = images_of(cfg.data, name)
+        found[split] = recorded.get(split) or now
+        was = before.get(split)
+        differing = difference(was, now) if was and now else None
+        if differing is not None:
+            key, old, new = differing
+            place = f" in {cfg.data.local}/{name}" if cfg.data.source == "mds" else ""
+            raise ConfigError(
+                f"{key} must lead to the images of the run in {folder}, whose split {split} has {old}, got "
+                f"{new}{place}. Set run.name={_free_name(cfg)} to use these, or name those, which may lie anywhere."
+            )
+    return found
+
+
+def _images_of_older_run(folder: Path) -> dict[str, Any]:
+    """What a run that noted nothing down tells of its images: the names of their classes."""
+    try:
+        names = read_class_names(folder / CLASS_NAMES)
+    except ConfigError:
+        return {}
+    return {} if names is None else {"train": {"source": "mds", "samples": None, "classes": names, "index": None}}
 
 
 def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

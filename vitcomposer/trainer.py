@@ -48,6 +48,7 @@ from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.transformer import ImageTransformer
 from vitcomposer.run_folder import (
     check_folders,
+    check_images,
     checkpoint_to_load,
     current_device,
     goes_on,
@@ -55,6 +56,7 @@ from vitcomposer.run_folder import (
     only_writer_of_run,
     run_folder,
 )
+from vitcomposer.run_identity import identity_of
 from vitcomposer.schema import ConfigError, Init, Model, require
 from vitcomposer.schema.algorithms import SCHEDULE_FREE
 from vitcomposer.schema.ranks import check_ranks
@@ -200,7 +202,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     if cfg.run.remote is not None:
         every.append(build_mirror(cfg, folder))
     saver = Checkpoints(folder / "checkpoints", interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
-    record = RunRecord(folder, config.to_yaml(cfg), facts, throughput=throughput, log_interval=cfg.run.log_interval)
+    record = build_record(cfg, facts, throughput)
     schedule = optim.CosineWithWarmup(
         cfg.schedule.t_warmup,
         alpha_i=cfg.schedule.alpha_i,
@@ -264,6 +266,18 @@ def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
     fits = path is None or shares == cfg.run.sharded_checkpoints
     require(fits, "run.sharded_checkpoints", rule, cfg.run.sharded_checkpoints, remedy)
     return path
+
+
+def build_record(cfg: Any, facts: dict[str, Any], throughput: Throughput) -> RunRecord:
+    """What writes the run folder.
+
+    Raises:
+        ConfigError: The folder holds a run on other images.
+    """
+    text, images = config.to_yaml(cfg), check_images(cfg)
+    identity = identity_of(cfg, text, images)
+    interval = cfg.run.log_interval
+    return RunRecord(run_folder(cfg), text, facts, throughput=throughput, log_interval=interval, identity=identity)
 
 
 def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:

@@ -24,10 +24,12 @@ from torch.version import cuda as cuda_version
 
 from vitcomposer.callbacks.checkpoints import SaveError
 from vitcomposer.callbacks.throughput import Throughput
-from vitcomposer.data.shards import CLASS_NAMES
+from vitcomposer.data.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.stream import ImageStream
-from vitcomposer.run_metrics import read_metrics
-from vitcomposer.whole_files import write_whole
+from vitcomposer.run_identity import write_identity
+from vitcomposer.run_metrics import split_metrics
+from vitcomposer.schema import ConfigError
+from vitcomposer.whole_files import set_aside, write_whole
 
 FACTS = ("recipe", "model", "seed", "lr_peak")
 PACKAGES = (
@@ -49,7 +51,8 @@ class RunRecord(LoggerDestination):
     number logged since the line before (a value that isn't finite is null). A resumed run first drops the lines
     after its checkpoint, and a line that a kill cut short.
 
-    ``class_names.json`` is that of the training split, where it has one.
+    ``class_names.json`` is that of the training split, where it has one; one that is there stays. Lines of
+    ``metrics.jsonl`` that cannot be read are moved to ``metrics.jsonl.bad``, and their number is said.
 
     ``summary.json`` appears at the end of training; ``finished`` is false after an early stop, and until the weights
     of the last step are evaluated. A field that doesn't apply is null, accuracies are fractions, ``seconds`` counts
@@ -61,6 +64,7 @@ class RunRecord(LoggerDestination):
         facts: ``recipe``, ``model``, ``seed`` and ``lr_peak``.
         throughput: The callback whose totals go into the summary.
         log_interval: Composer time string; evaluations and measurements of a monitor are always logged.
+        identity: What ``identity.json`` shall hold; None writes none.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class RunRecord(LoggerDestination):
         *,
         throughput: Throughput,
         log_interval: str = "10ba",
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if sorted(facts) != sorted(FACTS):
             raise ValueError(
@@ -79,6 +84,7 @@ class RunRecord(LoggerDestination):
         self.run_folder = Path(run_folder)
         self.config_yaml = config_yaml
         self.facts = dict(facts)
+        self.identity = identity
         self.throughput = throughput
         self._due = create_interval_scheduler(log_interval, include_end_of_training=False, checkpoint_events=False)
         self._pending: dict[str, Any] = {}
@@ -118,6 +124,8 @@ class RunRecord(LoggerDestination):
         # First: beside a new config.yaml, the summary of a shorter run would say that this one is finished.
         (self.run_folder / "summary.json").unlink(missing_ok=True)
         write_whole(self.run_folder / "config.yaml", self.config_yaml)
+        if self.identity is not None:
+            write_identity(self.run_folder, self.identity)
         write_whole(self.run_folder / "environment.json", _to_json(self._environment))
         self._write_class_names(state)
         self._open_metrics(state.timestamp.batch.value)
@@ -126,15 +134,25 @@ class RunRecord(LoggerDestination):
 
     def _write_class_names(self, state: State) -> None:
         """A model outlives its data set: what its outputs stand for must be beside it."""
-        dataset = getattr(state.dataloader, "dataset", None)
-        if isinstance(dataset, ImageStream) and (dataset.stream.folder / CLASS_NAMES).is_file():
-            write_whole(
-                self.run_folder / CLASS_NAMES, (dataset.stream.folder / CLASS_NAMES).read_text(encoding="utf-8")
-            )
+        dataset, path = getattr(state.dataloader, "dataset", None), self.run_folder / CLASS_NAMES
+        if not isinstance(dataset, ImageStream) or not (dataset.stream.folder / CLASS_NAMES).is_file():
+            return
+        try:
+            is_there = read_class_names(path) is not None
+        except ConfigError:
+            is_there = False
+            print(f"{path} cannot be read and is set aside as {set_aside(path).name}; it is written anew.")
+        if not is_there:
+            write_whole(path, (dataset.stream.folder / CLASS_NAMES).read_bytes())
 
     def _open_metrics(self, step: int) -> None:
         path = self.run_folder / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        found, bad = split_metrics(path.read_bytes()) if path.exists() else ([], [])
+        if bad:
+            with path.with_name(path.name + ".bad").open("ab") as file:
+                file.writelines(text + b"\n" for text in bad)
+            print(f"{path}: {len(bad)} of its lines cannot be read and are set aside in {path.name}.bad.")
+        lines = [line for line in found if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._last_line = lines[-1] if lines else {}

@@ -72,9 +72,10 @@ class RunStore:
             self._store = _open(uri)
         self._prefix = "/".join(part for part in (parse_uri(uri)[2].strip("/"), folder.name) if part)
         self._sent: dict[str, list[int]] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            state = json.loads((folder / STATE).read_text())
-            self._sent = state["sent"] if state["uri"] == self.uri else {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # then all is sent again
+            state = json.loads((folder / STATE).read_bytes())
+            if state["uri"] == self.uri:
+                self._sent = {name: [int(size), int(time)] for name, (size, time) in state["sent"].items()}
 
     def check(self) -> None:
         """Raise ConfigError unless this machine may write and delete here."""

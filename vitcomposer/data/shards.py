@@ -5,6 +5,7 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,7 +24,7 @@ from vitcomposer.data.rows import ShardError
 from vitcomposer.data.storage import masked
 from vitcomposer.data.unpack import unpack
 from vitcomposer.json_file import MOST_BYTES, read_json
-from vitcomposer.schema import ConfigError
+from vitcomposer.schema import ConfigError, Data
 
 log = logging.getLogger(__name__)
 
@@ -268,6 +269,31 @@ def read_class_names(path: Path) -> list[str] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path} must be a list of names, got {type(names).__name__}. Correct or delete it.")
     return names
+
+
+def images_of(data: Data, split: str) -> dict[str, Any] | None:
+    """What tells the images of a split from others, wherever they lie; None where its index is not here.
+
+    Args:
+        split: ``data.train_split`` or ``data.val_split``.
+
+    Returns:
+        ``source``; ``samples``; ``classes``, the names in label order or None; ``index``, its sha256 or None.
+
+    Raises:
+        ConfigError: A class_names.json that is no list of names.
+    """
+    if data.source == "synthetic":
+        return {"source": data.source, "samples": data.synthetic_samples, "classes": None, "index": None}
+    folder = Path(data.local or "", split)
+    try:
+        samples = sum(shard["samples"] for shard in read_json(folder / INDEX)["shards"])
+    except (OSError, ValueError, KeyError, TypeError):  # said by whoever reads its images
+        return None
+    classes = read_class_names(folder / CLASS_NAMES)
+    with (folder / INDEX).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"source": data.source, "samples": samples, "classes": classes, "index": digest}
 
 
 def _hash(algorithm: str, path: Path) -> str:
