@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT, run_train
 from tests.faults.small_run import DEIT, rows, tiny
+from tests.faults.started_runs import ComposerRun, finish
 from vitcomposer import config, folder_lock
 from vitcomposer.callbacks import NonFiniteError
 
@@ -57,6 +58,21 @@ def test_folder_that_another_process_writes_is_refused(
     assert_is_refusal(capfd.readouterr().err, finished, os.getppid(), "demo_2")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     lock.unlink()
+
+
+@pytest.mark.slow
+def test_all_ranks_are_refused_with_one_line(finished: Path, tmp_path: Path) -> None:
+    lock = folder_lock.beside(finished)
+    lock.write_text(json.dumps(asdict(folder_lock.this_process())))
+    run = ComposerRun(overrides(finished.parent), tmp_path / "log", tmp_path)
+    try:
+        assert finish(run) == 2
+    finally:
+        run.kill()
+        lock.unlink()
+    errors = [line for line in (tmp_path / "log").read_text().splitlines() if "error: " in line]
+    assert len(errors) == 1, errors
+    assert_is_refusal(errors[0] + "\n", finished, os.getpid(), "demo_2")
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from vitcomposer.data.files import TolerantCollate
 from vitcomposer.data.loader import build_dataspec
 from vitcomposer.data.multicrop import MultiCrop
 from vitcomposer.data.stream import ImageStream, StreamOptions
-from vitcomposer.report import read_metrics
+from vitcomposer.run_metrics import read_metrics
 from vitcomposer.schema import ConfigError
 from vitcomposer.teacher_writer import write_cache
 
