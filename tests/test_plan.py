@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from recipes import RECIPES
 from vitcomposer import cli, config, flops
 from vitcomposer.costs import Network, Speed, View, costs_of
 
@@ -228,3 +229,49 @@ def test_mistakes_are_one_line(argv: list[str], message: str, capsys: pytest.Cap
     assert cli.main(["plan", str(ROOT / "yamls/deit_s.yaml"), *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "yamls").glob("*.yaml")))
+def test_every_yaml_has_a_plan_or_says_why_not(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name.startswith("probe_"):
+        assert cli.main(["plan", str(ROOT / f"yamls/{name}.yaml"), "--gpu", "h200"]) == 2
+        assert "recipe must be one that trains a network" in capsys.readouterr().err
+        return
+    found = planned(tmp_path, name)
+    assert found["train_flops"] > 0 and found["steps"] > 0 and found["parameters"] > 0
+    assert found["hours"] is None or found["hours"] > 0
+
+
+@pytest.mark.parametrize("method", ["swav", "simclr", "moco", "dino"])
+def test_plan_counts_what_the_task_counts(method: str, tmp_path: Path) -> None:
+    """All heads that are built, those of a momentum encoder too."""
+    page = ROOT / ("yamls/swav_demo.yaml" if method == "swav" else f"tests/self_supervised/{method}_digits.yaml")
+    cfg = config.load(page)
+    task: Any = RECIPES[method]
+    counted = task.build_task(cfg).train_flops_per_image(cfg.crops.sizes)
+    found = costs_of(cfg, gpu="h200", gpus=1, images=1438, results=tmp_path)
+    assert found["train_flops_per_image"] == pytest.approx(counted, rel=1e-9)
+
+
+def test_heads_of_moco_and_dino_are_counted(tmp_path: Path) -> None:
+    moco = planned(tmp_path, "moco3_vit_s")["train_flops_per_image"]
+    assert moco == pytest.approx(73.91e9, abs=0.005e9)
+    small, large = (planned(tmp_path, "dino_vit_s", f"head.out_dim={k}")["train_flops_per_image"] for k in (1000, 2000))
+    crops = sum(config.load(ROOT / "yamls/dino_vit_s.yaml").crops.num_crops)
+    assert large - small == pytest.approx((3 * crops + 2) * 2 * 256 * 1000)
+
+
+def test_plan_reads_the_number_of_images_of_the_data(
+    photo_mds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["global_train_batch_size=16", "augment.repeated_augmentation=1"]
+    assert planned(tmp_path, "deit_s", f"data.local={photo_mds}", *small)["images"] == 8 * 24
+    assert "192 images, 12 steps of 16 an epoch" in capsys.readouterr().out
+    assert planned(tmp_path, "deit_s", f"data.local={photo_mds}", "--images", "320", *small)["images"] == 320
+    synthetic = ["data.source=synthetic", "data.synthetic_samples=4096"]
+    assert planned(tmp_path, "deit_s", *synthetic)["images"] == 4096
+    assert planned(tmp_path, "deit_s")["images"] == IMAGES
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/index.json").write_text("{")
+    assert cli.main(["plan", str(ROOT / "yamls/deit_s.yaml"), f"data.local={tmp_path}", "--gpu", "h200"]) == 2
+    assert "must be the index of an MDS data set" in capsys.readouterr().err

@@ -16,9 +16,10 @@ import torch
 
 from vitcomposer import curriculum, flops
 from vitcomposer.models import build_model
+from vitcomposer.models.heads import DINO_BOTTLENECK_DIM, DINO_HIDDEN_DIM
 from vitcomposer.models.teachers import build_teacher_network
 from vitcomposer.models.transformer import num_recomputed
-from vitcomposer.schema import ConfigError, did_you_mean, require
+from vitcomposer.schema import DINO, ConfigError, MoCo, did_you_mean, require
 
 ROOFLINE = "roofline estimate, not measured"
 # Bytes of optimizer state per parameter: two float32 moments where nothing else is said.
@@ -210,10 +211,13 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
     curriculum.check_network(options, network.module, image_size=size, rand_augment=rand_augment)
 
     def of_all_crops(module: Any, image_size: int) -> float:
-        # A momentum encoder sees the first two crops, forward alone: a third of what is counted for training.
-        extra = 2 / 3 * hasattr(cfg.loss, "momentum") * network.forward_flops(module, cfg.crops.sizes[0])
-        heads = cfg.crops.total_num_crops * _head_flops(cfg.head)
-        return flops.multi_crop_flops(module, cfg.crops.num_crops, cfg.crops.size_crops) + heads + extra
+        learning, averaged = _head_flops(cfg, module.num_features)
+        heads = cfg.crops.total_num_crops * learning
+        once = flops.multi_crop_flops(module, cfg.crops.num_crops, cfg.crops.size_crops) + heads
+        if not hasattr(cfg.loss, "momentum"):
+            return once
+        # A momentum encoder sees the first two crops, forward alone: what is counted here is that of training.
+        return once + 2 * (network.forward_flops(module, cfg.crops.sizes[0]) + averaged) / flops.TRAIN_FACTOR
 
     def with_teacher(module: Any, image_size: int, **kept: float) -> float:
         # What is counted here is multiplied by TRAIN_FACTOR, but a teacher runs forward alone, at its own size.
@@ -248,11 +252,20 @@ def _teacher_flops(cfg: Any) -> int:
     return flops.forward_flops(network, size)
 
 
-def _head_flops(head: Any) -> int:
-    """Of one crop's features through the layers whose widths the block of a head lists."""
-    widths = [value for name, value in asdict(head).items() if name.endswith("dims")]
-    layers = sum(2 * a * b for dims in widths for a, b in pairwise(dims))
-    return layers + 2 * widths[0][-1] * (sum(getattr(head, "num_clusters", [])) + getattr(head, "out_dim", 0))
+def _head_flops(cfg: Any, width: int) -> tuple[int, int]:
+    """Of one crop's features through the heads that learn, and through those that a momentum encoder has."""
+    head = cfg.head
+    if isinstance(cfg, DINO):
+        learning = averaged = [(width, DINO_HIDDEN_DIM, DINO_HIDDEN_DIM, DINO_BOTTLENECK_DIM, head.out_dim)]
+    elif isinstance(cfg, MoCo):
+        learning, averaged = [head.projector_dims, head.predictor_dims], [head.projector_dims]
+    else:
+        prototypes = [(head.dims[-1], count) for count in getattr(head, "num_clusters", [])]
+        learning, averaged = [head.dims, *prototypes], []
+    of_learning, of_averaged = (
+        sum(2 * a * b for dims in heads for a, b in pairwise(dims)) for heads in (learning, averaged)
+    )
+    return of_learning, of_averaged
 
 
 def _views(cfg: Any, stage: curriculum.Stage, module: Any) -> list[View]:

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.schema import require
+from vitcomposer.data.index import index_fault
+from vitcomposer.schema import ConfigError, Data, require
 from vitcomposer.whole_files import write_whole
 
 IMAGENET_IMAGES = 1_281_167
@@ -22,8 +23,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_duration=100ep")
     parser.add_argument("--gpu", required=True, help="such as h100, h200, a100 or a100-40")
     parser.add_argument("--gpus", type=int, default=1, help="how many (default: %(default)s)")
-    help_text = "of the training set (default: %(default)s, ImageNet-1k)"
-    parser.add_argument("--images", type=int, default=IMAGENET_IMAGES, help=help_text)
+    help_text = f"of the training set (default: those of data.local, else {IMAGENET_IMAGES} of ImageNet-1k)"
+    parser.add_argument("--images", type=int, help=help_text)
     parser.add_argument("--price", type=float, help="of one GPU for an hour: print the cost")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measurements (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
@@ -38,12 +39,36 @@ def _run(args: argparse.Namespace) -> int:
     price = args.price
     require(price is None or price >= 0, "--price", "0 or more an hour", price, "Leave it out.")
     cfg = config.load(args.yaml, args.overrides)
-    found = costs_of(cfg, gpu=args.gpu, gpus=args.gpus, images=args.images, results=args.results)
+    images = args.images or images_of(cfg.data) or IMAGENET_IMAGES
+    found = costs_of(cfg, gpu=args.gpu, gpus=args.gpus, images=images, results=args.results)
     found["cost"] = None if price is None or found["gpu_hours"] is None else price * found["gpu_hours"]
     _print(found)
     if args.json:
         write_whole(Path(args.json), json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def images_of(data: Data) -> int | None:
+    """Number of training samples, by the index of the split; None where it is not here.
+
+    Raises:
+        ConfigError: The index is none.
+    """
+    if data.source == "synthetic":
+        return data.synthetic_samples
+    index = Path(data.local or "", data.train_split, "index.json")
+    if not index.is_file():
+        return None
+    try:
+        content = json.loads(index.read_bytes())
+        fault = index_fault(content)
+    except (ValueError, RecursionError) as error:
+        content, fault = {}, str(error)
+    if fault:
+        raise ConfigError(
+            f"{index} must be the index of an MDS data set: {fault}. Write it with `vitcomposer convert`."
+        )
+    return sum(shard["samples"] for shard in content["shards"])
 
 
 def _print(found: dict[str, Any]) -> None:
