@@ -96,7 +96,7 @@ def compare(data: bytes, whole: Any, original: bytes, rng: random.Random) -> dic
     from torchvision.io import ImageReadMode, decode_jpeg
 
     from vitcomposer.data.jpeg import decode_region, decode_rgb
-    from vitcomposer.data.stored import image_formats
+    from vitcomposer.data.pixels import image_formats
 
     found: dict[str, Any] = {"pillow": "not asked", "torchvision": "not asked", "box": "not asked"}
     if data[:4] == b"\x00RAW":

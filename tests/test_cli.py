@@ -84,7 +84,7 @@ def test_convert_folder_names_ignored_and_bad_files(tmp_path: Path, capsys: pyte
     assert main(["convert", "folder", str(tmp_path / "images"), str(tmp_path / "out"), "--workers", "1"]) == 2
     printed = capsys.readouterr()
     assert "files that are no images by their names, left out (1): 1 .txt." in printed.out
-    assert "error: Every image must be readable, 2 cannot be decoded:" in printed.err and "a/x.jpg" in printed.err
+    assert "of images that cannot be decoded, 1 of 1 in the split train" in printed.err and "a/x.jpg" in printed.err
 
 
 def test_convert_list_takes_the_classes_of_the_other_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

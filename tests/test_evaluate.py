@@ -141,7 +141,10 @@ def test_what_cannot_be_measured_on_is_refused(
     (tmp_path / "images" / "rocket").mkdir(parents=True)
     (tmp_path / "images" / "rocket" / "x.jpg").write_bytes(b"no image")
     for more, message in (
-        ([str(tmp_path / "images"), "--workers", "0"], "rocket/x.jpg cannot be read: no known image format"),
+        (
+            [str(tmp_path / "images"), "--workers", "0"],
+            "rocket/x.jpg cannot be read: no image format that Pillow knows",
+        ),
         ([str(photo_mds), "--split", "test"], "must hold the split 'test', it holds train, val"),
         ([str(tmp_path / "images" / "rocket")], "hold one folder of images per class"),
         (["s3://bucket/data"], "--cache must name a folder"),

@@ -29,6 +29,7 @@ LAYERS = {
     "vitcomposer.whole_files": 0,
     "vitcomposer.arguments": 0,
     "vitcomposer.ranks": 0,
+    "vitcomposer.reading": 1,
     "vitcomposer.escape": 0,
     "vitcomposer.averages": 0,
     "vitcomposer.origins": 0,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.reading import add_reading, given_reading, set_reading
 from vitcomposer.schema import Neighbors, Probe, SelfSupervised, require
 from vitcomposer.whole_files import whole_file
 
@@ -37,6 +38,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_text)
     help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
     parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=help_text)
+    add_reading(parser)
     parser.set_defaults(run=_run)
 
 
@@ -48,6 +50,7 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer import attention_pictures as pictures
     from vitcomposer.models.attention import nonlocality, observe_attention, positional_attention
 
+    set_reading(given_reading(args))
     model = load_network(args.source, args.overrides, weights=args.weights)
     network = _transformer(model)
     layers = _choose("--layers", args.layers or [network.config.depth], network.config.depth)

@@ -22,6 +22,7 @@ from vitcomposer import (
     soup,
 )
 from vitcomposer.escape import for_terminal, message
+from vitcomposer.reading import Reading, add_max_pixels, reading, set_reading
 from vitcomposer.schema import expand_home
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in vars(args).items():
             if name not in _SHELL:
                 setattr(args, name, expand_home(value, name))
-        return args.run(args)
+        with reading(Reading()):  # what a command sets ends with it
+            return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -67,6 +69,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--verify", action="store_true", help="read every shard and compare its hashes")
     help_text = "decode every image and list those that training would leave out"
     parser.add_argument("--decode", action="store_true", help=help_text)
+    add_max_pixels(parser)
     parser.set_defaults(run=_run_inspect)
 
 
@@ -74,6 +77,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     """Show what a data set holds and check that its shards are what the index says. Exit code 1 if they are not."""
     from vitcomposer.data.inspect import inspect_data
 
+    set_reading(Reading(args.max_pixels))
     reports = inspect_data(args.path, args.split, verify=args.verify, decode=args.decode)
     for report in reports:
         _print_report(report)

@@ -8,6 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.reading import add_reading, given_reading
 from vitcomposer.schema import require
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _add_storing(group: Any) -> None:
     group.add_argument("--raw-fraction", type=float, default=0.0, metavar="SHARE", help=help_text)
     help_text = "add a column of raw pixels with this shorter side, for training stages at a low resolution"
     group.add_argument("--raw-below", type=int, metavar="PIXELS", help=help_text)
+    add_reading(group)
     help_text = "store PNG, CMYK and the like anew as JPEG of this quality (default: as they are)"
     group.add_argument("--reencode", type=int, metavar="QUALITY", help=help_text)
 
@@ -123,6 +125,7 @@ def _run_convert(args: argparse.Namespace) -> int:
         raw_fraction=args.raw_fraction,
         raw_below=args.raw_below,
         reencode=args.reencode,
+        reading=given_reading(args),
     )
     source = args.source(args)
     for line in source.warnings:

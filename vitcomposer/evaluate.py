@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer.escape import for_terminal
+from vitcomposer.reading import add_reading, given_reading, set_reading
 from vitcomposer.schema import require
 from vitcomposer.whole_files import write_whole
 
@@ -47,6 +48,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
+    add_reading(parser)
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16 autocast")
 
 
@@ -73,6 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer.scores import measure, open_labelled, with_real_labels
 
     device = choose_device(args)
+    set_reading(given_reading(args))
     share = args.max_bad_fraction
     require(0 <= share < 1, "--max-bad-fraction", "in [0, 1)", share, "0.001 leaves out one image in a thousand.")
     models = _models(args)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vitcomposer.escape import for_terminal
 from vitcomposer.evaluate import add_loading, choose_device
+from vitcomposer.reading import given_reading, set_reading
 from vitcomposer.schema import require
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer.trained import load_trained
 
     device = choose_device(args)
+    set_reading(given_reading(args))
     parts = list(_find(args.inputs, args.batch_size))
     model = load_trained(args.source, args.overrides, weights=args.weights)
     classes = model.model.num_classes

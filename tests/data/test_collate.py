@@ -199,7 +199,7 @@ def test_evaluation_takes_the_padding_label_and_no_other(samples: list[dict[str,
 
 
 @pytest.mark.parametrize("make", [train_collate, eval_collate])
-@pytest.mark.parametrize(("keep", "cause"), [(0.5, "truncated"), (0.0, "no known image format")])
+@pytest.mark.parametrize(("keep", "cause"), [(0.5, "truncated"), (0.0, "no image format that Pillow knows")])
 def test_broken_image_raises_with_its_id(make: Any, keep: float, cause: str, samples: list[dict[str, Any]]) -> None:
     image = samples[2]["image"]
     broken = {**samples[2], "image": image[: int(len(image) * keep)]}

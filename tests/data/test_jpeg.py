@@ -89,6 +89,9 @@ def test_decode_equals_torchvision_loader(kind: str, photo: Image.Image, tmp_pat
     encoded = FILES[kind](photo)
     (tmp_path / "image").write_bytes(encoded)
     reference = np.asarray(pil_loader(tmp_path / "image"))
+    if kind == "png 16 bit":  # which Pillow cuts off at 255
+        grey = np.asarray(sixteen_bit(photo)).astype(int)
+        reference = np.repeat(((grey + 128) // 257)[..., None], 3, axis=2)
     assert jpeg.read_size(encoded) == reference.shape[:2]
     np.testing.assert_array_equal(jpeg.decode_rgb(encoded), reference)
 
@@ -148,9 +151,9 @@ def test_truncated_image_raises_the_cause(kind: str, keep: float, message: str, 
 
 @pytest.mark.parametrize("encoded", [b"", b"not an image", b"\xff\xd8", b"\xff\xd8\xff\xe0" + bytes(40)])
 def test_bytes_of_no_image_raise(encoded: bytes) -> None:
-    with pytest.raises(ValueError, match="no known image format"):
+    with pytest.raises(ValueError, match="no image format that Pillow knows"):
         jpeg.read_size(encoded)
-    with pytest.raises(ValueError, match="no known image format"):
+    with pytest.raises(ValueError, match="no image format that Pillow knows"):
         jpeg.decode_rgb(encoded)
 
 
@@ -307,6 +310,7 @@ def test_bound_on_pixels_for_each_byte_is_that_of_huffman_codes_alone() -> None:
     assert jpeg.read_size(encoded) == (600, 600)
     np.testing.assert_array_equal(jpeg.decode_rgb(encoded), np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")))
     assert store_image(encoded, StoreOptions(seekable=True)).outcome == "kept: arithmetic"
-    for bomb in (flat_arithmetic(65500), flat_arithmetic(600, marker=0xC0)):
-        with pytest.raises(ValueError, match="pixels, which .* bytes do not hold"):
-            jpeg.read_size(bomb)
+    with pytest.raises(ValueError, match="65,500 x 65,500 pixels, and at most 134,217,728 are read"):
+        jpeg.read_size(flat_arithmetic(65500))
+    with pytest.raises(ValueError, match="pixels, which .* bytes do not hold"):
+        jpeg.read_size(flat_arithmetic(600, marker=0xC0))

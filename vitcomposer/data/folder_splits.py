@@ -25,6 +25,7 @@ from vitcomposer.data.folders import (
     subfolders,
 )
 from vitcomposer.escape import for_terminal
+from vitcomposer.reading import current
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -143,6 +144,8 @@ def _digests(root: Path, groups: list[list[Labelled]], whole: bool) -> dict[Labe
 
 
 def _digest(path: Path, size: int, whole: bool) -> str:
+    if size > current().max_bytes:
+        return os.fspath(path)  # reading it will be refused
     try:
         with open(path, "rb", buffering=0) as file:
             if whole:

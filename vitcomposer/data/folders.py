@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitcomposer.escape import for_terminal
+from vitcomposer.reading import current
 
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm avif jp2 tga"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
@@ -102,17 +103,22 @@ def read_file(path: str | Path) -> bytes:
     """The bytes of a regular file; a pipe or device is not waited for.
 
     Raises:
-        ValueError: No regular file, or a link that leads nowhere.
+        ValueError: No regular file, a link that leads nowhere, or more bytes than an image may have.
         OSError: It cannot be read.
     """
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except OSError as error:
         if os.path.islink(path):
             raise ValueError("a link that leads nowhere") from error
         raise
-    if not stat.S_ISREG(mode):
-        raise ValueError("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device, no file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device, no file")
+    if status.st_size > current().max_bytes:
+        raise ValueError(
+            f"it has {status.st_size:,} bytes, more than the largest image that is read ({current().max_bytes:,}). If "
+            "it is sound, raise --max-pixels"
+        )
     return Path(path).read_bytes()
 
 

@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from PIL import Image
 
 from vitcomposer.data.index import index_fault
 from vitcomposer.data.jpeg_markers import read_index
+from vitcomposer.data.pixels import UNKNOWN_FORMAT, is_deep, open_image, scaling
 from vitcomposer.data.storage import LocalStore, Store, open_store
 from vitcomposer.data.stored import read_raw_size
 from vitcomposer.data.unpack import unpack
@@ -172,9 +171,20 @@ def _forms(data: bytes, shard: dict[str, Any]) -> Iterator[str]:
             ]
             if values:
                 seekable = read_index(values[0]) is not None
-                yield "seekable" if seekable else "raw" if read_raw_size(values[0]) else "other"
+                yield "seekable" if seekable else "raw" if read_raw_size(values[0]) else _form(values[0])
     except struct.error:  # the shard is damaged, which its hash tells
         return
+
+
+def _form(encoded: bytes) -> str:
+    """How an image is decoded that is neither seekable nor raw."""
+    if encoded[:2] == b"\xff\xd8":
+        return "other"
+    try:
+        with open_image(encoded) as image:
+            return scaling(image) or "other"
+    except ValueError:  # --decode tells why
+        return "not readable"
 
 
 def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Iterator[str]:
@@ -246,10 +256,13 @@ def _first_sample(store: Store, prefix: str, shard: dict[str, Any]) -> str:
             if raw:
                 return f"{column}: raw {raw[1]}x{raw[0]} RGB, {len(value):,} bytes"
             try:
-                with Image.open(BytesIO(value)) as image:
-                    return f"{column}: {image.format} {image.width}x{image.height} {image.mode}, {len(value):,} bytes"
-            except OSError:
-                continue  # some other column of bytes
+                with open_image(value) as image:
+                    how = f" ({scaling(image)})" if is_deep(image) else ""
+                    size = f"{image.width}x{image.height}"
+                    return f"{column}: {image.format} {size} {image.mode}{how}, {len(value):,} bytes"
+            except ValueError as error:
+                if str(error) != UNKNOWN_FORMAT:
+                    return f"{column}: {error}"  # else some other column of bytes
     return f"{len(sample):,} bytes, no encoded image among its columns"
 
 

@@ -9,9 +9,7 @@ Wherever an encoded image is taken, so is a raw sample: ``b"\\x00RAW"``, height,
 numbers, then the pixels, row by row, three bytes each.
 """
 
-import io
 import struct
-import warnings
 from typing import Literal
 
 import numpy as np
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from vitcomposer.data.crops import Box
 from vitcomposer.data.jpeg_markers import INDEX_MAGIC, scan_end
+from vitcomposer.data.pixels import eight_bits, open_image
 from vitcomposer.data.region import decode_seekable
 from vitcomposer.data.resize import resize_rgb
-from vitcomposer.data.stored import check_jpeg_size, image_formats
+from vitcomposer.data.stored import check_jpeg_size
 
 Encoded = bytes | memoryview
 Interpolation = Literal["bicubic", "bilinear"]
@@ -57,6 +56,8 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
 def decode_rgb(encoded: Encoded) -> np.ndarray:
     """All pixels as uint8 (height, width, 3), equal to ``PIL.Image.open(...).convert("RGB")``.
 
+    But for images of one channel with more than 8 bits, which Pillow cuts off at 255; see ``vitcomposer.data.pixels``.
+
     Raises:
         ValueError: The image is truncated or damaged; the message is the decoder's.
     """
@@ -74,9 +75,10 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
         return _raw_pixels(encoded)
     with _open(encoded) as image:
         try:
-            return np.array(image.convert("RGB"))
+            pixels = np.array(eight_bits(image))
+            return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
         except Exception as error:  # the plug-ins of Pillow raise OSError, SyntaxError, EOFError, struct.error, ...
-            raise ValueError(_reason(error)) from error
+            raise ValueError(str(error) or repr(error)) from error
 
 
 def decode_region(encoded: Encoded, box: Box) -> np.ndarray:
@@ -260,17 +262,7 @@ def _raw_pixels(encoded: Encoded) -> np.ndarray:
 
 
 def _open(encoded: Encoded) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a large image: what is too large is an error
-            image = Image.open(io.BytesIO(encoded), formats=image_formats())
-    except Exception as error:  # as above; also DecompressionBombError, which is no OSError
-        raise ValueError(_reason(error)) from error
+    image = open_image(encoded)
     if _is_jpeg(encoded):
         check_jpeg_size(image.height, image.width, encoded)
     return image
-
-
-def _reason(error: Exception) -> str:
-    # Pillow names the BytesIO object, which tells nobody anything.
-    return "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error) or repr(error)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vitcomposer.data.files import ImageFiles, ImageSet
@@ -12,6 +13,7 @@ from vitcomposer.data.folders import NOTES, Report, scan_classes, subfolders
 from vitcomposer.data.loader import open_dataset
 from vitcomposer.data.shards import CLASS_NAMES, INDEX, ShardError, read_class_names
 from vitcomposer.data.stream import ImageStream
+from vitcomposer.reading import current
 from vitcomposer.schema import Data, did_you_mean
 
 REAL_IMAGES = 50_000  # of ImageNet's validation split
@@ -57,6 +59,7 @@ def open_split(folder: str, batch_size: int) -> ImageSet:
 
 
 def _open_mds(name: str, data: Data, batch_size: int) -> ImageSet:
+    data = replace(data, max_pixels=current().max_pixels)
     assert data.local is not None
     try:
         images = open_dataset(data, "val", num_classes=0, batch_size=batch_size, seed=0)

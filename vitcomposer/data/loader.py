@@ -1,6 +1,7 @@
 """From the blocks of a yaml to the loader that Composer's Trainer takes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from vitcomposer.data.start import check_worker_room, clear_stale_memory, one_st
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.data.teacher_cache import CachedTeacher
+from vitcomposer.reading import current, set_reading
 from vitcomposer.schema import ConfigError, Data, Probe, Supervised, require
 
 Split = Literal["train", "val"]
@@ -203,6 +205,7 @@ def open_dataset(
     Raises:
         ShardError: Data that cannot be found.
     """
+    set_reading(replace(current(), max_pixels=data.max_pixels))
     train = split == "train"
     if data.source == "synthetic":
         return SyntheticImages(

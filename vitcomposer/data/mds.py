@@ -40,6 +40,7 @@ from vitcomposer.data.mds_shard import Sample, empty_shard_bytes, encode_shard, 
 from vitcomposer.data.sources import Source, check_same_classes
 from vitcomposer.data.storage import LocalStore, Store, open_store
 from vitcomposer.data.stored import StoreOptions, store_image
+from vitcomposer.reading import reading
 
 Progress = Callable[[int, int], None]
 
@@ -236,6 +237,11 @@ def _make_part_in_worker(part: Part) -> dict[str, Any]:
 
 
 def _make_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
+    with reading(part.options.reading):
+        return _store_part(part, source, store)
+
+
+def _store_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
     """Write the shards of a part and its done-marker; the marker's content is all that the merge needs."""
     shards = _Shards(store, part)
     bad: list[dict[str, str]] = []

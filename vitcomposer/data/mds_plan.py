@@ -142,9 +142,10 @@ def plan_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         return f"--shard-size was {old['shard_size']} bytes and is {new['shard_size']} bytes"
     if old["seed"] != new["seed"]:
         return f"--seed was {old['seed']} and is {new['seed']}"
-    for flag, value in new["stored"].items():
-        if old["stored"][flag] != value:
-            return f"{flag} was {_setting(old['stored'][flag])} and is {_setting(value)}"
+    for flag in {**old["stored"], **new["stored"]}:
+        before, now = old["stored"].get(flag), new["stored"].get(flag)
+        if before != now:
+            return f"{flag} was {_setting(before)} and is {_setting(now)}"
     return None
 
 

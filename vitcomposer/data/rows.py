@@ -11,14 +11,16 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from streaming.base.format.mds.encodings import mds_decode
 from streaming.base.format.mds.reader import MDSReader
 
+from vitcomposer.data.pixels import is_deep
 from vitcomposer.data.stored import RAW_MAGIC
 from vitcomposer.schema import ConfigError
 
@@ -251,10 +253,20 @@ def raw_sample(pil: memoryview) -> bytes:
             pixels = b""
         else:
             try:
-                pixels = mds_decode("pil", bytes(pil)).convert("RGB").tobytes()
+                image = mds_decode("pil", bytes(pil))
+                if is_deep(image):
+                    return _as_tiff(image)
+                pixels = image.convert("RGB").tobytes()
             except (ValueError, KeyError):  # another length than the mode has, or no mode
                 pixels = b""
     return b"".join((struct.pack("<4s3I", RAW_MAGIC, height, width, 0), pixels))
+
+
+def _as_tiff(image: Any) -> bytes:
+    """An image of more than 8 bits as a file, which decoders scale or refuse by name."""
+    buffer = BytesIO()
+    image.save(buffer, "TIFF")
+    return buffer.getvalue()
 
 
 _PIL_HEAD = struct.Struct("<3I")

@@ -10,12 +10,11 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vitcomposer.data.jpeg_markers import (
     ARITHMETIC,
@@ -25,12 +24,12 @@ from vitcomposer.data.jpeg_markers import (
     parse_markers,
     without_index,
 )
+from vitcomposer.data.pixels import check_pixels, eight_bits, open_image, scaling
+from vitcomposer.reading import MAX_PIXELS, Reading
 
 _T = TypeVar("_T")
 
 RAW_MAGIC = b"\x00RAW"
-_FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA"}
-_MAX_PIXELS = 178_956_970  # Pillow's bound against decompression bombs
 _PIXELS_PER_BYTE = 512  # of Huffman-coded data, at most: a bit for each block of 64
 _RAW_HEAD = struct.Struct("<4s3I")  # magic, height, width, zero; then height * width * 3 bytes, row by row, RGB
 
@@ -46,6 +45,8 @@ class StoreOptions:
         raw_fraction: Share of the images that are stored as raw pixels, in [0, 1].
         raw_below: Adds the column ``image_small``: raw pixels of the image with this shorter side, never enlarged.
         reencode: JPEG quality at which other formats, CMYK and the like are stored anew; None keeps them as they are.
+        reading: How many pixels an image may have, and what is black and white in 16 and 32 bits and floats. With a
+            range such images are stored as grey PNG of 8 bits.
         seed: Of the draw of raw images.
 
     Raises:
@@ -58,6 +59,7 @@ class StoreOptions:
     raw_fraction: float = 0.0
     raw_below: int | None = None
     reencode: int | None = None
+    reading: Reading = Reading()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,11 +83,16 @@ class StoreOptions:
         """Names of the columns of bytes."""
         return ("image", "image_small") if self.raw_below else ("image",)
 
-    def recorded(self) -> dict[str, bool | int | float | None]:
+    def recorded(self) -> dict[str, Any]:
         """What decides the bytes of a data set, by the names of the command line."""
         names = ("seekable", "short_side", "raw_fraction", "raw_below", "reencode")
-        record = {_flag(name): getattr(self, name) for name in names}
-        return {**record, "--quality": self.quality if self.short_side else None}
+        record: dict[str, Any] = {_flag(name): getattr(self, name) for name in names}
+        record["--quality"] = self.quality if self.short_side else None
+        if self.reading.value_range is not None:
+            record["--range"] = list(self.reading.value_range)
+        if self.reading.max_pixels != MAX_PIXELS:
+            record["--max-pixels"] = self.reading.max_pixels
+        return record
 
 
 def _flag(name: str) -> str:
@@ -112,6 +119,8 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
 
     Raises:
         ValueError: The reason why it cannot be decoded.
+
+    It is read as ``vitcomposer.reading`` says; ``options.reading`` is what a conversion sets there.
     """
     picture = _Picture(data)
     picture.decode()  # first, and for every way of storing: what training refuses, no split may hold
@@ -120,27 +129,24 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
     elif options.short_side and min(picture.size) > options.short_side:
         resized = _encode(shrink(picture.decode(), options.short_side), options.quality)
         image, outcome = _made_seekable(resized) if options.seekable else resized, "resized"
+    elif picture.scaling and options.reading.value_range:
+        image, outcome = _encode_png(picture.decode()), picture.scaling  # readers need not know the range
     else:
         image, outcome = _keep(data, picture, options)
+    if image is data and picture.scaling:
+        outcome = f"kept: {picture.scaling} when read"
     small = (raw_sample(shrink(picture.decode(), options.raw_below)),) if options.raw_below else ()
     return Stored((image, *small), outcome, picture.format, *picture.size)
-
-
-@cache
-def image_formats() -> tuple[str, ...]:
-    """What is read, of the formats that this Pillow knows. EPS is not: its plug-in starts Ghostscript."""
-    Image.init()
-    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
 
 
 def check_jpeg_size(height: int, width: int, jpeg: bytes | memoryview) -> None:
     """Refuse a JPEG whose header alone would take gigabytes.
 
     Raises:
-        ValueError: It says more pixels than its bytes can hold.
+        ValueError: It says more pixels than may be read, or than its bytes can hold.
     """
-    pixels, held = height * width, _PIXELS_PER_BYTE * len(jpeg)
-    if pixels > _MAX_PIXELS or (pixels > held and frame_marker(jpeg) not in ARITHMETIC):
+    check_pixels(width, height)
+    if height * width > _PIXELS_PER_BYTE * len(jpeg) and frame_marker(jpeg) not in ARITHMETIC:
         raise ValueError(f"its header says {width} x {height} pixels, which {len(jpeg):,} bytes do not hold")
 
 
@@ -172,8 +178,8 @@ def shrink(image: Image.Image, short_side: int | None) -> Image.Image:
 class _Picture:
     """An encoded image that is decoded when it must be, once.
 
-    Pillow stops at a file that ends early (its LOAD_TRUNCATED_IMAGES is off) and at more than about 179 million pixels,
-    its guard against decompression bombs. Of an animation only the first frame is decoded.
+    Pillow stops at a file that ends early (its LOAD_TRUNCATED_IMAGES is off). Of an animation only the first frame is
+    decoded.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -181,7 +187,8 @@ class _Picture:
             raise ValueError("the file is empty")
         self._pixels: Image.Image | None = None
         self._fault: str | None = None
-        self._image = _explained(lambda: Image.open(BytesIO(data), formats=image_formats()))
+        self._image = open_image(data)
+        self.scaling = scaling(self._image)  # how more than 8 bits become 8
         self.format, self.size = str(self._image.format), self._image.size
         if data[:2] == b"\xff\xd8":
             check_jpeg_size(self._image.height, self._image.width, data)
@@ -205,8 +212,7 @@ class _Picture:
         """RGB, or gray as it came: resized and encoded as such it gives the same pixels, in fewer bytes."""
         self.check()
         if self._pixels is None:
-            plain = self._image.mode in ("L", "RGB")
-            self._pixels = self._image if plain else _explained(lambda: self._image.convert("RGB"))
+            self._pixels = _explained(lambda: eight_bits(self._image))
         return self._pixels
 
     def pixels(self) -> np.ndarray:
@@ -219,8 +225,6 @@ def _explained(decode: Callable[[], _T]) -> _T:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks and palettes do not keep an image from being used
             return decode()
-    except UnidentifiedImageError as error:
-        raise ValueError("no image format that Pillow knows") from error
     except MemoryError:
         raise  # the machine's fault, not the image's
     except Exception as error:  # decoders raise almost anything on damaged input: SyntaxError, struct.error, ...
@@ -284,6 +288,12 @@ def _made_seekable(jpeg: bytes) -> bytes:
 def _encode(image: Image.Image, quality: int) -> bytes:
     buffer = BytesIO()
     _explained(lambda: image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0"))
+    return buffer.getvalue()
+
+
+def _encode_png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -8,6 +8,7 @@ blocks is checked in the recipe's class.
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_PIXELS,
     Augment,
     Data,
     Evaluation,
@@ -32,6 +33,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "KNN",
+    "MAX_PIXELS",
     "Augment",
     "ConfigError",
     "Crops",

@@ -12,6 +12,7 @@ MAX_SECONDS = 1e6  # eleven days; timers of the system take no endless numbers
 MAX_BATCH = 10**7  # images
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 1 << 27  # 134,217,728, such as 16,384 x 8,192; one takes 1 to 2 GB while it is decoded
 
 
 def require_plain_address(key: str, address: str | None) -> None:
@@ -127,6 +128,7 @@ class Data:
     predownload: int | None = None  # samples per worker
     download_retry: int = 5  # tries of a shard after the first, with pauses of 1, 2, 4, ... 30 seconds between them
     download_timeout: float = 60.0  # seconds without a byte after which a try is given up (s3://)
+    max_pixels: int = MAX_PIXELS  # of an image, by its header; one that has more counts as broken
     validate_hash: str | None = "xxh64"  # checked where the index carries that hash
     max_bad_fraction: float = 0.001  # images of a split that cannot be decoded, left out; more end the run
     num_canonical_nodes: int | None = None
@@ -157,6 +159,7 @@ class Data:
             value = getattr(self, name)
             rule = f"a number of seconds above 0 and at most {MAX_SECONDS:.0f}"
             require(0 < value <= MAX_SECONDS, f"data.{name}", rule, value, f"{usual} is usual.")
+        require_within("data.max_pixels", self.max_pixels, 1, 1 << 40, f"{MAX_PIXELS} is usual.")
         require_within("data.download_retry", self.download_retry, 0, 1000, "5 is usual.")
         for name in ("predownload", "num_canonical_nodes", "shuffle_block_size"):
             require_within(f"data.{name}", getattr(self, name), 1, 10**9, "null is usual.")
