@@ -140,7 +140,7 @@ def test_run_with_shares_resumes_bit_for_bit_and_exports_as_one_with_files(tmp_p
         assert assert_close(averaged_weights(whole), averaged_weights(other), 0.0) > 20
     networks = [load_trained(tmp_path / name).network.state_dict() for name in ("file", "shares")]
     assert assert_close(*networks, 0.0) > 20
-    named = load_trained(tmp_path / "shares/checkpoints" / f"ep0-ba{STEPS // 2}-rank0.pt")
+    named = load_trained(tmp_path / "shares/checkpoints" / f"ep0-ba{STEPS // 2}-rank0.pt", weights="ema")
     assert named.averaged
     shutil.rmtree(tmp_path / "resumed/checkpoints" / f"ep0-ba{STEPS}-rank0.pt")  # as if it was torn
     train_on(2, [run("resumed", shares)], tmp_path)
