@@ -13,8 +13,8 @@ def main(argv: list[str], *, told: bool = False) -> int:
 
     Returns:
         0 when the run is finished (also if it already was), 2 for what no other start will mend, 74 for a finished run
-        of which run.remote has not got all, 143 after a checkpoint for a signal, 130 for Ctrl-C, 1 for all else: in
-        all but the second case the same command goes on from the last checkpoint.
+        of which run.remote has not got all, 143 after a checkpoint for a signal, 130 for Ctrl-C (with one too, unless
+        it is pressed twice), 1 for all else: in all but the second case the same command goes on.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
@@ -32,25 +32,25 @@ def main(argv: list[str], *, told: bool = False) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     from recipes import RECIPES
     from vitcomposer.callbacks import finish_mirror
-    from vitcomposer.failures import end_together
+    from vitcomposer.failures import end_together, status_of_rank
     from vitcomposer.report import has_report, write_report
     from vitcomposer.run_folder import already_finished, run_folder, unlock_run_folder
     from vitcomposer.trainer import fit
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # a Ctrl-C that came meanwhile arrives here
         if finished := already_finished(cfg):
             print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")
         status = 0 if finished else fit(RECIPES[cfg.recipe].build(cfg), cfg)
-        if os.environ.get("RANK", "0") == "0" and not (finished and has_report(run_folder(cfg))):
+        if os.environ.get("RANK", "0") == "0" and status != 130 and not (finished and has_report(run_folder(cfg))):
             write_report(run_folder(cfg))
-        return finish_mirror(cfg, status)
+        return status_of_rank(finish_mirror(cfg, status))
     except (Exception, KeyboardInterrupt) as error:
         if not (told or isinstance(error, ConfigError)):
             raise
-        return end_together(error, cfg)
+        return status_of_rank(end_together(error, cfg))
     finally:
         unlock_run_folder(cfg)
 

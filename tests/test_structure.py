@@ -34,6 +34,7 @@ LAYERS = {
     "vitcomposer.averages": 0,
     "vitcomposer.origins": 0,
     "vitcomposer.run_metrics": 0,
+    "vitcomposer.typed": 0,
     "vitcomposer.run_identity": 1,
     "vitcomposer.models": 1,
     "vitcomposer.losses": 1,

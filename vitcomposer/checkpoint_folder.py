@@ -45,6 +45,12 @@ def has_checkpoints(folder: Path) -> bool:
     return bool(_in_order(folder)) or os.path.lexists(folder / LATEST)
 
 
+def last_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint by its name, without a look into it; None where there is none."""
+    names = [match for path in _in_order(folder) if (match := _NAME.fullmatch(path.name))]
+    return int(names[0][2]) if names else None
+
+
 def newest_whole(folder: Path) -> Found:
     """The checkpoint that ``latest`` leads to, or else that of the latest step; each file is read to its end for it.
 

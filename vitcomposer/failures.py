@@ -22,11 +22,13 @@ from composer.utils import dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from vitcomposer.callbacks import NonFiniteError, SaveError
+from vitcomposer.checkpoint_folder import last_step
 from vitcomposer.data.rows import ShardError
 from vitcomposer.data.shards import describe_cut_shard
 from vitcomposer.escape import message
 from vitcomposer.run_folder import run_folder
 from vitcomposer.schema import ConfigError
+from vitcomposer.typed import typed_command
 
 FAILED, UNMENDABLE, INTERRUPTED = 1, 2, 130  # a start of the same command may help; it cannot; by Ctrl-C
 SECONDS_FOR_OTHERS = 5.0  # until a rank that has not told why it ends counts as silent
@@ -36,13 +38,14 @@ _DISK = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _OTHER_RANK = re.compile(r"gloo|nccl|closed by peer|connection reset|broken pipe|recvvalue|tcpstore", re.I)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 _LATE = "DataLoader timed out"
-_AGAIN = "Then start the same command: it goes on from the last checkpoint."
 
 Report = dict[str, Any]  # status, text: the line, or None where another rank must know the cause
 
 
 def explain(error: BaseException, cfg: Any) -> Report | None:
     """What a user can do about an error; None for one that a user cannot cause, which deserves its traceback."""
+    if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):  # whatever died of it
+        return {"status": INTERRUPTED, "text": _interrupted(cfg)}
     for each in _chain(error):
         if isinstance(each, ConfigError | NonFiniteError):
             return {"status": UNMENDABLE, "text": _message(each)}
@@ -50,8 +53,6 @@ def explain(error: BaseException, cfg: Any) -> Report | None:
             return {"status": UNMENDABLE, "text": _out_of_memory(cfg)}
         if isinstance(each, OSError) and each.errno in _DISK:
             return {"status": FAILED, "text": _disk(each, cfg)}
-        if isinstance(each, KeyboardInterrupt):
-            return {"status": INTERRUPTED, "text": "Interrupted. The same command goes on from the last checkpoint."}
         if isinstance(each, SaveError | ShardError):
             return {"status": FAILED, "text": _message(each)}
         if isinstance(each, RuntimeError) and (worker := _WORKER.search(str(each))):
@@ -59,7 +60,7 @@ def explain(error: BaseException, cfg: Any) -> Report | None:
         if isinstance(each, RuntimeError) and _LATE in str(each):
             return {"status": FAILED, "text": _late(cfg)}
         if isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE):
-            return {"status": FAILED, "text": _open_files(each)}
+            return {"status": FAILED, "text": _open_files(each, cfg)}
     return {"status": FAILED, "text": None} if _is_of_another_rank(error) else None
 
 
@@ -84,17 +85,31 @@ def _is_of_another_rank(error: BaseException) -> bool:
     return distributed or (isinstance(error, RuntimeError) and _OTHER_RANK.search(str(error)) is not None)
 
 
+def _again(cfg: Any) -> str:
+    step = last_step(run_folder(cfg) / "checkpoints")
+    if step is None:
+        return "Then start the same command: it begins anew, for there is no checkpoint yet."
+    return f"Then start the same command: it goes on after step {step:,}."
+
+
+def _interrupted(cfg: Any) -> str:
+    step = last_step(run_folder(cfg) / "checkpoints")
+    if step is None:
+        return f"Interrupted before the first checkpoint. Start again: {typed_command()}"
+    return f"Interrupted. Go on after step {step:,}: {typed_command()}"
+
+
 def _disk(error: OSError, cfg: Any) -> str:
     place = error.filename or run_folder(cfg)
     if error.errno in _FULL:
-        return f"{place} cannot be written: {error.strerror}. What was saved before is whole. Make room. {_AGAIN}"
-    return f"{place} cannot be used: {error.strerror}. See its disk and who may write there. {_AGAIN}"
+        return f"{place} cannot be written: {error.strerror}. What was saved before is whole. Make room. {_again(cfg)}"
+    return f"{place} cannot be used: {error.strerror}. See its disk and who may write there. {_again(cfg)}"
 
 
 def _worker(pids: str, text: str, cfg: Any) -> str:
     workers = cfg.data.num_workers
     if "Bus error" in text and (cut := _cut_shard(cfg)):
-        return f"Loader worker {pids} has died: {cut}. It was cut while the run read it: put it back. {_AGAIN}"
+        return f"Loader worker {pids} has died: {cut}. It was cut while the run read it: put it back. {_again(cfg)}"
     if "Bus error" in text:
         cause = "there is no room left in /dev/shm. Enlarge it (docker run --shm-size=16g)"
     elif "Killed" in text or "exited unexpectedly" in text:
@@ -102,18 +117,20 @@ def _worker(pids: str, text: str, cfg: Any) -> str:
     else:
         cause = f"{text.splitlines()[0]} Look at its own error above"
     less = f", or lower data.num_workers (now {workers}) and data.prefetch_factor (now {cfg.data.prefetch_factor})"
-    return f"Loader worker {pids} has died, {cause}{less}. {_AGAIN}"
+    return f"Loader worker {pids} has died, {cause}{less}. {_again(cfg)}"
 
 
 def _late(cfg: Any) -> str:
     return (
         f"No batch came for data.timeout, {cfg.data.timeout:g} s: a loader worker hangs, or {cfg.data.local} cannot be "
-        f"reached. See what the workers wait for (py-spy dump), or raise data.timeout. {_AGAIN}"
+        f"reached. See what the workers wait for (py-spy dump), or raise data.timeout. {_again(cfg)}"
     )
 
 
-def _open_files(error: OSError) -> str:
-    return f"{error.strerror}: the limit of open files is too low for this run. Raise it (ulimit -n 65536). {_AGAIN}"
+def _open_files(error: OSError, cfg: Any) -> str:
+    return (
+        f"{error.strerror}: the limit of open files is too low for this run. Raise it (ulimit -n 65536). {_again(cfg)}"
+    )
 
 
 def _cut_shard(cfg: Any) -> str | None:
@@ -129,7 +146,7 @@ def _out_of_memory(cfg: Any) -> str:
     less = max(1, now // 2) if isinstance(now, int) else share // 2
     return (
         f"The memory of the device does not hold a step: run.device_train_microbatch_size is {now}. Set it to {less}, "
-        f"which trains the same in more passes, or use run.parallelism=fsdp2 on more devices. {_AGAIN}"
+        f"which trains the same in more passes, or use run.parallelism=fsdp2 on more devices. {_again(cfg)}"
     )
 
 
@@ -143,7 +160,7 @@ def end_together(error: BaseException, cfg: Any) -> int:
         traceback.print_exception(error)
         report = {"status": FAILED, "text": f"{type(error).__name__}: {_message(error)}".splitlines()[0]}
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    interrupted = isinstance(error, KeyboardInterrupt)  # as all ranks are, and their launcher
+    interrupted = report["status"] == INTERRUPTED  # as all ranks are, and their launcher
     reports = {rank: report}
     if ranks > 1:
         # Launchers send it as soon as one rank is gone, and SIGKILL half a minute later.
@@ -163,6 +180,15 @@ def end_together(error: BaseException, cfg: Any) -> int:
     elif ranks > 1:
         time.sleep(1)  # a launcher ends all ranks with the first, which shall not be before that line
     return report["status"] if interrupted else next(iter(causes.values()), report)["status"]
+
+
+def status_of_rank(status: int) -> int:
+    """What this rank exits with where the run ends with ``status``.
+
+    After Ctrl-C the first rank of a node says so for all of them: of each other one that does not exit with 0,
+    Composer's launcher prints whatever it ever wrote.
+    """
+    return 0 if status == INTERRUPTED and dist.get_local_rank() > 0 else status
 
 
 def _collect_reports(reports: dict[int, Report], rank: int, ranks: int, seconds: float) -> None:
@@ -199,13 +225,13 @@ def _name_silent(reports: dict[int, Report], ranks: int, error: BaseException, c
             "See that all were started and that MASTER_ADDR and MASTER_PORT can be reached from each node."
         )
     if not silent:
-        return f"The ranks lost each other: {said}. See the network between the nodes. {_AGAIN}"
+        return f"The ranks lost each other: {said}. See the network between the nodes. {_again(cfg)}"
     who = ", ".join(_place(rank) for rank in silent)
     if re.search(r"timed? ?out", str(error), re.I):
         what = f"hangs: no answer for run.dist_timeout, {cfg.run.dist_timeout:g} s. See what it waits for (py-spy dump)"
     else:
         what = "ended without a word: killed, or out of memory (see dmesg there)"
-    return f"{who} {what}. {_AGAIN}"
+    return f"{who} {what}. {_again(cfg)}"
 
 
 def _place(rank: int) -> str:

@@ -29,7 +29,7 @@ from vitcomposer.data.loader import augments_on_device, open_dataset
 from vitcomposer.data.mds_plan import read_json, to_json
 from vitcomposer.data.mixing import Batch
 from vitcomposer.data.shards import INDEX
-from vitcomposer.data.start import check_worker_room
+from vitcomposer.data.start import check_worker_room, ignore_interrupt
 from vitcomposer.data.storage import Store, open_store
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.data.teacher_cache import (
@@ -323,6 +323,7 @@ def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, ba
         batch_sampler=_Batches(tasks, batch_size),  # pyright: ignore[reportArgumentType]
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=ignore_interrupt,
         prefetch_factor=ahead if workers else None,
         timeout=cfg.data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

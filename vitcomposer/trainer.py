@@ -60,8 +60,8 @@ from vitcomposer.run_identity import identity_of
 from vitcomposer.schema import ConfigError, Init, Model, require
 from vitcomposer.schema.algorithms import SCHEDULE_FREE
 from vitcomposer.schema.ranks import check_ranks
+from vitcomposer.typed import typed_command
 
-STOPPED_BY_SIGNAL = 143
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -301,7 +301,7 @@ def fit(trainer: Trainer, cfg: Any) -> int:
     """Train to the end, or measure where a recipe has no step.
 
     Returns:
-        0, or 143 when a signal stopped the run after a checkpoint.
+        0, or what ``Preemption`` has where a signal stopped the run after a checkpoint.
     """
     stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
     try:
@@ -319,7 +319,17 @@ def fit(trainer: Trainer, cfg: Any) -> int:
         raise
     finally:
         _let_go(trainer)
-    return STOPPED_BY_SIGNAL if stopped.stopped else 0
+    if stopped.stopped and dist.get_global_rank() == 0:
+        _say_where_it_goes_on(trainer.state)
+    return stopped.status
+
+
+def _say_where_it_goes_on(state: State) -> None:
+    now, length = state.timestamp, state.dataloader_len
+    saver = next(callback for callback in state.callbacks if isinstance(callback, Checkpoints))
+    if saver.last_checkpoint_batch == now.batch:
+        epoch = now.epoch.value + (now.batch_in_epoch.value / length.value if length else 0)
+        print(f"saved step {now.batch.value:,} (epoch {epoch:.6g}). Go on: {message(typed_command())}", flush=True)
 
 
 def _let_go(trainer: Trainer) -> None:

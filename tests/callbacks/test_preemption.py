@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -98,20 +98,40 @@ def test_signal_on_one_rank_stops_all_ranks_at_one_step(tmp_path: Path) -> None:
 
 
 class SignalAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
+    """Signals in the step of a number from 1, or in the evaluation behind it."""
+
+    def __init__(self, step: int, numbers: tuple[signal.Signals, ...], in_evaluation: bool) -> None:
+        self.step, self.numbers, self.in_evaluation = step, numbers, in_evaluation
         self.evaluations: list[int] = []
+        self.batches = 0  # of evaluations
 
     def batch_start(self, state: Any, logger: Any) -> None:
-        if state.timestamp.batch.value == self.step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if state.timestamp.batch.value == self.step - 1 and not self.in_evaluation:
+            self.send()
+
+    def send(self) -> None:
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
 
     def eval_start(self, state: Any, logger: Any) -> None:
         self.evaluations.append(state.timestamp.batch.value)
 
+    def eval_batch_end(self, state: Any, logger: Any) -> None:
+        self.batches += 1
+        if state.timestamp.batch.value == self.step and self.in_evaluation and state.eval_timestamp.batch == 1:
+            self.send()
 
-def run(max_duration: str, step: int, folder: Path | None = None, **options: Any) -> tuple[Any, Preemption, SignalAt]:
-    preemption, signals = Preemption(), SignalAt(step)
+
+def run(  # noqa: PLR0913 (named at the call)
+    max_duration: str,
+    step: int,
+    folder: Path | None = None,
+    *,
+    numbers: tuple[signal.Signals, ...] = (signal.SIGTERM,),
+    in_evaluation: bool = False,
+    **options: Any,
+) -> tuple[Any, Preemption, SignalAt]:
+    preemption, signals = Preemption(), SignalAt(step, numbers, in_evaluation)
     save = {} if folder is None else {"save_folder": str(folder), "save_interval": "100ep", "save_overwrite": True}
     trainer = tiny_run.build(max_duration, callbacks=[preemption, signals], **save, **options)
     trainer.fit()
@@ -147,6 +167,53 @@ def test_signal_at_the_end_of_an_epoch_resumes_with_the_next(tmp_path: Path) -> 
     assert resumed.state.timestamp.epoch == 3 and resumed.state.timestamp.batch == 12
     for a, b in zip(resumed.state.model.parameters(), whole.state.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+CTRL_C = signal.SIGINT
+
+
+@pytest.mark.parametrize("numbers", [(CTRL_C,), (CTRL_C, signal.SIGTERM), (signal.SIGTERM, CTRL_C)])
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_ctrl_c_finishes_the_step_saves_it_and_evaluates_nothing(
+    step: int, numbers: tuple[signal.Signals, ...], tmp_path: Path
+) -> None:
+    """In the last step too, unlike SIGTERM; a launcher's SIGTERM behind it, or before it, changes nothing."""
+    before = signal.signal(CTRL_C, signal.default_int_handler)
+    try:
+        trainer, preemption, signals = run("2ep", step, tmp_path, numbers=numbers)
+        assert signal.getsignal(CTRL_C) == signal.default_int_handler
+    finally:
+        signal.signal(CTRL_C, before)
+    assert preemption.status == 130 and trainer.state.timestamp.batch == step
+    assert signals.evaluations == ([4] if step == 8 else [])
+    assert (tmp_path / "latest-rank0.pt").resolve().name.endswith(f"-ba{step}-rank0.pt")
+
+
+def test_second_ctrl_c_ends_the_run_at_once() -> None:
+    preemption, signals = Preemption(), SignalAt(3, (CTRL_C, CTRL_C), False)
+    trainer = tiny_run.build("2ep", callbacks=[preemption, signals])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    trainer.engine.close()
+    assert trainer.state.timestamp.batch == 2 and not preemption.stopped
+
+
+def test_ctrl_c_in_an_evaluation_stops_behind_it_before_another_step(tmp_path: Path) -> None:
+    trainer, preemption, signals = run("3ep", 4, tmp_path, numbers=(CTRL_C,), in_evaluation=True)
+    assert preemption.status == 130 and trainer.state.timestamp.batch == 4
+    assert signals.evaluations == [4] and signals.batches == 4, "the evaluation is whole"
+    assert (tmp_path / "latest-rank0.pt").resolve().name.endswith("-ba4-rank0.pt")
+
+
+def test_ctrl_c_where_nothing_would_be_lost_ends_the_run_at_once(tmp_path: Path) -> None:
+    """The evaluation at the end comes after the last checkpoint."""
+    preemption, signals = Preemption(), SignalAt(6, (CTRL_C,), True)
+    save = {"save_folder": str(tmp_path), "save_interval": "6ba", "save_overwrite": True}
+    trainer = tiny_run.build("6ba", callbacks=[preemption, signals], eval_interval="9ep", **save)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    trainer.engine.close()
+    assert signals.batches == 1 and trainer.state.timestamp.batch == 6
 
 
 def test_handlers_come_back_when_training_fails() -> None:

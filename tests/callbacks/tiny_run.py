@@ -1,7 +1,7 @@
 """A run small enough for tests: 32 images of two classes, batches of 8, four steps an epoch, the real Trainer.
 
 As a script, ``tiny_run.py FOLDER MAX_DURATION SECONDS_PER_STEP WORKERS``, it trains with autoresume. It says ``step N``
-when N steps are done and the next begins, saves the weights it ends with and leaves with 143 when a signal stopped it.
+when N steps are done and the next begins, saves the weights it ends with and leaves with 143 or 130 after a signal.
 """
 
 import sys
@@ -135,7 +135,7 @@ def main(folder: Path, max_duration: str, seconds_per_step: float = 0.0, workers
     trainer.close()
     if dist.get_global_rank() == 0:
         torch.save(trainer.state.model.state_dict(), folder / "weights.pt")
-    return 143 if preemption.stopped else 0
+    return preemption.status
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def start(arguments: list[str], ranks: int, port: int, log: str, notes: str | No
     if group:
         return group
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the ranks
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
@@ -45,10 +46,11 @@ def _train(arguments: list[str], notes: str | None) -> None:
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if arguments[0] == "vitcomposer":
             status = cli.main(arguments[1:])
         else:
-            status = train.main(arguments) if notes is None else watched_run.main([notes, *arguments])
+            status = train.main(arguments, told=True) if notes is None else watched_run.main([notes, *arguments])
     except BaseException:
         traceback.print_exc()
     finally:

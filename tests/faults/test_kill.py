@@ -4,7 +4,9 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -91,6 +93,31 @@ def test_evaluation_measures_the_same_on_one_two_and_three_ranks(ready: ReadyRan
     for name in ("top1", "top5", "loss", "top1_ema", "top5_ema"):
         assert [run[name] for run in runs.values()] == pytest.approx([runs["1"][name]] * 3, abs=1e-6), name
     assert [run["world_size"] for run in runs.values()] == [1, 2, 3] and runs["1"]["loss"] != pytest.approx(math.log(8))
+
+
+def test_ctrl_c_saves_the_step_of_two_ranks_and_the_run_goes_on_from_it(
+    ready: ReadyRanks, tmp_path: Path, tell: Tell
+) -> None:
+    """It comes to ranks and loader workers at once, as from a terminal."""
+    argv = [DEIT, *tiny(tmp_path, "run"), "data.num_workers=1", "run.save_interval=900ba", "run.eval_interval=900ba"]
+    log, metrics = tmp_path / "log", tmp_path / "run/metrics.jsonl"
+    run = ready.start([*argv, "max_duration=900ba"], log)
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 4):
+        assert run.poll() is None, log.read_text()
+        time.sleep(0.02)
+    began = time.monotonic()
+    os.killpg(run.group, signal.SIGINT)
+    assert finish(run) == 130, log.read_text()
+    text = log.read_text()
+    (seen,) = [line for line in text.splitlines() if line.startswith("saved step ")]
+    step = int(seen.split()[2])
+    assert re.match(rf"saved step {step} \(epoch {step / 2:g}\)\. Go on: ", seen)
+    assert "Traceback" not in text and "error:" not in text and "worker" not in text
+    assert [name for name in names(tmp_path / "run") if name.startswith("ep")] == [f"ep{step // 2}-ba{step}-rank0.pt"]
+    assert len(metrics.read_text().splitlines()) == step
+    tell("Ctrl-C (two ranks)", seen.partition(" Go on: ")[0] + " Go on: ...", time.monotonic() - began)
+    assert run_train([*argv, "data.num_workers=0", f"max_duration={step + 1}ba"]) == 0
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, step + 2))
 
 
 @pytest.mark.slow

@@ -50,10 +50,13 @@ class Checkpoints(CheckpointSaver):
         """Nothing: the folder comes with the first checkpoint, so that a start which is refused leaves none."""
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        self.last_checkpoint_batch = state.timestamp.batch
         if state.fsdp_sharded_state_dict_enabled:
             self._save_shares(state)
-            return
+        else:
+            self._save_file(state)
+        self.last_checkpoint_batch = state.timestamp.batch  # not before: Preemption relies on it
+
+    def _save_file(self, state: State) -> None:
         # On all ranks: shares of the weights, the averages and the random states come together here.
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         fault: list[str | None] = [None]

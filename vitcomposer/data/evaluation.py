@@ -15,7 +15,7 @@ from vitcomposer.data.augment import EvalTransform
 from vitcomposer.data.collate import EvalCollate, Sample
 from vitcomposer.data.loader import Split, open_dataset, source_of
 from vitcomposer.data.shards import ShardError
-from vitcomposer.data.start import check_worker_room
+from vitcomposer.data.start import check_worker_room, ignore_interrupt
 from vitcomposer.data.stream import ImageStream
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
 from vitcomposer.schema import ConfigError
@@ -105,6 +105,7 @@ def build_centre_crops(
         ),
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
+        worker_init_fn=ignore_interrupt,
         persistent_workers=workers > 0,  # made before there is anything to disturb, see KNNMonitor
         timeout=cfg.data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -13,7 +13,7 @@ from vitcomposer.data.folders import read_file
 from vitcomposer.data.jpeg import Interpolation
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mixing import Batch
-from vitcomposer.data.start import check_worker_room
+from vitcomposer.data.start import check_worker_room, ignore_interrupt
 
 _ANY_LABEL = 1 << 62
 
@@ -115,6 +115,7 @@ def crop_loader(
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=ignore_interrupt,
         timeout=600 if workers else 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # an iterator draws a seed, which must not come from the caller's generator

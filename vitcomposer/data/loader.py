@@ -19,7 +19,7 @@ from vitcomposer.data.augment import EvalTransform, TrainTransform
 from vitcomposer.data.collate import EvalCollate, Sample, TrainCollate
 from vitcomposer.data.mixing import Batch, split_batch
 from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
-from vitcomposer.data.start import check_worker_room, clear_stale_memory, one_start_at_a_time
+from vitcomposer.data.start import check_worker_room, clear_stale_memory, ignore_interrupt, one_start_at_a_time
 from vitcomposer.data.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.data.teacher_cache import CachedTeacher
@@ -128,6 +128,7 @@ def make_dataspec(
         drop_last=drop_last,
         num_workers=workers,  # torch gives each of them one thread
         prefetch_factor=data.prefetch_factor if workers else None,
+        worker_init_fn=ignore_interrupt,
         persistent_workers=workers > 0,
         timeout=data.timeout if workers else 0,
         pin_memory=torch.cuda.is_available(),

@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import os
 import resource
+import signal
 import stat
 import sys
 import tempfile
@@ -72,6 +73,14 @@ def _acquire(lock: FileLock) -> None:
         "each other: remove it.",
         file=sys.stderr,
     )
+
+
+def ignore_interrupt(worker_id: int) -> None:
+    """For ``DataLoader(worker_init_fn=...)``: a terminal sends Ctrl-C to the loader workers too.
+
+    The main process decides what happens, and needs its workers meanwhile.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_worker_room(key: str, workers: int, *, prefetch_factor: int = 2, batch_bytes: int = 0) -> None:

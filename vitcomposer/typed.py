@@ -1,0 +1,39 @@
+"""The command that was typed, so that a run can say how it goes on."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def typed_command() -> str:
+    """This process's command, or that of the launcher which started it (``composer -n 8 train.py ...``)."""
+    own = list(sys.orig_argv)
+    launcher = _arguments_of(os.getppid())
+    if "RANK" in os.environ and len(launcher) > len(sys.argv) and _ends_with(launcher, sys.argv):
+        # A console script runs as `python /where/it/lies/composer ...`.
+        is_script = Path(launcher[0]).name.startswith("python") and not launcher[1].startswith("-")
+        own = launcher[1:] if is_script else launcher
+    first = Path(own[0]).name
+    return shlex.join([first if _is_found(first, own[0]) else own[0], *own[1:]])
+
+
+def _ends_with(arguments: Sequence[str], script: Sequence[str]) -> bool:
+    """Whether these are a launcher's arguments for this script; only the way to the script may be written otherwise."""
+    tail = arguments[len(arguments) - len(script) :]
+    return tail[1:] == script[1:] and Path(tail[0]).name == Path(script[0]).name
+
+
+def _is_found(name: str, path: str) -> bool:
+    found = shutil.which(name)
+    return found is not None and os.path.realpath(found) == os.path.realpath(shutil.which(path) or path)
+
+
+def _arguments_of(pid: int) -> list[str]:
+    try:
+        content = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # another system, or it has ended
+        return []
+    return os.fsdecode(content).rstrip("\0").split("\0")
