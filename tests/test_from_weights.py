@@ -143,12 +143,15 @@ BLOCK |= {"embed_dim": 32, "depth": 2, "num_heads": 4, "pool": "avg", "class_tok
 BLOCK |= {"position_embedding": "sincos", "weight_init": "big_vision"}
 
 
+STATISTICS = {"mean": [0.3, 0.3, 0.3], "std": [0.35, 0.35, 0.35]}
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     folder = tmp_path / "pretrained"
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"recipe": "supervised", "model": BLOCK}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"recipe": "supervised", "model": BLOCK, "augment": STATISTICS}))
     state = {f"model.{key}": value for key, value in build_model(**BLOCK).state_dict().items()}
     torch.save({"state": {"model": state, "algorithms": []}}, folder / "checkpoints/latest-rank0.pt")
     return folder
@@ -162,6 +165,8 @@ def test_start_from_a_run_reads_its_model_block(run: Path, part: str, page: str)
         assert getattr(cfg.model, key) == BLOCK[key], key
     assert (cfg.model.image_size, cfg.model.drop_path_rate, cfg.model.weight_init) == (16, 0.0, None)
     assert cfg.model.num_classes == (0 if page == KNN else 1000), "classes and dropout are the new run's"
+    seen = cfg if page == KNN else cfg.augment
+    assert {"mean": list(seen.mean), "std": list(seen.std)} == STATISTICS
     trunk = build_network(Model(**{**vars(cfg.model), "num_classes": 0}), cfg.init)
     reference = build_model(**{**BLOCK, "num_classes": 0}).eval()
     load_weights(reference, torch.load(run / "checkpoints/latest-rank0.pt")["state"]["model"])

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from vitcomposer.schema import CONFIGS, ConfigError, did_you_mean, expand_home
+from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, recorded_statistics, take_over
+from vitcomposer.schema import CONFIGS, ConfigError, Run, did_you_mean, expand_home
 from vitcomposer.schema.credentials import variable_within
 from vitcomposer.schema.errors import collect
 from vitcomposer.schema.trees import Plain, Tree, is_null, read_overrides, read_page
@@ -56,6 +57,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
     with collect(problems):
         _check_secrets(tree)
         tree = expand_home(tree)
+        _start_from_recorded(tree, set(_leaves(dict(changes))), path)
     cfg = read(schema, tree, problems)
     if also is not None:
         with collect(problems):
@@ -113,6 +115,51 @@ def _put(schema: type, tree: Tree, path: list[str], value: Any, problems: list[s
             _put(schema, tree[name], [*path, below], entry, problems)
         return
     tree[name] = value
+
+
+def _start_from_recorded(tree: Tree, given: set[str], path: Path) -> None:
+    """Give the tree the architecture of the run, or of the exported model, whose weights it starts from.
+
+    What the command line gave of it stays, and is compared with the weights as they are loaded. A run that goes on has
+    its own record of it: the folder that it started from may be gone.
+    """
+    init, run, model = (tree.get(block) for block in ("init", "run", "model"))
+    weights = init.get("weights") if isinstance(init, dict) else None
+    if not isinstance(weights, str) or is_null(weights) or not isinstance(model, dict) or not isinstance(run, dict):
+        return
+    if path.name == RECORDED and "init.weights" not in given:
+        return  # a run's own page, which says what its network became
+    own = Path(str(run.get("folder", Run.folder)), str(run.get("name"))) / LATEST
+    started = recorded_page(own).get("init")
+    source = own if isinstance(started, dict) and started.get("weights") == weights else weights
+    recorded, measured_as_it_is = recorded_model(source), tree.get("recipe") in ("probe", "knn")
+    if not recorded:
+        return
+    taken = _text_of(take_over(model, recorded, size=measured_as_it_is))
+    tree["model"] = {**taken, **{key: value for key, value in model.items() if f"model.{key}" in given}}
+    block, prefix = (tree, "") if tree.get("recipe") == "knn" else (tree.get("augment"), "augment.")
+    if measured_as_it_is and isinstance(block, dict):
+        statistics = _text_of(recorded_statistics(source))
+        block.update({key: value for key, value in statistics.items() if f"{prefix}{key}" not in given})
+
+
+def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _text_of(value: Any) -> Any:
+    """Values of Python as a tree; what is text already stays as it is."""
+    if isinstance(value, dict):
+        return {key: _text_of(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_text_of(entry) for entry in value]
+    if isinstance(value, str):
+        return value
+    return Plain("null" if value is None else str(value).lower())
 
 
 def _without_references(tree: Tree, problems: list[str]) -> Tree:

@@ -74,6 +74,18 @@ def recorded_model(source: str | PathLike[str]) -> dict[str, Any]:
     return dict(model) if isinstance(model, Mapping) and isinstance(model.get("name"), str) else {}
 
 
+def recorded_statistics(source: str | PathLike[str]) -> dict[str, Any]:
+    """``mean`` and ``std`` of the images that the weights were trained on by us, empty where nothing says them."""
+    content = recorded_page(source)
+    ours = content.get("vitcomposer", content)
+    blocks = [ours, *(ours.get(key) for key in ("augment", "crops"))] if isinstance(ours, Mapping) else []
+    for block in blocks:
+        found = {key: block.get(key) for key in ("mean", "std")} if isinstance(block, Mapping) else {}
+        if found and all(isinstance(values, list) and len(values) == 3 for values in found.values()):
+            return found
+    return {}
+
+
 def take_over(model: Mapping[str, Any], recorded: Mapping[str, Any], *, size: bool) -> dict[str, Any]:
     """The block ``model`` of a start from these weights: their architecture, and the rest as it is.
 
