@@ -19,6 +19,7 @@ from tests.test_cache_teacher import YAML as CACHED
 from tests.test_cache_teacher import overrides as overrides
 from tests.test_cache_teacher import weights as weights
 from tests.test_train import losses
+from vitcomposer.data import start
 
 __all__ = ["overrides", "ready", "weights"]
 
@@ -201,8 +202,11 @@ def wait_for_shard(proxy: Proxy, run: "Started", log: Path) -> None:
 
 def test_twenty_runs_in_a_row_leave_no_file(ready: ReadyRanks, photo_mds: Path, tmp_path: Path, tell: Tell) -> None:
     def listing() -> set[str]:
-        shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
-        return shared | {f"{ready.temporary}/{name}" for name in os.listdir(ready.temporary)}
+        """Without what other runs of this machine hold."""
+        blocks = {
+            str(path) for path in start._belongings() if not start._is_held(path.with_name(f"{path.name[:6]}_locals"))
+        }
+        return blocks | {f"{ready.temporary}/{name}" for name in os.listdir(ready.temporary)}
 
     arguments = [DEIT, *tiny_photo_overrides(photo_mds, tmp_path, "run"), "max_duration=2ba", "model.depth=1"]
     more = ["data.num_workers=2", "run.progress_bar=false", f"model.num_classes={len(PHOTOS)}"]
