@@ -78,7 +78,7 @@ def test_all_ranks_are_refused_with_one_line(finished: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_two_starts_at_once_are_one_run_and_a_refusal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "train.py", *overrides(tmp_path, "max_duration=1000ba", "run.log_interval=1ba")]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     run = tmp_path / "demo"
     try:
         deadline = time.monotonic() + 120
