@@ -122,6 +122,12 @@ def test_killed_run_goes_on_with_the_same_losses(method: str, reference: Path, d
     assert logged(tmp_path / method) == logged(reference / method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_average_that_nothing_measures_is_refused(method: str) -> None:
+    with pytest.raises(config.ConfigError, match="algorithms.EMA must be left out of a recipe without labels"):
+        config.load(page(method), ["algorithms.EMA={smoothing: 0.99, update_interval: 1ba}"])
+
+
 def test_two_ranks_have_the_losses_of_one(reference: Path, digits: Path, tmp_path: Path) -> None:
     argv = [str(tmp_path / "runs"), str(digits)]
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", "-m", "tests.self_supervised.two_ranks"]

@@ -116,6 +116,11 @@ class SelfSupervised:
         with noting():
             check_algorithms(self.algorithms, staged=False)
         with noting():
+            rule = "left out of a recipe without labels, whose monitor measures the trunk and not an average of it"
+            remedy = "Leave it out; the teacher of the recipe dino is an average, and measured."
+            given = self.algorithms.get("EMA")
+            require("EMA" not in self.algorithms, "algorithms.EMA", rule, given, remedy)
+        with noting():
             check_company(self.algorithms, loss=self.recipe, precision=self.precision, label_smoothing=0.0)
             check_schedule_free(self.optimizer, self.schedule, self.algorithms)
         with noting():
