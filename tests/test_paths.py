@@ -78,14 +78,14 @@ def test_every_path_of_a_command_may_begin_at_home(
     arguments: list[str], seen: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Any] = []
-    parse = cli.argparse.ArgumentParser.parse_args
+    parse = cli.argparse.ArgumentParser.parse_known_args
 
-    def parse_and_watch(*given: Any) -> Any:
-        args = parse(*given)
+    def parse_and_watch(*given: Any, **options: Any) -> Any:
+        args, left = parse(*given, **options)
         args.run = lambda args: found.append(args) or 0
-        return args
+        return args, left
 
-    monkeypatch.setattr(cli.argparse.ArgumentParser, "parse_args", parse_and_watch)
+    monkeypatch.setattr(cli.argparse.ArgumentParser, "parse_known_args", parse_and_watch)
     assert cli.main(arguments) == 0
     values = vars(found[0])
     for name, tail in seen.items():
