@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from vitcomposer import config, escape
+from vitcomposer import config, escape, needed_files
 from vitcomposer.schema import ConfigError
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str], *, told: bool = False) -> int:
     # torchrun sets GROUP_RANK where Composer's own launcher sets NODE_RANK.
     os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     try:
-        cfg = config.load(argv[0], argv[1:])
+        cfg = config.load(argv[0], argv[1:], also=needed_files.check_needed_files)
     except ConfigError as error:
         print(f"error: {escape.message(str(error))}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from vitcomposer.data.evaluation import build_centre_crops, open_images
 from vitcomposer.measurement import build_measurement
 from vitcomposer.schema import Neighbors
 from vitcomposer.tasks import Embedding
-from vitcomposer.trainer import build_network, prepare
+from vitcomposer.trainer import build_network, check_evaluation_size, prepare
 
 
 def build(cfg: Neighbors) -> Trainer:
@@ -20,7 +20,9 @@ def build(cfg: Neighbors) -> Trainer:
     """
     run = prepare(cfg)
     size = run.device_eval_batch_size
-    task = Embedding(build_network(cfg.model, cfg.init))
+    trunk = build_network(cfg.model, cfg.init)
+    check_evaluation_size(cfg, trunk)
+    task = Embedding(trunk)
     crops = partial(build_centre_crops, cfg, mean=cfg.mean, std=cfg.std, device_batch_size=size)
     train = crops(open_images(cfg, "train", batch_size=size), num_samples=cfg.knn.train_samples)
     val = crops(open_images(cfg, "val", batch_size=size))

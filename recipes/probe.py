@@ -10,7 +10,14 @@ from vitcomposer.data.loader import build_dataspec
 from vitcomposer.flops import forward_flops
 from vitcomposer.schema import Probe
 from vitcomposer.tasks import Head, LinearProbe
-from vitcomposer.trainer import build_evaluators, build_network, build_trainer, prepare, starting_point
+from vitcomposer.trainer import (
+    build_evaluators,
+    build_network,
+    build_trainer,
+    check_evaluation_size,
+    prepare,
+    starting_point,
+)
 
 
 def build(cfg: Probe) -> Trainer:
@@ -21,6 +28,7 @@ def build(cfg: Probe) -> Trainer:
     """
     run = prepare(cfg)
     trunk = build_network(replace(cfg.model, num_classes=0), starting_point(cfg))
+    check_evaluation_size(cfg, trunk)
     flops = forward_flops(trunk, cfg.model.image_size)
     combinations = itertools.product(cfg.heads.features, cfg.heads.lr_factors, cfg.heads.batch_norm)
     task = LinearProbe(trunk, [Head(*each) for each in combinations], num_classes=cfg.model.num_classes)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PHOTOS, ROOT, run_train, tiny_photo_overrides
+from vitcomposer import config
 
 DEIT = str(ROOT / "yamls/deit_ti.yaml")
 
@@ -38,6 +39,8 @@ CASES = {
     "smoothing under BCE": (["loss=binary_cross_entropy"], ["mixing.label_smoothing", "0", "0.1"]),
     "smoothing twice": (["algorithms.LabelSmoothing.smoothing=0.1"], ["LabelSmoothing", "mixing.label_smoothing"]),
     "logger that is not installed": (["run.loggers=[wandb]"], ["run.loggers", "wandb", "pip install"]),
+    "evaluation off the patch grid": (["evaluation.image_size=18"], ["evaluation.image_size", "8", "18", "16 or 24"]),
+    "weights that are not there": (["init.weights=/nowhere.pth"], ["init.weights", "/nowhere.pth"]),
     "cache limit in words": (["data.cache_limit=lots"], ["data.cache_limit", "lots", "200gb"]),
 }
 
@@ -53,6 +56,21 @@ def test_bad_input_ends_with_one_clear_error(
     for word in words:
         assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
     assert not (tmp_path / "bad" / "metrics.jsonl").exists(), "it began to train"
+
+
+def test_keys_and_missing_files_are_reported_at_once(
+    photo_mds: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [*tiny_photo_overrides(photo_mds, tmp_path, "bad"), "optimzer.lr=1e-3", "init.weights=/nowhere.pth"]
+    assert run_train([DEIT, *given, "model.num_classes=10", "seed=-1"]) == 2
+    first, *lines = capfd.readouterr().err.splitlines()
+    assert first == "error: 4 keys cannot be used"
+    assert [line.split()[0] for line in lines] == ["optimzer.lr", "seed", "model.num_classes", "init.weights"]
+    assert "must be 8, the number of classes in" in lines[2] and "/nowhere.pth" in lines[3]
+    assert run_train([DEIT, *given, "data.local=/nowhere/at/all", "model.num_classes=10"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["optimzer.lr", "data.local", "init.weights"]
+    assert not (tmp_path / "bad").exists()
 
 
 def test_missing_yaml_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +102,24 @@ def test_class_folders_that_differ_are_refused(
     assert run_train([DEIT, *tiny_photo_overrides(mds, tmp_path, "bad")]) == 2
     error = capsys.readouterr().err
     assert "class" in error and ("somebody else" in error or PHOTOS[0] in error)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TypeError("of the code"), 2),
+        (KeyError("of the code"), 2),
+        (AssertionError("of the code"), 2),
+        (ZeroDivisionError("of the code"), 2),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), 1),
+        (ConnectionResetError("by a store"), 1),
+        (TimeoutError("of a store"), 1),
+    ],
+)
+def test_only_what_may_pass_has_the_status_that_starts_again(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vitcomposer.failures import end_together
+
+    assert end_together(error, config.load(DEIT)) == status
+    assert f"error: {type(error).__name__}: " in capsys.readouterr().err

@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_one_line_before_composer_is_imported(tmp_path: P
     )
     for name, (content, _) in FILES.items():
         (tmp_path / f"{name}.yaml").write_bytes(content)
-    starts = [[str(DEIT), override] for override in ONE_LINE]
+    starts = [[str(DEIT), "data.source=synthetic", override] for override in ONE_LINE]
     starts += [[str(tmp_path / f"{name}.yaml")] for name in FILES]
     starts += [[str(tmp_path)], [str(tmp_path / "nowhere.yaml")]]
     words = [*ONE_LINE.values(), *(said for _, said in FILES.values()), "it is a folder", "There is no yaml at"]

@@ -149,9 +149,10 @@ def test_what_cannot_be_fine_tuned_is_refused(
 
 @pytest.mark.parametrize("name", ["probe_linear", "probe_knn", "swav_demo", "dino_vit_s"])
 def test_train_blocks_are_refused_where_a_recipe_decides_what_learns(name: str, capsys) -> None:
-    given = ["init.train_blocks=1", "init.weights=x.pt"]
+    given = ["init.train_blocks=1", "init.weights=x.pt", "data.source=synthetic"]
     assert run_train([str(ROOT / f"yamls/{name}.yaml"), *given]) == 2
-    assert "init.train_blocks must be null in the recipe" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert "init.train_blocks  must be null in the recipe" in found and "init.weights       must be a file" in found
 
 
 class Payload:

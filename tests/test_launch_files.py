@@ -315,6 +315,8 @@ def test_skypilot_task_has_its_fields(capsys: pytest.CaptureFixture[str]) -> Non
     ("engine", "given", "named"),
     [
         ("slurm", ["--gpus-per-node", "7"], "global_train_batch_size must be divisible by the 7 ranks"),
+        ("slurm", ["model.image_size=30", *SIZE], "model.image_size must be divisible by model.patch_size=16, got 30"),
+        ("slurm", ["model.name=deit_smal_patch16", *SIZE], "Did you mean 'deit_small_patch16'"),
         ("slurm", ["evaluation.global_batch_size=12", *SIZE], "evaluation.global_batch_size must be divisible by"),
         ("slurm", ["--gpus-per-node", "0"], "--gpus-per-node must be 1 or more, got 0"),
         ("slurm", [*SIZE, "--time", "tomorrow"], "--time must be minutes"),

@@ -28,6 +28,7 @@ LAYERS = {
     "vitcomposer.folder_lock": 0,
     "vitcomposer.whole_files": 0,
     "vitcomposer.arguments": 0,
+    "vitcomposer.needed_files": 3,
     "vitcomposer.ranks": 0,
     "vitcomposer.reading": 1,
     "vitcomposer.escape": 0,

@@ -143,7 +143,7 @@ def costs_of(cfg: Any, *, gpu: str, gpus: int, images: int, results: Path) -> di
     remedy = f"Use --gpus {math.gcd(batch, gpus)}."
     require(batch % gpus == 0, "global_train_batch_size", f"divisible by --gpus {gpus}", batch, remedy)
     require(images >= batch, "--images", f"at least global_train_batch_size={batch}", images, "Count your images.")
-    network = Network(_build(cfg.model))
+    network = Network(build_without_storage(cfg.model))
     stages = stages_of(cfg, network, steps_per_epoch=images // batch)
     speed, supply = Speed(network, gpu, cfg.precision, results), _supply(cfg, results)
     views = [_views(cfg, stage, network.module) for stage in stages.stages]
@@ -187,7 +187,12 @@ def _row_of(gpu: str) -> str:
     return row
 
 
-def _build(model: Any) -> Any:
+def build_without_storage(model: Any) -> Any:
+    """The network of the block ``model``, whose tensors have shapes alone.
+
+    Raises:
+        ConfigError: A name, an option or a size that no network has.
+    """
     # Where the weights come from changes no cost.
     options = {key: value for key, value in asdict(model).items() if value is not None and key != "weights"}
     try:

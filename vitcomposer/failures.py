@@ -38,6 +38,8 @@ _DISK = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _OTHER_RANK = re.compile(r"gloo|nccl|closed by peer|connection reset|broken pipe|recvvalue|tcpstore", re.I)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 _LATE = "DataLoader timed out"
+_OF_THE_CODE = (TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError, ImportError)
+_OF_THE_CODE += (ArithmeticError, NotImplementedError)
 
 Report = dict[str, Any]  # status, text: the line, or None where another rank must know the cause
 
@@ -158,7 +160,9 @@ def end_together(error: BaseException, cfg: Any) -> int:
     report = explain(error, cfg)
     if report is None:
         traceback.print_exception(error)
-        report = {"status": FAILED, "text": f"{type(error).__name__}: {_message(error)}".splitlines()[0]}
+        # The same code meets the same value again; what a driver, a store or a library reports may pass.
+        status = UNMENDABLE if isinstance(error, _OF_THE_CODE) else FAILED
+        report = {"status": status, "text": f"{type(error).__name__}: {_message(error)}".splitlines()[0]}
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     interrupted = report["status"] == INTERRUPTED  # as all ranks are, and their launcher
     reports = {rank: report}

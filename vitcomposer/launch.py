@@ -217,16 +217,15 @@ def _flag(option: str) -> str:
 
 
 def _check_ranks(args: argparse.Namespace, cfg: Any) -> None:
+    """What a start checks before it reads an image, on the machines of the command line."""
+    from vitcomposer.costs import build_without_storage
+    from vitcomposer.schema.ranks import adjustments, check_ranks
+
     ranks = args.nodes * args.gpus_per_node
-    sizes = {"global_train_batch_size": cfg.global_train_batch_size}
-    if hasattr(cfg, "evaluation"):
-        sizes["evaluation.global_batch_size"] = cfg.evaluation.global_batch_size
-    for key, size in sizes.items():
-        if size is not None:
-            rule = f"divisible by the {ranks} ranks (--nodes {args.nodes} x --gpus-per-node {args.gpus_per_node})"
-            above = -(-size // ranks) * ranks
-            remedy = f"Use {above}." if above - ranks <= 0 else f"Use {above - ranks} or {above}."
-            require(size % ranks == 0, key, rule, size, remedy)
+    check_ranks(cfg, ranks, args.gpus_per_node)
+    build_without_storage(cfg.model)
+    for line in adjustments(cfg, ranks):
+        print(line, file=sys.stderr)
     shell = args.engine in ("composer", "torchrun")
     if shell and args.nodes > 1:
         given = args.master_addr

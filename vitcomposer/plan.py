@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
     price = args.price
     require(price is None or price >= 0, "--price", "0 or more an hour", price, "Leave it out.")
     cfg = config.load(args.yaml, args.overrides)
-    images = args.images or images_of(cfg.data) or IMAGENET_IMAGES
+    images = (images_of(cfg.data) or IMAGENET_IMAGES) if args.images is None else args.images
     found = costs_of(cfg, gpu=args.gpu, gpus=args.gpus, images=images, results=args.results)
     found["cost"] = None if price is None or found["gpu_hours"] is None else price * found["gpu_hours"]
     _print(found)

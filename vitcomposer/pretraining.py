@@ -18,7 +18,14 @@ from vitcomposer.models.batch_norm import SyncBatchNorm
 from vitcomposer.schema import Model, SelfSupervised, require
 from vitcomposer.schema.ranks import adjustments
 from vitcomposer.tasks import SelfSupervisedTask
-from vitcomposer.trainer import Placement, build_network, build_trainer, prepare, starting_point
+from vitcomposer.trainer import (
+    Placement,
+    build_network,
+    build_trainer,
+    check_evaluation_size,
+    prepare,
+    starting_point,
+)
 
 
 def prepare_pretraining(cfg: SelfSupervised) -> Placement:
@@ -46,6 +53,7 @@ def build_trunk(
         ConfigError: A network that is not there, or does not fit its crops or its head.
     """
     trunk = build_network(model, starting_point(cfg))
+    check_evaluation_size(cfg, trunk)
     patch = getattr(trunk, "patch_size", 1)
     fits = all(size % patch == 0 for size in cfg.crops.size_crops)
     remedy = f"A patch has {patch} pixels: use multiples of it."

@@ -17,7 +17,7 @@ from vitcomposer.data.teacher_cache import CachedTeacher
 from vitcomposer.flops import TRAIN_FACTOR, forward_flops, train_factor
 from vitcomposer.schema import Supervised
 from vitcomposer.tasks import Classification
-from vitcomposer.trainer import Placement, build_evaluators, build_trainer
+from vitcomposer.trainer import Placement, build_evaluators, build_trainer, check_evaluation_size
 
 LOSSES = {
     "soft_target_cross_entropy": losses.soft_target_cross_entropy,
@@ -47,6 +47,7 @@ def build_supervision(
         ConfigError: Algorithms or data that do not fit the network.
     """
     model = task.model
+    check_evaluation_size(cfg, model)
     options, others = split_options(cfg.algorithms)
     check_network(options, model, image_size=cfg.model.image_size, rand_augment=cfg.augment.rand_augment)
     algorithms = build_algorithms(

@@ -17,7 +17,7 @@ from vitcomposer.models.checkpoint_files import model_tensors
 from vitcomposer.models.checkpoints import read_checkpoint
 from vitcomposer.origins import EXPORTED, LATEST, weights_file
 from vitcomposer.run_metrics import last_evaluation
-from vitcomposer.schema import ConfigError, Evaluation, Model, Probe, Supervised
+from vitcomposer.schema import ConfigError, Evaluation, Model, Probe, Supervised, require
 
 Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]
@@ -123,6 +123,10 @@ def _build(saved: _Saved, kind: str) -> Trained:
             f"{source} must fill the whole of {saved.model.name} with model.num_classes={saved.model.num_classes}, it "
             f"lacks {', '.join(absent[:3])} or has them in another shape. Give the model the classes it was trained on."
         )
+    size, patch = saved.facts["image_size"], getattr(network, "patch_size", 1)
+    require(
+        size % patch == 0, "evaluation.image_size", f"divisible by {patch}", size, f"Use {-(-size // patch) * patch}."
+    )
     return Trained(network=network.eval(), model=saved.model, averaged=kind == "ema", **saved.facts)
 
 

@@ -110,6 +110,18 @@ def build_network(model: Model, init: Init) -> nn.Module:
     return network
 
 
+def check_evaluation_size(cfg: Any, network: nn.Module) -> None:
+    """Refuse images for evaluation that the network cannot cut into patches: it would fail after an epoch of training.
+
+    Raises:
+        ConfigError: ``evaluation.image_size``.
+    """
+    size, patch = cfg.evaluation.image_size, getattr(network, "patch_size", 1)
+    below, above = max(1, (size or patch) // patch) * patch, -(-(size or patch) // patch) * patch
+    remedy = f"Use {below} or {above}."
+    require(size is None or size % patch == 0, "evaluation.image_size", f"divisible by {patch}", size, remedy)
+
+
 def _freeze(network: nn.Module, train_blocks: int, name: str) -> None:
     remedy = "Leave it out, or choose a ViT, DeiT or ConViT."
     rule = f"null for {name}, which has no transformer blocks"

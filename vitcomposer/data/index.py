@@ -1,6 +1,23 @@
 """The shape of an index.json of MDS: what is read from it has the type and the range that its readers rely on."""
 
+from pathlib import Path
 from typing import Any
+
+INDEX = "index.json"
+
+
+def no_split(local: str, split: str) -> str:
+    """The message where a folder does not hold a split."""
+    root = Path(local)
+    if not root.is_dir():
+        given = "which does not exist"
+    else:
+        given = f"where the splits are: {', '.join(sorted(p.parent.name for p in root.glob(f'*/{INDEX}'))) or 'none'}"
+    return (
+        f"data.local must be a folder with the split {split!r}, got {local!r}, {given}. "
+        "Set data.local, data.train_split and data.val_split, or write the split with `vitcomposer convert`."
+    )
+
 
 _SHARD_BYTES = 1 << 32
 

@@ -19,7 +19,7 @@ from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from vitcomposer.data.download import DownloadError, download, longest_wait, open_downloader, remove_parts
-from vitcomposer.data.index import index_fault
+from vitcomposer.data.index import INDEX, index_fault, no_split
 from vitcomposer.data.rows import ShardError
 from vitcomposer.data.storage import masked
 from vitcomposer.data.unpack import unpack
@@ -28,7 +28,6 @@ from vitcomposer.schema import ConfigError, Data
 
 log = logging.getLogger(__name__)
 
-INDEX = "index.json"
 CLASS_NAMES = "class_names.json"
 
 
@@ -85,7 +84,7 @@ class ShardStream(Stream):
         """The shards of the index, which is downloaded when it is not there yet."""
         if not (self.folder / INDEX).exists():
             if self.remote is None:
-                raise ConfigError(self._no_split())
+                raise ConfigError(no_split(self.local, self.split))
             if world.is_local_leader:
                 self._fetch_index()
             else:  # before Streaming's own look, which gives the leader the time of one try
@@ -106,19 +105,6 @@ class ShardStream(Stream):
         # What is a little larger than its index says is told as damage, what never ends is not waited for.
         self._most_bytes = {info.basename: 2 * info.bytes + MOST_BYTES for pair in pairs for info in pair if info}
         return shards
-
-    def _no_split(self) -> str:
-        root = Path(self.local)
-        if not root.is_dir():
-            given = "which does not exist"
-        else:
-            given = (
-                f"where the splits are: {', '.join(sorted(p.parent.name for p in root.glob(f'*/{INDEX}'))) or 'none'}"
-            )
-        return (
-            f"data.local must be a folder with the split {self.split!r}, got {self.local!r}, {given}. "
-            "Set data.local, data.train_split and data.val_split, or write the split with `vitcomposer convert`."
-        )
 
     def _fetch_index(self) -> None:
         for name in (CLASS_NAMES, INDEX):  # in this order: the other ranks of this node go on when they see the index

@@ -1,0 +1,77 @@
+"""The files that a configuration names and a start needs, looked for before anything heavy is imported."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vitcomposer.data.index import INDEX, no_split
+from vitcomposer.schema import ConfigError, Distill, Probe, SelfSupervised, Supervised
+
+
+def check_needed_files(cfg: Any) -> None:
+    """Refuse a data set, weights or a cache that are not on this machine, and another number of classes than theirs.
+
+    A run that has checkpoints goes on without some of them, or is done: what it lacks is told where it is opened. Of
+    several ranks the first one looks, since other nodes need not see what it alone reads.
+
+    Args:
+        cfg: Of any recipe; it may lack blocks and keys that cannot be used.
+
+    Raises:
+        ConfigError: All keys whose files are missing.
+    """
+    if os.environ.get("RANK", "0") != "0" or _has_checkpoints(cfg):
+        return
+    problems = [*_data_faults(cfg), *_weights_faults(cfg)]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _has_checkpoints(cfg: Any) -> bool:
+    run = getattr(cfg, "run", None)
+    folder, name = getattr(run, "folder", None), getattr(run, "name", None)
+    if folder is None or name is None or getattr(run, "remote", None) is not None:
+        return True  # they may be in the store
+    return any(Path(folder, name, "checkpoints").glob("*"))
+
+
+def _data_faults(cfg: Any) -> list[str]:
+    data = getattr(cfg, "data", None)
+    local = getattr(data, "local", None)
+    if data is None or local is None or getattr(data, "source", None) != "mds" or data.remote is not None:
+        return []
+    monitored = getattr(cfg, "monitor", None) or getattr(getattr(cfg, "run", None), "attention_interval", None)
+    splits = [data.train_split] + [data.val_split] * (not isinstance(cfg, SelfSupervised) or bool(monitored))
+    absent = [split for split in dict.fromkeys(splits) if not Path(local, split, INDEX).is_file()]
+    if absent:
+        return [no_split(local, absent[0])]
+    classes = getattr(getattr(cfg, "model", None), "num_classes", None)
+    names = Path(local, data.train_split, "class_names.json")
+    if not isinstance(cfg, Supervised | Probe) or classes is None or not names.is_file():
+        return []
+    try:
+        count = len(json.loads(names.read_bytes()))
+    except (ValueError, TypeError, RecursionError):  # which the loader explains
+        return []
+    rule = f"{count}, the number of classes in {names}"
+    found = f"model.num_classes must be {rule}, got {classes}. Set model.num_classes={count}."
+    return [] if count == classes else [found]
+
+
+def _weights_faults(cfg: Any) -> list[str]:
+    faults = []
+    weights = getattr(getattr(cfg, "init", None), "weights", None)
+    if weights is not None and not Path(weights).exists():
+        faults.append(
+            f"init.weights must be a file that is there, got {weights!r}. Mend the path, or download it first."
+        )
+    if not isinstance(cfg, Distill):
+        return faults
+    cache, teacher = getattr(cfg, "cache", None), getattr(getattr(cfg, "teacher", None), "weights", None)
+    if cache is None and teacher is not None and not Path(teacher).is_file():
+        faults.append(f"teacher.weights must be a file, got {teacher!r}. Download it first.")
+    if cache is not None and cache.remote is None and not Path(cache.local).is_dir():
+        remedy = "Write it with `vitcomposer cache-teacher`, or set cache=null."
+        faults.append(f"cache.local must be a folder that is there, got {cache.local!r}. {remedy}")
+    return faults
