@@ -240,6 +240,12 @@ def test_teacher_of_other_heads_is_refused(run: Path) -> None:
     build_teacher("vit_tiny_patch16", run, num_classes=10, image_size=16, **options)
 
 
+def test_page_that_describes_no_network_is_refused(run: Path) -> None:
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {**BLOCK, "mlp_ratio": "wide"}}))
+    with pytest.raises(ValueError, match="must describe a network, got .*wide"):
+        load_weights(build_model(**BLOCK), run)
+
+
 def test_page_that_cannot_be_read_is_named(run: Path) -> None:
     (run / "config.yaml").write_bytes(b"\xff: [")
     with pytest.raises(ConfigError, match=r"config\.yaml must say what the weights beside it are, but cannot be read"):

@@ -73,7 +73,11 @@ def _of_block(block: Mapping[str, Any]) -> dict[str, Any]:
     if variant is None:
         return {}
     known = {key for key in _COMPARED if hasattr(variant, key)}
-    config = replace(variant, **{key: value for key, value in block.items() if key in known and value is not None})
+    given = {key: value for key, value in block.items() if key in known and value is not None}
+    try:
+        config = replace(variant, **given)
+    except TypeError as error:  # text where a number belongs
+        raise ValueError(f"what lies beside the weights must describe a network, got {given}: {error}.") from error
     return {key: getattr(config, key) for key in known}
 
 
