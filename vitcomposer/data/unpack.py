@@ -3,7 +3,7 @@
 import bz2
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _GZIP = 31  # wbits of zlib
@@ -81,7 +81,7 @@ def _snappy(data: bytes, size: int) -> bytes:
             break
     if stated != size:
         raise _OtherSizeError
-    return bytes(snappy.decompress(data))
+    return cast(bytes, snappy.decompress(data))
 
 
 def _zstd(data: bytes, size: int) -> bytes:
