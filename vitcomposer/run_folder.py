@@ -157,7 +157,7 @@ def _look_at_run_folder(cfg: Any) -> bool:
     summary = read_object(folder / "summary.json")
     if summary is None and (folder / "summary.json").is_file():
         _set_aside(folder / "summary.json", "The run is finished again from its last checkpoint.")
-    return bool(summary and summary.get("finished")) and old["max_duration"] == cfg.max_duration
+    return bool(summary and summary.get("finished")) and old.get("max_duration", cfg.max_duration) == cfg.max_duration
 
 
 def _recorded_config(folder: Path) -> dict[str, Any] | None:

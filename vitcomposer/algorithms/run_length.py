@@ -19,5 +19,7 @@ def total_steps(state: State) -> int:
     value, unit = state.max_duration.value, state.max_duration.unit.value
     if unit == "ep":
         return value * steps_per_epoch(state)
-    assert isinstance(state.dataloader, DataLoader) and state.dataloader.batch_size is not None
-    return math.ceil(value / (state.dataloader.batch_size * dist.get_world_size())) if unit == "sp" else value
+    if unit == "sp":
+        assert isinstance(state.dataloader, DataLoader) and state.dataloader.batch_size is not None
+        return math.ceil(value / (state.dataloader.batch_size * dist.get_world_size()))
+    return value
