@@ -32,10 +32,10 @@ def main(argv: list[str], *, told: bool = False) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     from recipes import RECIPES
     from vitcomposer.callbacks import finish_mirror
-    from vitcomposer.failures import end_together, status_of_rank
-    from vitcomposer.report import has_report, write_report
-    from vitcomposer.run_folder import already_finished, run_folder, unlock_run_folder
-    from vitcomposer.trainer import fit
+    from vitcomposer.runs.failures import end_together, status_of_rank
+    from vitcomposer.runs.folder import already_finished, run_folder, unlock_run_folder
+    from vitcomposer.runs.report import has_report, write_report
+    from vitcomposer.training.trainer import fit
 
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -27,9 +27,13 @@ from step import CLASSES, PIXELS, ROOT, TrainingStep, classify, compare, random_
 from torch import Tensor, nn
 
 from vitcomposer import config
+from vitcomposer.data.augment.mixing import soft_targets
 from vitcomposer.data.collate import view_seed
-from vitcomposer.data.mixing import soft_targets
-from vitcomposer.data.teacher_cache import (
+from vitcomposer.losses import DistillationLoss, TeacherAnswers, soft_target_cross_entropy
+from vitcomposer.models import build_model
+from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD
+from vitcomposer.tasks import Distillation, FrozenTeacher
+from vitcomposer.teacher.cache import (
     MANIFEST,
     SPLIT,
     VERSION,
@@ -40,12 +44,8 @@ from vitcomposer.data.teacher_cache import (
     set_name,
     shard_name,
 )
-from vitcomposer.data.teacher_rows import encode_rows, row_dtype
-from vitcomposer.losses import DistillationLoss, TeacherAnswers, soft_target_cross_entropy
-from vitcomposer.models import build_model
-from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD
-from vitcomposer.tasks import Distillation, FrozenTeacher
-from vitcomposer.teacher_writer import highest
+from vitcomposer.teacher.rows import encode_rows, row_dtype
+from vitcomposer.teacher.writer import highest
 
 YAML = ROOT / "yamls" / "deit_s_distilled_cached.yaml"
 STUDENT, TEACHER, TOP_K = "deit_small_distilled_patch16", "regnety_160", 10

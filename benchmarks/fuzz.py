@@ -56,7 +56,8 @@ def child(kind: str, seed: int, first: int, end: int, root: Path) -> None:
 
     import torch
 
-    from vitcomposer.data import jpeg, seekable
+    from vitcomposer.data.jpeg import decode as jpeg
+    from vitcomposer.data.jpeg import seekable
 
     logging.disable()
     torch.set_num_threads(1)

@@ -32,15 +32,15 @@ def image_paths(data: bytes, rng: random.Random) -> dict[str, Callable[[], Any]]
     """Every way of ours to look at an image, by what it is called in the report."""
     import torch
 
+    from vitcomposer.data.augment.crop import decode_views
+    from vitcomposer.data.boxes import random_resized_box
     from vitcomposer.data.collate import EvalCollate
-    from vitcomposer.data.crops import random_resized_box
-    from vitcomposer.data.inspect import _decoding_fault
-    from vitcomposer.data.jpeg import decode_crop, decode_crop_into, decode_rgb, read_size
-    from vitcomposer.data.jpeg_markers import parse_scans
-    from vitcomposer.data.region import decode_seekable
-    from vitcomposer.data.seekable import make_seekable
-    from vitcomposer.data.stored import StoreOptions, store_image
-    from vitcomposer.data.views import decode_views
+    from vitcomposer.data.conversion.encode import StoreOptions, store_image
+    from vitcomposer.data.conversion.inspect import _decoding_fault
+    from vitcomposer.data.jpeg.decode import decode_crop, decode_crop_into, decode_rgb, read_size
+    from vitcomposer.data.jpeg.markers import parse_scans
+    from vitcomposer.data.jpeg.region import decode_seekable
+    from vitcomposer.data.jpeg.seekable import make_seekable
 
     def box() -> tuple[int, int, int, int]:
         return random_resized_box(rng, *read_size(data), (0.05, 1.0), (0.75, 4 / 3))
@@ -95,8 +95,8 @@ def compare(data: bytes, whole: Any, original: bytes, rng: random.Random) -> dic
     from PIL import Image
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    from vitcomposer.data.jpeg import decode_region, decode_rgb
-    from vitcomposer.data.pixels import image_formats
+    from vitcomposer.data.jpeg.decode import decode_region, decode_rgb
+    from vitcomposer.data.jpeg.pixels import image_formats
 
     found: dict[str, Any] = {"pillow": "not asked", "torchvision": "not asked", "box": "not asked"}
     if data[:4] == b"\x00RAW":
@@ -139,9 +139,9 @@ def data_item(seed: int, number: int, root: Path) -> dict[str, Any]:
     """Read a data set with a damaged index or shard; a label that is not its image's is what must not come out."""
     from fuzz_mutations import mutated_index, mutated_shard
 
-    from vitcomposer.data.inspect import inspect_data
-    from vitcomposer.data.rows import ShardError
-    from vitcomposer.data.stream import ImageStream, StreamOptions
+    from vitcomposer.data.conversion.inspect import inspect_data
+    from vitcomposer.data.mds.reader import ShardError
+    from vitcomposer.data.mds.stream import ImageStream, StreamOptions
     from vitcomposer.schema import ConfigError
 
     rng = random.Random(f"{seed}/{number}/data")

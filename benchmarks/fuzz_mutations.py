@@ -17,8 +17,8 @@ SIZES = (0, 1, 2, 7, 8, 9, 15, 16, 17, 255, 4096, 16384, 32767, 65500, 65535)
 @cache
 def originals() -> dict[str, bytes]:
     """Sound images in every form that is read, small so that most damage hits something."""
-    from vitcomposer.data.seekable import make_seekable
-    from vitcomposer.data.stored import raw_sample
+    from vitcomposer.data.conversion.encode import raw_sample
+    from vitcomposer.data.jpeg.seekable import make_seekable
 
     rng = np.random.default_rng(0)
     grid = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)

@@ -11,11 +11,11 @@ from gpu_steps import Rows, Scale, build, seconds_each
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitcomposer import optim, schema
-from vitcomposer.data import ops
-from vitcomposer.data.augment import Normalize, erase
-from vitcomposer.data.mixing import mix_images, soft_targets
-from vitcomposer.data.ops_device import apply_programs
-from vitcomposer.data.policies import RandAugment, fill_colour
+from vitcomposer.data.augment import programs as ops
+from vitcomposer.data.augment.mixing import mix_images, soft_targets
+from vitcomposer.data.augment.policies import RandAugment, fill_colour
+from vitcomposer.data.augment.programs_torch import apply_programs
+from vitcomposer.data.augment.transforms import Normalize, erase
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -7,7 +7,7 @@ on JPEGs streamed into an empty cache. Every rank has one thread and its own sha
 the number (weak scaling). Candidates take turns in every round, and only ratios inside a round are compared. Also what
 activation checkpointing frees and costs.
 
-Computed (``--compute``): the order in which ``vitcomposer.data.order`` deals 1.28 million images in shards of 64 MiB
+Computed (``--compute``): the order in which ``vitcomposer.data.mds.order`` deals 1.28 million images in shards of 64 MiB
 to nodes, ranks and workers, and from it the bytes that each node downloads, what has to be there before the first
 batch, and how well samples are mixed.
 """
@@ -45,7 +45,7 @@ def train_rank(out: Path, argv: list[str]) -> None:
 
     from recipes import RECIPES
     from vitcomposer import config
-    from vitcomposer.trainer import fit
+    from vitcomposer.training.trainer import fit
 
     torch.set_num_threads(1)
 
@@ -124,8 +124,8 @@ def measure_recompute() -> dict[str, list[dict[str, float]]]:
     """Bytes that a forward pass keeps, and CPU seconds of a step, by the share of blocks that compute twice."""
     import torch
 
-    from vitcomposer.execution import recompute_activations
     from vitcomposer.models import build_model
+    from vitcomposer.training.execution import recompute_activations
 
     torch.set_num_threads(1)
     model = build_model("vit_small_patch16", num_classes=1000, image_size=224, drop_path_rate=0.0).train()

@@ -1,6 +1,6 @@
 """What an order of samples costs: bytes that nodes download, the wait for the first batch, and how well it mixes.
 
-Computed for benchmarks/scale.py from what ``vitcomposer.data.order`` really deals out.
+Computed for benchmarks/scale.py from what ``vitcomposer.data.mds.order`` really deals out.
 """
 
 import math
@@ -38,7 +38,7 @@ class Order:
 
 def order_of(ranks: int, canonical: int, block: int, epoch: int) -> Order:
     """As ``ImageStream`` deals it out; the steps of a rank are made by its workers in turn."""
-    from vitcomposer.data.order import Layout, Shuffle, arrange
+    from vitcomposer.data.mds.order import Layout, Shuffle, arrange
 
     nodes = ranks // RANKS_PER_NODE
     layout = Layout(
@@ -184,7 +184,7 @@ def computed_page(found: dict[str, Any]) -> list[str]:
         "",
         "## Computed: ImageNet over 8 and 64 ranks",
         "",
-        f"From the order that `vitcomposer.data.order.arrange` deals out, seed 0: {IMAGES:,} images of "
+        f"From the order that `vitcomposer.data.mds.order.arrange` deals out, seed 0: {IMAGES:,} images of "
         f"{IMAGE_BYTES // 1000} KB in {found['shards']:,} shards of 64 MiB ({found['images_in_shard']} images), "
         f"{RANKS_PER_NODE} ranks a node, {WORKERS} workers a rank, "
         + " and ".join(f"{batch} images a step on each of {ranks} ranks" for ranks, batch in LAYOUTS.items())

@@ -12,9 +12,9 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from vitcomposer import config, losses, optim
-from vitcomposer.flops import TRAIN_FACTOR, forward_flops
+from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops
 from vitcomposer.tasks import Classification
-from vitcomposer.trainer import build_network, build_trainer, prepare
+from vitcomposer.training.trainer import build_network, build_trainer, prepare
 
 NEVER = "1000000ba"
 

@@ -7,9 +7,9 @@ from composer import Trainer
 from vitcomposer.algorithms import CosineWeightDecay, FreezeAtStart, MomentumEncoder
 from vitcomposer.losses import DINOLoss
 from vitcomposer.models import DINOHead
-from vitcomposer.pretraining import build_pretraining, build_trunk, prepare_pretraining
 from vitcomposer.schema import DINO
 from vitcomposer.tasks import DINO as Task
+from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
 
 def build(cfg: DINO) -> Trainer:

@@ -2,13 +2,13 @@
 
 from composer import Trainer
 
-from vitcomposer.data.teacher_cache import open_cache
-from vitcomposer.flops import forward_flops
+from vitcomposer.cost.flops import forward_flops
 from vitcomposer.losses import DistillationLoss
 from vitcomposer.schema import Distill
-from vitcomposer.supervision import LOSSES, build_supervision
 from vitcomposer.tasks import Distillation, build_frozen_teacher
-from vitcomposer.trainer import build_network, prepare, starting_point
+from vitcomposer.teacher.cache import open_cache
+from vitcomposer.training.supervised import LOSSES, build_supervision
+from vitcomposer.training.trainer import build_network, prepare, starting_point
 
 
 def build(cfg: Distill) -> Trainer:

@@ -6,10 +6,10 @@ from composer import Trainer
 
 from vitcomposer.callbacks import build_knn_monitor
 from vitcomposer.data.evaluation import build_centre_crops, open_images
-from vitcomposer.measurement import build_measurement
 from vitcomposer.schema import Neighbors
 from vitcomposer.tasks import Embedding
-from vitcomposer.trainer import build_network, check_evaluation_size, prepare
+from vitcomposer.training.evaluate_only import build_measurement
+from vitcomposer.training.trainer import build_network, check_evaluation_size, prepare
 
 
 def build(cfg: Neighbors) -> Trainer:

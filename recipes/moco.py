@@ -4,10 +4,10 @@ from composer import Trainer
 
 from vitcomposer.algorithms import MomentumEncoder
 from vitcomposer.models import MLPHead
-from vitcomposer.pretraining import build_pretraining, build_trunk, prepare_pretraining
 from vitcomposer.schema import MoCo, require
 from vitcomposer.tasks import MoCo as Task
 from vitcomposer.tasks.moco import freeze_patch_projection
+from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
 
 def build(cfg: MoCo) -> Trainer:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from composer import Trainer
 
 from vitcomposer import optim
+from vitcomposer.cost.flops import forward_flops
 from vitcomposer.data.loader import build_dataspec
-from vitcomposer.flops import forward_flops
 from vitcomposer.schema import Probe
 from vitcomposer.tasks import Head, LinearProbe
-from vitcomposer.trainer import (
+from vitcomposer.training.trainer import (
     build_evaluators,
     build_network,
     build_trainer,

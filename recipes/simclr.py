@@ -3,9 +3,9 @@
 from composer import Trainer
 
 from vitcomposer.models import MLPHead
-from vitcomposer.pretraining import build_pretraining, build_trunk, prepare_pretraining
 from vitcomposer.schema import SimCLR
 from vitcomposer.tasks import SimCLR as Task
+from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
 
 def build(cfg: SimCLR) -> Trainer:

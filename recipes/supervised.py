@@ -3,9 +3,9 @@
 from composer import Trainer
 
 from vitcomposer.schema import Supervised
-from vitcomposer.supervision import LOSSES, build_supervision
 from vitcomposer.tasks import Classification
-from vitcomposer.trainer import build_network, prepare, starting_point
+from vitcomposer.training.supervised import LOSSES, build_supervision
+from vitcomposer.training.trainer import build_network, prepare, starting_point
 
 
 def build(cfg: Supervised) -> Trainer:

@@ -119,7 +119,7 @@ def test_class_folders_that_differ_are_refused(
 def test_only_what_may_pass_has_the_status_that_starts_again(
     error: Exception, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vitcomposer.failures import end_together
+    from vitcomposer.runs.failures import end_together
 
     assert end_together(error, config.load(DEIT)) == status
     assert f"error: {type(error).__name__}: " in capsys.readouterr().err

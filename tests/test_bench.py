@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vitcomposer import bench, cli, config
+from vitcomposer import cli, config
+from vitcomposer.commands import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = str(ROOT / "yamls" / "deit_ti.yaml")

@@ -88,7 +88,7 @@ def test_convert_folder_names_ignored_and_bad_files(tmp_path: Path, capsys: pyte
 
 
 def test_convert_list_takes_the_classes_of_the_other_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vitcomposer.data.sources import DigitsSource
+    from vitcomposer.data.conversion.sources import DigitsSource
 
     source = DigitsSource()
     for item in source.splits["train"][:20]:
@@ -182,7 +182,7 @@ def test_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.jpg").touch()
     seen: list[argparse.Namespace] = []
-    monkeypatch.setattr("vitcomposer.predict._run", lambda args: seen.append(args) or 0)
+    monkeypatch.setattr("vitcomposer.commands.predict._run", lambda args: seen.append(args) or 0)
     assert main(["predict", "R", "a=b.jpg", "dir/c=d.jpg", KEY]) == 0
     assert seen[0].inputs == ["a=b.jpg", "dir/c=d.jpg"] and seen[0].overrides == [KEY]
 

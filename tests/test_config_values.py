@@ -12,8 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 from vitcomposer import config
+from vitcomposer.config.values import block_of
 from vitcomposer.schema import CONFIGS, ConfigError
-from vitcomposer.schema.values import block_of
 
 DEIT = ROOT / "yamls/deit_s.yaml"
 PAGES = {
@@ -238,8 +238,8 @@ def test_value_of_a_foreign_argument_is_no_error_of_its_own() -> None:
 
 
 def test_every_name_that_is_suggested_is_a_key() -> None:
-    from vitcomposer.schema import foreign_names
-    from vitcomposer.schema.values import _all_keys
+    from vitcomposer.config import foreign_names
+    from vitcomposer.config.values import _all_keys
 
     keys = {key for recipe in CONFIGS.values() for key in _all_keys(recipe)}
     for ours in {**foreign_names._VISSL, **foreign_names._ARGUMENTS}.values():

@@ -20,14 +20,14 @@ from tests.test_launch import BIN, DEIT, launch
 from tests.test_train import losses, weights
 from vitcomposer import config
 from vitcomposer.algorithms import build_algorithms
+from vitcomposer.cost.flops import forward_flops
 from vitcomposer.curriculum import Curriculum, Plan, build_plan, check_network, split_options
-from vitcomposer.data import ops
-from vitcomposer.data.augment import ERASE_BOX
+from vitcomposer.data.augment import programs as ops
+from vitcomposer.data.augment.mixing import MIX_BOX
+from vitcomposer.data.augment.policies import RandAugment
+from vitcomposer.data.augment.transforms import ERASE_BOX
 from vitcomposer.data.collate import TrainCollate
-from vitcomposer.data.mixing import MIX_BOX
-from vitcomposer.data.policies import RandAugment
 from vitcomposer.data.synthetic import SyntheticImages
-from vitcomposer.flops import forward_flops
 from vitcomposer.models import build_model
 from vitcomposer.optim import CosineWithWarmup, cosine_with_warmup
 from vitcomposer.schema import Augment, ConfigError, Mixing, Schedule

@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from vitcomposer import cli, confusion
-from vitcomposer.data.inspect import SplitReport
+from vitcomposer import cli
+from vitcomposer.data.conversion.inspect import SplitReport
 from vitcomposer.escape import for_markdown, for_terminal, message
-from vitcomposer.export_card import write_card
+from vitcomposer.evaluation import confusion
+from vitcomposer.export.card import write_card
 
 HOSTILE = [
     "\x1b[31mred\x1b]0;title\x07",

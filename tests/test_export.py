@@ -15,11 +15,11 @@ from tests.conftest import PHOTOS, ROOT, run_train, tiny_photo_overrides
 from tests.test_folder_lock import hold_by_parent
 from vitcomposer import folder_lock
 from vitcomposer.cli import main
-from vitcomposer.export import write_folder
-from vitcomposer.export_graph import build_network_of, check_onnx
+from vitcomposer.commands.export import write_folder
+from vitcomposer.evaluation.trained import Trained, load_trained
+from vitcomposer.export.graph import build_network_of, check_onnx
 from vitcomposer.models import build_model
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Model
-from vitcomposer.trained import Trained, load_trained
 
 
 def tiny(name: str, *, image_size: int | None = None, **options: object) -> Trained:
@@ -63,7 +63,7 @@ def test_every_format_gives_the_predictions_of_the_network_on_the_val_split(
 ) -> None:
     import onnxruntime
 
-    from vitcomposer.scores import measure, open_labelled
+    from vitcomposer.evaluation.accuracy import measure, open_labelled
 
     out = tmp_path / "export"
     assert main(["export", str(run), "--out", str(out), "--format", "safetensors", "onnx", "torch-export"]) == 0

@@ -17,8 +17,8 @@ from recipes import RECIPES
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.test_train import losses
 from vitcomposer import config
-from vitcomposer.models.checkpoints import read_checkpoint
-from vitcomposer.trainer import fit
+from vitcomposer.models.weights.load import read_checkpoint
+from vitcomposer.training.trainer import fit
 
 PAGE = str(ROOT / "yamls/finetune_photos.yaml")
 DEPTH = 3

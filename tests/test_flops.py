@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from vitcomposer.flops import GPUS, forward_flops, forward_work, multi_crop_flops, peak_flops
+from vitcomposer.cost.flops import GPUS, forward_flops, forward_work, multi_crop_flops, peak_flops
 from vitcomposer.models import build_model
 
 

@@ -24,7 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_planner_reads_what_the_benchmark_writes(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitcomposer import config
-    from vitcomposer.costs import costs_of
+    from vitcomposer.cost.estimate import costs_of
 
     peak = 1e12  # as if the CPU were a card of one TFLOP/s
     monkeypatch.setattr(gpu.gpu_steps, "peak_flops", lambda device_name, precision: peak)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.gloo_ranks import on_ranks
-from vitcomposer import knn as knn_module
-from vitcomposer.knn import knn_accuracy, nearest
+from vitcomposer.evaluation import knn as knn_module
+from vitcomposer.evaluation.knn import knn_accuracy, nearest
 
 KS = (1, 5, 20)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.order import PADDING, Layout, arrange
+from vitcomposer.data.mds.order import PADDING, Layout, arrange
 from vitcomposer.losses import DistillationLoss, soft_target_cross_entropy
 from vitcomposer.tasks import Classification, Distillation, Head, LinearProbe
 

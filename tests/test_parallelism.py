@@ -14,9 +14,9 @@ from composer.utils import dist
 from tests.conftest import ROOT, run_train
 from tests.test_train import losses
 from vitcomposer.algorithms import averaged_weights
-from vitcomposer.execution import shard_blocks
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.schema import ConfigError, Optimizer, Run
+from vitcomposer.training.execution import shard_blocks
 
 CONVIT = str(ROOT / "yamls/convit_ti.yaml")
 NETWORK = {"image_size": 32, "patch_size": 8, "depth": 2, "local_up_to_layer": 1}

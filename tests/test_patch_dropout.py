@@ -10,8 +10,8 @@ import torch
 from tests.conftest import run_train, tiny_photo_overrides
 from tests.test_launch import DEIT
 from tests.test_train import losses, weights
+from vitcomposer.cost.flops import forward_flops
 from vitcomposer.curriculum import Plan, build_plan, check_network, split_options
-from vitcomposer.flops import forward_flops
 from vitcomposer.models import build_model
 from vitcomposer.schema import ConfigError
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from recipes import RECIPES
-from vitcomposer import cli, config, flops
-from vitcomposer.costs import Network, Speed, View, costs_of
+from vitcomposer import cli, config
+from vitcomposer.cost import flops
+from vitcomposer.cost.estimate import Network, Speed, View, costs_of
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 1_281_167

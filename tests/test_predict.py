@@ -17,7 +17,7 @@ from timm.data.transforms_factory import create_transform
 
 from tests.conftest import PHOTOS, read_photo
 from vitcomposer.cli import main
-from vitcomposer.trained import load_trained
+from vitcomposer.evaluation.trained import load_trained
 
 NAMES = sorted(PHOTOS)
 

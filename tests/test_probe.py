@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, run_train
 from vitcomposer import optim
 from vitcomposer.callbacks import StepSeed
-from vitcomposer.data.subset import write_subset
+from vitcomposer.data.conversion.subset import write_subset
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.features import FrozenFeatures
 from vitcomposer.schema import ConfigError

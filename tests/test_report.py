@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vitcomposer.report import write_report
+from vitcomposer.runs.report import write_report
 
 
 def write_run(folder: Path, lines: list[dict[str, Any]], **files: str) -> Path:

@@ -13,7 +13,7 @@ from tests.test_self_supervised import page
 from tests.test_self_supervised import tiny as tiny_pretraining
 from vitcomposer import config
 from vitcomposer.schema import ConfigError
-from vitcomposer.trainer import fit
+from vitcomposer.training.trainer import fit
 
 HALF, WHOLE = 6, 12
 

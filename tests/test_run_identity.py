@@ -11,7 +11,7 @@ from tests.conftest import run_train
 from tests.data.conversion import write_images
 from tests.faults.small_run import DEIT, tiny
 from vitcomposer.cli import main
-from vitcomposer.run_identity import IDENTITY, read_identity
+from vitcomposer.runs.identity import IDENTITY, read_identity
 
 CLASSES = {"cat": 12, "dog": 12}
 

@@ -23,7 +23,7 @@ from tests.test_compile import HAS_COMPILER
 from vitcomposer import config
 from vitcomposer.schema import ConfigError
 from vitcomposer.schema.ranks import adjustments, check_ranks, sync_bn_ranks
-from vitcomposer.trainer import fit
+from vitcomposer.training.trainer import fit
 
 METHODS = ("swav", "simclr", "moco", "dino")
 STEPS = 5

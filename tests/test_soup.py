@@ -9,12 +9,12 @@ import torch
 
 from tests.conftest import PHOTOS
 from vitcomposer.cli import main
-from vitcomposer.export import write_folder
-from vitcomposer.export_graph import build_network_of
+from vitcomposer.commands.export import write_folder
+from vitcomposer.commands.soup import check_same, greedy, last_checkpoints, mean_of
+from vitcomposer.evaluation.trained import Trained, load_trained
+from vitcomposer.export.graph import build_network_of
 from vitcomposer.models import load_weights
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Model
-from vitcomposer.soup import check_same, greedy, last_checkpoints, mean_of
-from vitcomposer.trained import Trained, load_trained
 
 
 def member(source: str, *, seed: int = 0, scale: float = 1.0, **options: object) -> Trained:
@@ -58,7 +58,7 @@ def test_soup_keeps_whole_numbers_and_leaves_its_members_alone() -> None:
 def test_greedy_soup_on_real_images_is_never_below_the_best_model(
     photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vitcomposer.scores import measure, open_labelled
+    from vitcomposer.evaluation.accuracy import measure, open_labelled
 
     trained = member("start", scale=0.0)
     data = open_labelled(str(photo_folder), trained, batch_size=48, workers=0)

@@ -16,10 +16,10 @@ from tests.conftest import PHOTOS, ROOT
 from vitcomposer import __version__
 from vitcomposer.algorithms import EvaluationEMA
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
-from vitcomposer.averages import EMA_STATE, SCHEDULE_FREE_STATE, averaged_weights, better_weights
+from vitcomposer.evaluation.trained import Trained, load_each, load_trained
 from vitcomposer.models import build_model
-from vitcomposer.models.checkpoints import read_checkpoint
-from vitcomposer.trained import Trained, load_each, load_trained
+from vitcomposer.models.weights.averages import EMA_STATE, SCHEDULE_FREE_STATE, averaged_weights, better_weights
+from vitcomposer.models.weights.load import read_checkpoint
 
 LATEST = "checkpoints/latest-rank0.pt"
 TINY = [f"model.{key}={value}" for key, value in dict(num_classes=8, image_size=32, patch_size=8, depth=2).items()]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vitcomposer import config, typed
-from vitcomposer.data.start import ignore_interrupt
-from vitcomposer.failures import INTERRUPTED, explain, status_of_rank
+from vitcomposer import config
+from vitcomposer.data.mds.shared_memory import ignore_interrupt
+from vitcomposer.runs import typed
+from vitcomposer.runs.failures import INTERRUPTED, explain, status_of_rank
 
 ARGUMENTS = ["yamls/demo.yaml", "run.name=a b"]
 

@@ -17,11 +17,11 @@ from recipes import RECIPES
 from tests.conftest import ROOT
 from tests.data.test_stream import write_split
 from vitcomposer import config
-from vitcomposer.costs import costs_of
-from vitcomposer.flops import forward_flops
+from vitcomposer.cost.estimate import costs_of
+from vitcomposer.cost.flops import forward_flops
 from vitcomposer.models import build_model
-from vitcomposer.teacher_writer import write_cache
-from vitcomposer.trainer import fit
+from vitcomposer.teacher.writer import write_cache
+from vitcomposer.training.trainer import fit
 
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 PLANNED = [p for p in YAMLS if " EFLOP" in p.read_text() and not p.stem.startswith("probe_")]

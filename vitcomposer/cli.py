@@ -8,7 +8,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer import (
+from vitcomposer.commands import (
     arguments,
     attention,
     bench,
@@ -26,7 +26,7 @@ from vitcomposer.reading import Reading, add_max_pixels, reading, set_reading
 from vitcomposer.schema import expand_home
 
 if TYPE_CHECKING:
-    from vitcomposer.data.inspect import SplitReport
+    from vitcomposer.data.conversion.inspect import SplitReport
 
 _COMMANDS = (attention, bench, cache_teacher, evaluate, export, launch, plan, predict, soup)
 _WITH_KEYS = ("attention", "bench", "cache-teacher", "eval", "export", "launch", "plan", "predict", "soup")
@@ -75,7 +75,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _run_inspect(args: argparse.Namespace) -> int:
     """Show what a data set holds and check that its shards are what the index says. Exit code 1 if they are not."""
-    from vitcomposer.data.inspect import inspect_data
+    from vitcomposer.data.conversion.inspect import inspect_data
 
     set_reading(Reading(args.max_pixels))
     reports = inspect_data(args.path, args.split, verify=args.verify, decode=args.decode)

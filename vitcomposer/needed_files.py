@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.data.index import INDEX, no_split
+from vitcomposer.data.mds.index import INDEX, no_split
 from vitcomposer.schema import ConfigError, Distill, Probe, SelfSupervised, Supervised
 
 

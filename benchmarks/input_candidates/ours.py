@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from input_candidates import BATCH, SIZE
 from vitcomposer.data.collate import TrainCollate
-from vitcomposer.data.stream import ImageStream, StreamOptions
+from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.schema import Augment, Mixing
 
 PACKAGES = ("vitcomposer", "mosaicml-streaming", "torch", "simplejpeg", "numba", "numpy")

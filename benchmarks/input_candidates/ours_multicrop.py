@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from input_candidates import MULTICROP_BATCH
 from input_candidates.ours import PACKAGES as PACKAGES
 from input_candidates.ours import image_stream
+from vitcomposer.data.augment.policies import ColorDistortion
 from vitcomposer.data.multicrop import CROPS, MultiCrop
-from vitcomposer.data.policies import ColorDistortion
 
 
 def batches(

@@ -20,9 +20,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from input_candidates import SIZE, photo_files
-from vitcomposer.data.crops import Box, random_resized_box
-from vitcomposer.data.jpeg import decode_crop
-from vitcomposer.data.seekable import make_seekable
+from vitcomposer.data.boxes import Box, random_resized_box
+from vitcomposer.data.jpeg.decode import decode_crop
+from vitcomposer.data.jpeg.seekable import make_seekable
 
 _NO_DIFFERENCE = 100.0  # dB given to equal images, so that a mean exists
 

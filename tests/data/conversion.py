@@ -51,7 +51,7 @@ def read_shards(out: Path, split: str) -> list[tuple[bytes, int]]:
 def stream(local: Path, split: str, remote: str | None = None) -> list[tuple[bytes, int]]:
     from streaming import StreamingDataset
 
-    from vitcomposer.data.start import one_start_at_a_time
+    from vitcomposer.data.mds.shared_memory import one_start_at_a_time
 
     with one_start_at_a_time():
         data = StreamingDataset(

@@ -13,9 +13,9 @@ from scipy.stats import kstest
 from sklearn.datasets import load_sample_image
 from timm.data.mixup import Mixup
 
-from vitcomposer.data import augment as device
+from vitcomposer.data.augment import transforms as device
+from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, draw_mixing, split_batch
 from vitcomposer.data.collate import TrainCollate
-from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, draw_mixing, split_batch
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Augment, Mixing
 
 DEIT = Augment(

@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
 
-from vitcomposer.data import views
-from vitcomposer.data.augment import ERASE_BOX, ERASE_SEED, TrainTransform
+from vitcomposer.data.augment import crop as views
+from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, split_batch
+from vitcomposer.data.augment.transforms import ERASE_BOX, ERASE_SEED, TrainTransform
+from vitcomposer.data.boxes import random_resized_box
 from vitcomposer.data.collate import EvalCollate, TrainCollate, random_key
-from vitcomposer.data.crops import random_resized_box
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, split_batch
 from vitcomposer.schema import Augment, ConfigError, Mixing
 
 DEIT = Augment(

@@ -20,13 +20,13 @@ from PIL import Image
 from tests.conftest import read_photo
 from tests.data.conversion import items, jpeg, read_shards, run_cli, stream, tree, write_images
 from vitcomposer.cli import main
-from vitcomposer.data.jpeg_markers import read_index
-from vitcomposer.data.mds import convert
-from vitcomposer.data.mds_shard import parse_bytes
-from vitcomposer.data.sources import FolderSource, ListSource
-from vitcomposer.data.storage import S3Store
-from vitcomposer.data.stored import StoreOptions, store_image
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.conversion.shard import parse_bytes
+from vitcomposer.data.conversion.sources import FolderSource, ListSource
+from vitcomposer.data.conversion.write import convert
+from vitcomposer.data.jpeg.markers import read_index
 from vitcomposer.schema import Data
+from vitcomposer.stores.objects import S3Store
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -179,7 +179,7 @@ def test_seekable_parts_stay_one_shard_each(tmp_path: Path) -> None:
 def test_small_column_is_read_by_streaming_and_inspected(folder: Path, tmp_path: Path) -> None:
     from streaming.base.format import reader_from_json
 
-    from vitcomposer.data.inspect import inspect_data
+    from vitcomposer.data.conversion.inspect import inspect_data
 
     out = tmp_path / "out"
     convert(FolderSource(folder), out, workers=1, stored=StoreOptions(raw_below=16))
@@ -418,7 +418,7 @@ def test_full_disk_is_one_error_and_can_be_continued(tmp_path: Path) -> None:
 
 def test_workers_import_neither_torch_nor_streaming() -> None:
     # they cost 8 s of CPU and 0.7 GB in every worker
-    code = "import sys, vitcomposer.data.mds; print({'torch', 'streaming', 'composer'} & set(sys.modules))"
+    code = "import sys, vitcomposer.data.conversion.write; print({'torch', 'streaming', 'composer'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

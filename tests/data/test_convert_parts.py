@@ -12,10 +12,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.data.conversion import jpeg, run_cli, tree, write_images
 from vitcomposer.cli import main
-from vitcomposer.data.mds import convert
-from vitcomposer.data.mds_shares import convert_share, merge
-from vitcomposer.data.sources import FolderSource, ListSource
-from vitcomposer.data.stored import StoreOptions
+from vitcomposer.data.conversion.encode import StoreOptions
+from vitcomposer.data.conversion.parts import convert_share, merge
+from vitcomposer.data.conversion.sources import FolderSource, ListSource
+from vitcomposer.data.conversion.write import convert
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -11,14 +11,14 @@ from tests.data.conversion import read_shards, stream, tree
 from tests.faults.object_store import bucket as bucket
 from tests.faults.object_store import client
 from tests.faults.object_store import server as server
-from vitcomposer.data.mds import convert
-from vitcomposer.data.sources import FolderSource
+from vitcomposer.data.conversion.sources import FolderSource
+from vitcomposer.data.conversion.write import convert
 
 pytestmark = pytest.mark.timeout(120)
 
 
 def test_bucket_holds_what_a_folder_would(folder: Path, tmp_path: Path, bucket: str) -> None:
-    from vitcomposer.data.storage import open_store
+    from vitcomposer.stores.objects import open_store
 
     url = f"{bucket}/deep/images"
     local = tmp_path / "local"
@@ -38,7 +38,7 @@ def test_bucket_holds_what_a_folder_would(folder: Path, tmp_path: Path, bucket: 
 
 
 def test_bucket_conversion_continues_from_its_markers(folder: Path, tmp_path: Path, bucket: str) -> None:
-    from vitcomposer.data.storage import open_store
+    from vitcomposer.stores.objects import open_store
 
     url = f"{bucket}/broken"
     convert(FolderSource(folder), url, workers=1, shard_size="8kb")
@@ -56,8 +56,8 @@ def test_bucket_conversion_continues_from_its_markers(folder: Path, tmp_path: Pa
 
 
 def test_parts_in_a_bucket_are_merged_to_what_one_conversion_makes(folder: Path, tmp_path: Path, bucket: str) -> None:
-    from vitcomposer.data.mds_shares import convert_share, merge
-    from vitcomposer.data.storage import open_store
+    from vitcomposer.data.conversion.parts import convert_share, merge
+    from vitcomposer.stores.objects import open_store
 
     url = f"{bucket}/parts"
     for index in (1, 0):
@@ -75,7 +75,7 @@ def test_bucket_that_is_missing_is_one_error(folder: Path, bucket: str) -> None:
 
 
 def test_bucket_is_inspected_like_a_folder(folder: Path, bucket: str) -> None:
-    from vitcomposer.data.inspect import inspect_data
+    from vitcomposer.data.conversion.inspect import inspect_data
 
     url = f"{bucket}/inspected"
     convert(FolderSource(folder), url, workers=1, shard_size="8kb")

@@ -11,7 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
-from vitcomposer.data import crops
+from vitcomposer.data import boxes as crops
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

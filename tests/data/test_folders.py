@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.conversion import jpeg, write_images
-from vitcomposer.data import folder_splits
-from vitcomposer.data.folders import Report, find_images, read_file
+from vitcomposer.data.conversion import folder_splits
+from vitcomposer.data.conversion.folders import Report, find_images, read_file
+from vitcomposer.data.conversion.sources import FolderSource, ListSource
+from vitcomposer.data.conversion.write import convert
 from vitcomposer.data.labelled import open_labelled_images
-from vitcomposer.data.mds import convert
-from vitcomposer.data.sources import FolderSource, ListSource
 
 pytestmark = pytest.mark.timeout(120)
 

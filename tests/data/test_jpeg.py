@@ -14,8 +14,8 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
-from vitcomposer.data import jpeg
-from vitcomposer.data.stored import StoreOptions, store_image
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.jpeg import decode as jpeg
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import read_photo
-from vitcomposer.data.jpeg_markers import EOI, SOS, parse_markers, parse_scans, read_index
-from vitcomposer.data.seekable import make_seekable
+from vitcomposer.data.jpeg.markers import EOI, SOS, parse_markers, parse_scans, read_index
+from vitcomposer.data.jpeg.seekable import make_seekable
 
 
 def encoded(image: Image.Image, **options) -> bytes:

@@ -16,7 +16,7 @@ from tests.data.test_stream import NUM_CLASSES, NUM_SAMPLES, OPENED, end_workers
 from vitcomposer.data import loader as loader_module
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.loader import build_dataspec
-from vitcomposer.data.stream import ImageStream
+from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.schema import (
     Augment,

@@ -6,8 +6,8 @@ import torch
 from scipy.stats import beta, kstest
 from timm.data.mixup import Mixup, mixup_target
 
+from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, draw_mixing, mix_images, soft_targets, split_batch
 from vitcomposer.data.collate import random_key
-from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, draw_mixing, mix_images, soft_targets, split_batch
 
 SIZE, CLASSES = 24, 10
 

@@ -11,11 +11,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from vitcomposer.data import MultiCrop
-from vitcomposer.data.augment import OP_CODES, OP_VALUES
+from vitcomposer.data.augment.policies import ColorDistortion
+from vitcomposer.data.augment.transforms import OP_CODES, OP_VALUES
+from vitcomposer.data.boxes import random_resized_box
 from vitcomposer.data.collate import random_key
-from vitcomposer.data.crops import random_resized_box
 from vitcomposer.data.multicrop import CROPS, MultiCropTransform
-from vitcomposer.data.policies import ColorDistortion
 from vitcomposer.schema import ConfigError
 
 GROUPS: dict[str, Any] = {

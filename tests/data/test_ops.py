@@ -12,8 +12,8 @@ from sklearn.datasets import load_sample_image
 from timm.data import auto_augment as timm
 from torchvision.transforms import functional as tv
 
-from vitcomposer.data import ops
-from vitcomposer.data.ops import apply_program, encode
+from vitcomposer.data.augment import programs as ops
+from vitcomposer.data.augment.programs import apply_program, encode
 
 FILL = np.array([124, 116, 104], np.uint8)
 OPTIONS = {"fillcolor": tuple(FILL.tolist())}

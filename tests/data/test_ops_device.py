@@ -8,9 +8,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_sample_image
 
-from vitcomposer.data import ops, ops_device
-from vitcomposer.data.ops import apply_program, encode
-from vitcomposer.data.ops_device import apply_programs
+from vitcomposer.data.augment import programs as ops
+from vitcomposer.data.augment import programs_torch as ops_device
+from vitcomposer.data.augment.programs import apply_program, encode
+from vitcomposer.data.augment.programs_torch import apply_programs
 
 FILL = np.array([124, 116, 104], np.uint8)
 VALUES: dict[int, tuple[float, float]] = {

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange
+from vitcomposer.data.mds.order import PADDING, Layout, Shuffle, arrange
 
 # Streaming warns of data sets smaller than the number of ranks, which are tried here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*to partition")

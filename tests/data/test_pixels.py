@@ -15,14 +15,14 @@ from PIL import Image
 
 from tests.data.conversion import read_shards
 from vitcomposer.cli import main
-from vitcomposer.data import jpeg
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.conversion.folders import read_file
+from vitcomposer.data.conversion.sources import FolderSource
+from vitcomposer.data.conversion.write import convert
 from vitcomposer.data.files import crop_loader
-from vitcomposer.data.folders import read_file
+from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.labelled import open_labelled_images
-from vitcomposer.data.mds import convert
-from vitcomposer.data.rows import raw_sample
-from vitcomposer.data.sources import FolderSource
-from vitcomposer.data.stored import StoreOptions, store_image
+from vitcomposer.data.mds.reader import raw_sample
 from vitcomposer.reading import Reading, reading
 
 pytestmark = pytest.mark.timeout(120)

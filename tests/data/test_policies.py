@@ -19,9 +19,8 @@ from torchvision import transforms
 
 from tests.conftest import ROOT
 from vitcomposer import config
-from vitcomposer.data import ops
-from vitcomposer.data.ops import Step, apply_program
-from vitcomposer.data.policies import (
+from vitcomposer.data.augment import programs as ops
+from vitcomposer.data.augment.policies import (
     ColorDistortion,
     ColorJitter,
     Draw,
@@ -31,6 +30,7 @@ from vitcomposer.data.policies import (
     build_policies,
     fill_colour,
 )
+from vitcomposer.data.augment.programs import Step, apply_program
 from vitcomposer.schema import IMAGENET_MEAN, Augment, ConfigError
 
 SIZE = 32

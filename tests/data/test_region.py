@@ -12,9 +12,9 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from vitcomposer.data import jpeg
-from vitcomposer.data.crops import Box
-from vitcomposer.data.region import decode_seekable
+from vitcomposer.data.boxes import Box
+from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.jpeg.region import decode_seekable
 
 SAMPLINGS = {"4:4:4": "4:4:4", "4:2:2": "4:2:2", "4:2:0": "4:2:0", "4:4:0": "4:4:0", "gray": None}
 UNITS = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16), "4:4:0": (8, 16), "gray": (8, 8)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcomposer.data.resize import resize_rgb
+from vitcomposer.data.jpeg.resize import resize_rgb
 
 FILTERS = {True: Image.Resampling.BICUBIC, False: Image.Resampling.BILINEAR}
 

@@ -10,10 +10,10 @@ import simplejpeg
 from PIL import Image, ImageCms
 
 from tests.conftest import read_photo
-from vitcomposer.data import seekable
-from vitcomposer.data.coefficient_kernels import Order, encode
-from vitcomposer.data.jpeg_markers import DQT, SOF0, SOS, parse_markers, parse_scans
-from vitcomposer.data.seekable import make_seekable, verify
+from vitcomposer.data.jpeg import seekable
+from vitcomposer.data.jpeg.coefficient_kernels import Order, encode
+from vitcomposer.data.jpeg.markers import DQT, SOF0, SOS, parse_markers, parse_scans
+from vitcomposer.data.jpeg.seekable import make_seekable, verify
 
 SIZES = [(1, 1), (7, 5), (8, 8), (17, 31), (16 * 7, 16 * 5), (16 * 13 - 3, 16 * 11 - 9), (97, 200)]
 KINDS = {

@@ -12,11 +12,11 @@ from streaming.base.hashing import get_hash, get_hashes
 
 from tests.data.test_columns import write_columns
 from tests.data.test_stream import image, jpeg, load, open_stream, raw_sample, shard, write_split
-from vitcomposer.data import rows as rows_module
-from vitcomposer.data import shards as shards_module
-from vitcomposer.data.jpeg import decode_rgb
-from vitcomposer.data.rows import RowReader, ShardError
-from vitcomposer.data.stream import StreamOptions
+from vitcomposer.data.jpeg.decode import decode_rgb
+from vitcomposer.data.mds import reader as rows_module
+from vitcomposer.data.mds import shards as shards_module
+from vitcomposer.data.mds.reader import RowReader, ShardError
+from vitcomposer.data.mds.stream import StreamOptions
 from vitcomposer.schema import ConfigError
 
 pytestmark = pytest.mark.timeout(60)

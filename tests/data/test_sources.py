@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from tests.data.conversion import items, read_shards, write_images
-from vitcomposer.data.mds import convert
-from vitcomposer.data.sources import DigitsSource, FolderSource, ListSource
+from vitcomposer.data.conversion.sources import DigitsSource, FolderSource, ListSource
+from vitcomposer.data.conversion.write import convert
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -155,7 +155,7 @@ def write_fashion_mnist(root: Path, counts: dict[str, int]) -> dict[str, np.ndar
 
 
 def test_torchvision_arrays_become_png_without_loss(tmp_path: Path) -> None:
-    from vitcomposer.data.torchvision_source import TorchvisionSource
+    from vitcomposer.data.conversion.torchvision_source import TorchvisionSource
 
     images = write_fashion_mnist(tmp_path, {"train": 30, "t10k": 12})
     source = TorchvisionSource("FashionMNIST", root=tmp_path)
@@ -172,7 +172,7 @@ def test_torchvision_arrays_become_png_without_loss(tmp_path: Path) -> None:
 
 
 def test_torchvision_files_are_kept_bit_for_bit(tmp_path: Path) -> None:
-    from vitcomposer.data.torchvision_source import TorchvisionSource
+    from vitcomposer.data.conversion.torchvision_source import TorchvisionSource
 
     root = tmp_path / "food-101"
     write_images(root / "images", {"apple": 4, "bread": 4})
@@ -202,7 +202,7 @@ def test_torchvision_files_are_kept_bit_for_bit(tmp_path: Path) -> None:
     ],
 )
 def test_torchvision_data_that_cannot_be_used_is_explained(tmp_path: Path, name: str, message: str) -> None:
-    from vitcomposer.data.torchvision_source import TorchvisionSource
+    from vitcomposer.data.conversion.torchvision_source import TorchvisionSource
 
     with pytest.raises(ValueError, match=message):
         TorchvisionSource(name, root=tmp_path)

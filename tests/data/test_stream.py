@@ -13,10 +13,10 @@ from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from vitcomposer.data.inspect import inspect_data
+from vitcomposer.data.conversion.inspect import inspect_data
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.shards import ShardError
-from vitcomposer.data.stream import ImageStream, StreamOptions
+from vitcomposer.data.mds.shards import ShardError
+from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.schema import ConfigError
 
 pytestmark = pytest.mark.timeout(60)

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import PHOTOS, TRAIN_PER_CLASS
 from tests.data.conversion import read_shards, tree
 from vitcomposer import cli
-from vitcomposer.data.subset import choose_balanced, write_subset
+from vitcomposer.data.conversion.subset import choose_balanced, write_subset
 
 
 @pytest.fixture

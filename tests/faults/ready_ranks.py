@@ -11,9 +11,6 @@ import signal
 import sys
 import traceback
 
-import vitcomposer.failures
-import vitcomposer.report
-import vitcomposer.trainer  # noqa: F401
 from recipes import RECIPES  # noqa: F401
 from tests.conftest import ROOT
 from tests.faults import watched_run

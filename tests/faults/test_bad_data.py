@@ -23,16 +23,17 @@ from tests.faults.conftest import Tell
 from tests.test_cache_teacher import OPTIONS
 from tests.test_cache_teacher import YAML as CACHED
 from tests.test_cache_teacher import weights as weights
-from vitcomposer import config, failures
+from vitcomposer import config
 from vitcomposer.cli import main
 from vitcomposer.data import collate, multicrop
 from vitcomposer.data.files import TolerantCollate
 from vitcomposer.data.loader import build_dataspec
+from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.multicrop import MultiCrop
-from vitcomposer.data.stream import ImageStream, StreamOptions
-from vitcomposer.run_metrics import read_metrics
+from vitcomposer.runs import failures
+from vitcomposer.runs.metrics import read_metrics
 from vitcomposer.schema import ConfigError
-from vitcomposer.teacher_writer import write_cache
+from vitcomposer.teacher.writer import write_cache
 
 pytestmark = pytest.mark.timeout(150)
 

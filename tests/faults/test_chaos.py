@@ -19,7 +19,7 @@ from tests.test_cache_teacher import YAML as CACHED
 from tests.test_cache_teacher import overrides as overrides
 from tests.test_cache_teacher import weights as weights
 from tests.test_train import losses
-from vitcomposer.data import start
+from vitcomposer.data.mds import shared_memory as start
 
 __all__ = ["overrides", "ready", "weights"]
 

@@ -22,7 +22,9 @@ from tests.conftest import run_train
 from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, STEPS, assert_same, rows, saved, tiny, unbroken
 from vitcomposer import config
-from vitcomposer.checkpoint_folder import (
+from vitcomposer.models.weights.load import read_checkpoint
+from vitcomposer.runs.checkpoint_loading import own_reader
+from vitcomposer.runs.checkpoints import (
     LATEST,
     Found,
     _check_file,
@@ -31,10 +33,8 @@ from vitcomposer.checkpoint_folder import (
     ranks_and_step,
     save_whole,
 )
-from vitcomposer.checkpoint_loading import own_reader
-from vitcomposer.models.checkpoints import read_checkpoint
-from vitcomposer.run_folder import checkpoint_to_load
-from vitcomposer.trainer import fit
+from vitcomposer.runs.folder import checkpoint_to_load
+from vitcomposer.training.trainer import fit
 
 __all__ = ["unbroken"]
 

@@ -12,9 +12,9 @@ from tests.conftest import run_train
 from tests.faults.small_run import DEIT, STEPS, assert_same, rows, saved, tiny, unbroken
 from tests.faults.test_checkpoints import copy_of
 from vitcomposer import config
-from vitcomposer.run_folder import already_finished, unlock_run_folder
-from vitcomposer.run_identity import read_identity
-from vitcomposer.run_metrics import split_metrics
+from vitcomposer.runs.folder import already_finished, unlock_run_folder
+from vitcomposer.runs.identity import read_identity
+from vitcomposer.runs.metrics import split_metrics
 
 __all__ = ["unbroken"]
 
@@ -163,7 +163,7 @@ def test_what_a_kill_left_half_written_goes(unbroken: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("names", [b"[", b'{"a": 1}', b"[1, 2]", b"\xff"])
 def test_damaged_class_names_are_written_anew(names: bytes, tmp_path: Path, capsys: Any) -> None:
     from tests.callbacks.test_record import record_in
-    from vitcomposer.data.stream import ImageStream
+    from vitcomposer.data.mds.stream import ImageStream
 
     class Stream:
         folder = tmp_path / "data"

@@ -14,8 +14,8 @@ from tests.conftest import PHOTOS, ROOT
 from tests.faults.conftest import Tell
 from tests.faults.test_numbers import faulty_run, last_line, overrides, seconds_since
 from tests.faults.test_ranks import error_line, faulty_launch
-from vitcomposer.checkpoint_folder import damage
-from vitcomposer.run_metrics import read_metrics
+from vitcomposer.runs.checkpoints import damage
+from vitcomposer.runs.metrics import read_metrics
 
 Disk = Callable[[str, str], Path]
 

@@ -24,7 +24,7 @@ from tests.test_self_supervised import digits as digits
 from tests.test_self_supervised import page
 from tests.test_self_supervised import tiny as tiny_pretraining
 from tests.test_train import losses
-from vitcomposer.run_metrics import read_metrics
+from vitcomposer.runs.metrics import read_metrics
 
 __all__ = ["digits", "ready"]
 

@@ -15,13 +15,13 @@ from PIL import Image, ImageFile
 
 from tests.conftest import ROOT
 from tests.faults.conftest import Tell
-from vitcomposer.data import jpeg
-from vitcomposer.data.inspect import _decoding_fault
-from vitcomposer.data.jpeg_markers import read_index
-from vitcomposer.data.pixels import image_formats
-from vitcomposer.data.region import decodes_to
-from vitcomposer.data.seekable import make_seekable
-from vitcomposer.data.stored import StoreOptions, store_image
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.conversion.inspect import _decoding_fault
+from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.jpeg.markers import read_index
+from vitcomposer.data.jpeg.pixels import image_formats
+from vitcomposer.data.jpeg.region import decodes_to
+from vitcomposer.data.jpeg.seekable import make_seekable
 
 sys.path.append(str(ROOT / "benchmarks"))
 from fuzz_mutations import MUTATIONS, mutated_image, originals  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.faults.conftest import Tell
-from vitcomposer.run_metrics import read_metrics
+from vitcomposer.runs.metrics import read_metrics
 from vitcomposer.schema import Optimizer
 
 ATTENTION = "model.blocks.1.attn"

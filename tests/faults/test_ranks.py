@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.faults.conftest import Tell
 from tests.faults.test_numbers import overrides
-from vitcomposer.run_metrics import read_metrics
+from vitcomposer.runs.metrics import read_metrics
 
 BIN = Path(sys.executable).parent
 LAUNCHERS = {

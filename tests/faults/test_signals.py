@@ -19,8 +19,8 @@ from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, assert_same, names, saved, tiny, unbroken
 from tests.test_train import losses
 from vitcomposer import config
-from vitcomposer.checkpoint_folder import newest_whole
-from vitcomposer.trainer import fit
+from vitcomposer.runs.checkpoints import newest_whole
+from vitcomposer.training.trainer import fit
 
 __all__ = ["unbroken"]
 

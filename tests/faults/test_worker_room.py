@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vitcomposer import config, failures
-from vitcomposer.data import start
+from vitcomposer import config
+from vitcomposer.data.mds import shared_memory as start
+from vitcomposer.runs import failures
 from vitcomposer.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

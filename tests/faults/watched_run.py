@@ -14,7 +14,7 @@ from composer.utils import dist
 
 from recipes import RECIPES
 from vitcomposer import config
-from vitcomposer.trainer import fit
+from vitcomposer.training.trainer import fit
 
 
 class Samples(Callback):

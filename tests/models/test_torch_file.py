@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitcomposer.models.torch_file import FileSlice, read_torch_file, read_torch_slice
+from vitcomposer.models.weights.torch_file import FileSlice, read_torch_file, read_torch_slice
 
 MARGIN = 1 << 25  # bytes that reading the smallest file may take
 

@@ -17,7 +17,7 @@ from vitcomposer import config
 from vitcomposer.algorithms import averaged_weights
 from vitcomposer.cli import main
 from vitcomposer.models import build_model, load_weights
-from vitcomposer.teacher_writer import write_cache
+from vitcomposer.teacher.writer import write_cache
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, SAVED = 20, 10

@@ -7,8 +7,8 @@ import torch
 
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from vitcomposer import config
-from vitcomposer.execution import check_execution
 from vitcomposer.schema import ConfigError, Run
+from vitcomposer.training.execution import check_execution
 
 DEIT = ROOT / "yamls/deit_ti.yaml"
 KEY = "run.device_train_microbatch_size"

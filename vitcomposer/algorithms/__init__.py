@@ -6,7 +6,7 @@ from vitcomposer.algorithms.ema import EvaluationEMA
 from vitcomposer.algorithms.patch_dropout import PatchDropout
 from vitcomposer.algorithms.sam import ResumableSAM
 from vitcomposer.algorithms.self_supervised import BeginStep, CosineWeightDecay, FreezeAtStart, MomentumEncoder
-from vitcomposer.averages import EMA_LABEL, averaged_weights
+from vitcomposer.models.weights.averages import EMA_LABEL, averaged_weights
 
 __all__ = [
     "ALLOWED",

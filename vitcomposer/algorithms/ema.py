@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
-from vitcomposer.averages import EMA_LABEL, averaging_window
+from vitcomposer.models.weights.averages import EMA_LABEL, averaging_window
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class EvaluationEMA(EMA):
     the next batch starts. Here the model always holds the raw weights, in training, in checkpoints and after ``fit``;
     only between the start and the end of the evaluation labelled ``ema`` does it hold the average. So ``eval`` measures
     the raw weights, ``ema`` the averaged ones, and a checkpoint has the raw weights in its model and the average in the
-    state of this algorithm (``vitcomposer.averages`` reads it). Before ``ema_start`` both are the same.
+    state of this algorithm (``vitcomposer.models.weights.averages`` reads it). Before ``ema_start`` both are the same.
 
     The average starts as a copy of the weights after the first batch (or epoch, by ``update_interval``) at or after
     ``ema_start``, then ``average <- smoothing * average + (1 - smoothing) * weights`` every ``update_interval``.

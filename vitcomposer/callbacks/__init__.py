@@ -5,7 +5,7 @@ from vitcomposer.callbacks.bad_images import BadImageCount
 from vitcomposer.callbacks.checkpoints import Checkpoints, SaveError
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
 from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
-from vitcomposer.callbacks.numbers import NonFiniteError, NumericsMonitor
+from vitcomposer.callbacks.numerics import NonFiniteError, NumericsMonitor
 from vitcomposer.callbacks.preemption import Preemption
 from vitcomposer.callbacks.progress import Progress
 from vitcomposer.callbacks.record import RunRecord, describe_environment

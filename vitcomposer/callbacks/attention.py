@@ -10,11 +10,11 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 from torch import Tensor, nn
 
-from vitcomposer.data.augment import EvalTransform
+from vitcomposer.data.augment.transforms import EvalTransform
 from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.evaluation import ChosenSamples, Statistics, choose_samples
 from vitcomposer.data.loader import source_of
-from vitcomposer.data.stream import ImageStream
+from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.models.attention import BlockAttention, nonlocality, observe_attention
 from vitcomposer.models.transformer import ImageTransformer

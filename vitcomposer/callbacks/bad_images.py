@@ -9,8 +9,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from tqdm import tqdm
 
-from vitcomposer.data.bad_images import BadImages
-from vitcomposer.data.stream import ImageStream
+from vitcomposer.data.mds.bad_images import BadImages
+from vitcomposer.data.mds.stream import ImageStream
 
 
 class BadImageCount(Callback):

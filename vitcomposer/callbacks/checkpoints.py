@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from vitcomposer.checkpoint_folder import LATEST, finish_shares, keep_newest, partial_of, remove, save_whole
-from vitcomposer.models.checkpoint_shares import digests_of_rank
+from vitcomposer.models.weights.sharded import digests_of_rank
+from vitcomposer.runs.checkpoints import LATEST, finish_shares, keep_newest, partial_of, remove, save_whole
 
 
 class SaveError(RuntimeError):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from tqdm import tqdm
 
+from vitcomposer.collectives import all_reduce
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.knn import knn_accuracy
-from vitcomposer.ranks import all_reduce
+from vitcomposer.evaluation.knn import knn_accuracy
 from vitcomposer.schema import KNN, require
 
 

@@ -12,7 +12,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from vitcomposer.data.run_store import RunStore, describe
+from vitcomposer.runs.remote import RunStore, describe
 
 log = logging.getLogger(__name__)
 

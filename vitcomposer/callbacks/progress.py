@@ -12,8 +12,8 @@ from composer.utils import dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vitcomposer.averages import EMA_LABEL
 from vitcomposer.callbacks.throughput import Throughput
+from vitcomposer.models.weights.averages import EMA_LABEL
 
 LOSS_SMOOTHING = 0.95  # share of the old value after each step
 

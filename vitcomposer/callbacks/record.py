@@ -24,10 +24,10 @@ from torch.version import cuda as cuda_version
 
 from vitcomposer.callbacks.checkpoints import SaveError
 from vitcomposer.callbacks.throughput import Throughput
-from vitcomposer.data.shards import CLASS_NAMES, read_class_names
-from vitcomposer.data.stream import ImageStream
-from vitcomposer.run_identity import write_identity
-from vitcomposer.run_metrics import split_metrics
+from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
+from vitcomposer.data.mds.stream import ImageStream
+from vitcomposer.runs.identity import write_identity
+from vitcomposer.runs.metrics import split_metrics
 from vitcomposer.schema import ConfigError
 from vitcomposer.whole_files import set_aside, write_whole
 

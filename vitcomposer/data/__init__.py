@@ -9,8 +9,8 @@ from typing import Any
 _HOME = {
     "MultiCrop": "vitcomposer.data.multicrop",
     "build_dataspec": "vitcomposer.data.loader",
-    "convert": "vitcomposer.data.mds",
-    "decode_crop": "vitcomposer.data.jpeg",
+    "convert": "vitcomposer.data.conversion.write",
+    "decode_crop": "vitcomposer.data.jpeg.decode",
 }
 
 __all__ = ["MultiCrop", "build_dataspec", "convert", "decode_crop"]  # pyright: ignore[reportUnsupportedDunderAll]

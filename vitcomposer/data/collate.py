@@ -14,21 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcomposer.data.augment import ERASE_BOX, ERASE_SEED, OP_CODES, OP_VALUES
+from vitcomposer.data.augment.crop import decode_views
+from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, Batch, draw_mixing
+from vitcomposer.data.augment.policies import Policies, build_policies
+from vitcomposer.data.augment.programs import FLIP, apply_program
+from vitcomposer.data.augment.transforms import ERASE_BOX, ERASE_SEED, OP_CODES, OP_VALUES
 from vitcomposer.data.batch_memory import empty_batch
-from vitcomposer.data.crops import (
-    Box,
-    centre_box,
-    random_erasing_box,
-    random_resized_box,
-    shape_with_shorter_side,
-)
-from vitcomposer.data.jpeg import Interpolation, decode_rgb, read_size, resize_into
+from vitcomposer.data.boxes import Box, centre_box, random_erasing_box, random_resized_box, shape_with_shorter_side
+from vitcomposer.data.jpeg.decode import Interpolation, decode_rgb, read_size, resize_into
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.mixing import MIX_BOX, MIX_LAM, Batch, draw_mixing
-from vitcomposer.data.ops import FLIP, apply_program
-from vitcomposer.data.policies import Policies, build_policies
-from vitcomposer.data.views import decode_views
 from vitcomposer.schema import Augment, ConfigError, Mixing
 
 Sample = dict[str, Any]

@@ -10,13 +10,13 @@ from composer.utils import dist
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vitcomposer.data import jpeg
-from vitcomposer.data.augment import EvalTransform
+from vitcomposer.data.augment.transforms import EvalTransform
 from vitcomposer.data.collate import EvalCollate, Sample
+from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.loader import Split, open_dataset, source_of
-from vitcomposer.data.shards import ShardError
-from vitcomposer.data.start import check_worker_room, ignore_interrupt
-from vitcomposer.data.stream import ImageStream
+from vitcomposer.data.mds.shards import ShardError
+from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
+from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
 from vitcomposer.schema import ConfigError
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitcomposer.data import jpeg
+from vitcomposer.data.augment.mixing import Batch
 from vitcomposer.data.collate import EvalCollate, Sample, batch_head
-from vitcomposer.data.folders import read_file
-from vitcomposer.data.jpeg import Interpolation
+from vitcomposer.data.conversion.folders import read_file
+from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.jpeg.decode import Interpolation
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.mixing import Batch
-from vitcomposer.data.start import check_worker_room, ignore_interrupt
+from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
 
 _ANY_LABEL = 1 << 62
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vitcomposer.data.conversion.folder_splits import Labelled, class_folder, find_copies, find_layout
+from vitcomposer.data.conversion.folders import NOTES, Report, scan_classes, subfolders
 from vitcomposer.data.files import ImageFiles, ImageSet
-from vitcomposer.data.folder_splits import Labelled, class_folder, find_copies, find_layout
-from vitcomposer.data.folders import NOTES, Report, scan_classes, subfolders
 from vitcomposer.data.loader import open_dataset
-from vitcomposer.data.shards import CLASS_NAMES, INDEX, ShardError, read_class_names
-from vitcomposer.data.stream import ImageStream
+from vitcomposer.data.mds.shards import CLASS_NAMES, INDEX, ShardError, read_class_names
+from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.reading import current
 from vitcomposer.schema import Data, did_you_mean
 

@@ -14,17 +14,23 @@ from streaming.base.distributed import barrier, get_local_rank, maybe_init_dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitcomposer.data import jpeg, ops
-from vitcomposer.data.augment import EvalTransform, TrainTransform
+from vitcomposer.data.augment import programs as ops
+from vitcomposer.data.augment.mixing import Batch, split_batch
+from vitcomposer.data.augment.transforms import EvalTransform, TrainTransform
 from vitcomposer.data.collate import EvalCollate, Sample, TrainCollate
-from vitcomposer.data.mixing import Batch, split_batch
-from vitcomposer.data.shards import CLASS_NAMES, ShardError, read_class_names
-from vitcomposer.data.start import check_worker_room, clear_stale_memory, ignore_interrupt, one_start_at_a_time
-from vitcomposer.data.stream import ImageStream, StreamOptions
+from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.mds.shards import CLASS_NAMES, ShardError, read_class_names
+from vitcomposer.data.mds.shared_memory import (
+    check_worker_room,
+    clear_stale_memory,
+    ignore_interrupt,
+    one_start_at_a_time,
+)
+from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
-from vitcomposer.data.teacher_cache import CachedTeacher
 from vitcomposer.reading import current, set_reading
 from vitcomposer.schema import ConfigError, Data, Probe, Supervised, require
+from vitcomposer.teacher.cache import CachedTeacher
 
 Split = Literal["train", "val"]
 

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from vitcomposer.data.augment import OP_CODES, OP_VALUES, Normalize
+from vitcomposer.data.augment.crop import decode_views
+from vitcomposer.data.augment.mixing import Batch
+from vitcomposer.data.augment.policies import ColorDistortion, Policies
+from vitcomposer.data.augment.programs_torch import apply_programs
+from vitcomposer.data.augment.transforms import OP_CODES, OP_VALUES, Normalize
 from vitcomposer.data.batch_memory import empty_batch
+from vitcomposer.data.boxes import random_resized_box
 from vitcomposer.data.collate import (
     Sample,
     Source,
@@ -18,12 +23,7 @@ from vitcomposer.data.collate import (
     run_programs,
     unexpected,
 )
-from vitcomposer.data.crops import random_resized_box
-from vitcomposer.data.jpeg import Interpolation, read_size
-from vitcomposer.data.mixing import Batch
-from vitcomposer.data.ops_device import apply_programs
-from vitcomposer.data.policies import ColorDistortion, Policies
-from vitcomposer.data.views import decode_views
+from vitcomposer.data.jpeg.decode import Interpolation, read_size
 from vitcomposer.schema import require
 
 CROPS = "crops"

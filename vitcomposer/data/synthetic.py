@@ -10,7 +10,7 @@ from streaming.base.world import World
 from torch.utils.data import IterableDataset
 
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.order import PADDING, Layout, Shuffle, arrange, steps_before
+from vitcomposer.data.mds.order import PADDING, Layout, Shuffle, arrange, steps_before
 
 NUM_IMAGES = 16
 IMAGE_PIXELS = 256

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcomposer.ranks import gather, gather_with_gradient, rank_and_world_size
+from vitcomposer.collectives import gather, gather_with_gradient, rank_and_world_size
 
 
 def info_nce(*views: Tensor, temperature: float) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.collectives import all_reduce, rank_and_world_size
 from vitcomposer.losses.cross_view import cross_view_entropy
-from vitcomposer.ranks import all_reduce, rank_and_world_size
 
 GLOBAL_CROPS = 2
 

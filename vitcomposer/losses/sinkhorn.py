@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitcomposer.ranks import all_reduce
+from vitcomposer.collectives import all_reduce
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.collectives import gather, rank_and_world_size
 from vitcomposer.losses.cross_view import cross_view_entropy
 from vitcomposer.losses.sinkhorn import sinkhorn
-from vitcomposer.ranks import gather, rank_and_world_size
 
 
 class SwAVLoss(nn.Module):

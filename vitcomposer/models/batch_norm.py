@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vitcomposer.ranks import gather_with_gradient, rank_and_world_size
+from vitcomposer.collectives import gather_with_gradient, rank_and_world_size
 from vitcomposer.schema.ranks import sync_bn_ranks
 
 SyncGroup = Literal["none", "global", "node"] | int

@@ -5,6 +5,7 @@ A field that decides accuracy has no default, so a yaml is the method section of
 blocks is checked in the recipe's class.
 """
 
+from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,7 +22,6 @@ from vitcomposer.schema.blocks import (
     require_plain_address,
 )
 from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
-from vitcomposer.schema.errors import ConfigError, did_you_mean, require
 from vitcomposer.schema.paths import expand_home
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
 from vitcomposer.schema.self_supervised import DINO, Crops, MoCo, SelfSupervised, SimCLR, SwAV

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vitcomposer.schema.errors import ConfigError, did_you_mean, require
+from vitcomposer.errors import ConfigError, did_you_mean, require
 
 # Of Composer's algorithms those that a yaml may give; of STAGED, which are ours and follow a plan of the steps, all.
 ARGUMENTS: dict[str, tuple[str, ...]] = {

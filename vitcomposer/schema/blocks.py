@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vitcomposer.schema.errors import require, require_within
+from vitcomposer.errors import require, require_within
 from vitcomposer.schema.times import check_interval
 
 MAX_IMAGE_SIZE = 16384  # pixels of a side

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.errors import require, require_within
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -10,7 +11,6 @@ from vitcomposer.schema.blocks import (
     check_colors,
     require_plain_address,
 )
-from vitcomposer.schema.errors import require, require_within
 from vitcomposer.schema.supervised import Supervised
 
 

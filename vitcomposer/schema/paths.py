@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.schema.errors import require
+from vitcomposer.errors import require
 
 
 def expand_home(value: Any, key: str = "") -> Any:

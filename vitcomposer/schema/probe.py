@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vitcomposer.errors import noting, require, require_within
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -17,7 +18,6 @@ from vitcomposer.schema.blocks import (
     Schedule,
     check_colors,
 )
-from vitcomposer.schema.errors import noting, require, require_within
 from vitcomposer.schema.times import check_interval, check_seed, check_steps
 
 NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)

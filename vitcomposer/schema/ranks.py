@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vitcomposer.schema.errors import ConfigError
+from vitcomposer.errors import ConfigError
 from vitcomposer.schema.self_supervised import MoCo, SelfSupervised, SwAV
 from vitcomposer.schema.supervised import Supervised
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.errors import noting, require, require_within
 from vitcomposer.schema.algorithms import check_algorithms, check_company, check_schedule_free
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
@@ -17,7 +18,6 @@ from vitcomposer.schema.blocks import (
     Schedule,
     check_colors,
 )
-from vitcomposer.schema.errors import noting, require, require_within
 from vitcomposer.schema.probe import KNN
 from vitcomposer.schema.times import check_steps
 

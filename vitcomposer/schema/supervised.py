@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.errors import noting, require, require_within
 from vitcomposer.schema.algorithms import check_algorithms, check_company, check_schedule_free
 from vitcomposer.schema.blocks import (
     Augment,
@@ -15,7 +16,6 @@ from vitcomposer.schema.blocks import (
     Run,
     Schedule,
 )
-from vitcomposer.schema.errors import noting, require, require_within
 from vitcomposer.schema.times import check_steps
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from vitcomposer.schema.errors import ConfigError, noting, require, require_within
+from vitcomposer.errors import ConfigError, noting, require, require_within
 
 MAX_SEED = 4_294_000_000  # NumPy takes 32 bits, and every rank adds its number
 _TIME = re.compile(r"(\d+(?:\.\d*)?(?:e\+?\d+)?|\.\d+)(ep|ba|sp|dur)")

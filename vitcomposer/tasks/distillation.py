@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcomposer.data.augment import UNMIXED
-from vitcomposer.data.mixing import MIX_LAM
-from vitcomposer.data.teacher_rows import TEACHER_CLASSES, TEACHER_LOGITS, TEACHER_REST
+from vitcomposer.data.augment.mixing import MIX_LAM
+from vitcomposer.data.augment.transforms import UNMIXED
 from vitcomposer.losses import DistillationLoss, TeacherAnswers
-from vitcomposer.models.teachers import build_teacher
 from vitcomposer.schema import ConfigError, Distill
 from vitcomposer.tasks.classification import Classification
+from vitcomposer.teacher.network import build_teacher
+from vitcomposer.teacher.rows import TEACHER_CLASSES, TEACHER_LOGITS, TEACHER_REST
 
 Channels = tuple[float, float, float]
 _AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}

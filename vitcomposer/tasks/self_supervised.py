@@ -12,8 +12,8 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from vitcomposer.cost.flops import forward_flops
 from vitcomposer.data.multicrop import CROPS
-from vitcomposer.flops import forward_flops
 
 __all__ = ["CROPS", "SelfSupervisedTask", "encode", "first_size", "frozen_copy", "multi_crop_flops"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vitcomposer.collectives import all_reduce
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead
-from vitcomposer.ranks import all_reduce
 from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, multi_crop_flops
 
 _USAGE_STEPS = 100  # over which the use of the prototypes is averaged

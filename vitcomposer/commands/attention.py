@@ -1,0 +1,174 @@
+"""``vitcomposer attention``: pictures of where a trained transformer looks.
+
+Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitcomposer.reading import add_reading, given_reading, set_reading
+from vitcomposer.schema import Neighbors, Probe, SelfSupervised, require
+from vitcomposer.whole_files import whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitcomposer.evaluation.trained import Trained, Weights
+    from vitcomposer.models.transformer import ImageTransformer
+
+EPILOG = """SOURCE is a run folder, a checkpoint in one, a folder of `vitcomposer export`, or a yaml with
+init.weights=FILE, of networks trained without labels too. Layers and heads count from 1."""
+
+
+def add_command(commands: Any) -> None:
+    """Add ``attention`` to the subcommands of a parser."""
+    help_text = "draw where a model looks"
+    parser = commands.add_parser("attention", help=help_text, description=_run.__doc__, epilog=EPILOG)
+    parser.add_argument("source", help="run folder, checkpoint, exported folder or yaml")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the PNG files")
+    help_text = "whose maps are drawn for each image (default: the last)"
+    parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help=help_text)
+    parser.add_argument("--heads", type=int, nargs="+", metavar="HEAD", help="whose maps are drawn (default: all)")
+    help_text = "of the run's yaml, such as evaluation.image_size=384 or init.weights=FILE"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_text)
+    help_text = "auto: what the run measured as better, the trained weights or their average (default: %(default)s)"
+    parser.add_argument("--weights", choices=("auto", "raw", "ema"), default="auto", help=help_text)
+    add_reading(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Draw the attention of a ViT, DeiT or ConViT: for each image the maps of the heads and attention rollout, then how
+    far every layer reaches, and of a ConViT its gates and the positional attention of one patch."""
+    import torch
+
+    from vitcomposer.evaluation import attention_pictures as pictures
+    from vitcomposer.models.attention import nonlocality, observe_attention, positional_attention
+
+    set_reading(given_reading(args))
+    model = load_network(args.source, args.overrides, weights=args.weights)
+    network = _transformer(model)
+    layers = _choose("--layers", args.layers or [network.config.depth], network.config.depth)
+    heads = _choose("--heads", args.heads or range(1, network.config.num_heads + 1), network.config.num_heads)
+    photos, images = read_images(args.images, model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    reach, blocks = [], []
+    for name, photo, image in zip(_names(args.images), photos, images, strict=True):
+        blocks = observe_attention(network, image[None], lambda block: block)
+        reach.append(torch.stack([nonlocality(block) for block in blocks]))
+        _save(pictures.draw_image(network, photo, blocks, layers=layers, heads=heads), args.out / name)
+    gates = [block.gate for block in blocks if block.gate is not None]
+    grid = blocks[0].grid
+    _save(pictures.draw_layers(torch.stack(reach).mean(dim=0), gates, grid), args.out / LAYERS)
+    if gates:
+        positions = positional_attention(network, grid)
+        _save(pictures.draw_positions(positions, gates, grid, heads=heads), args.out / POSITIONS)
+    return 0
+
+
+LAYERS, POSITIONS = "layers.png", "positional.png"
+
+
+def load_network(source: str, overrides: Sequence[str], *, weights: "Weights") -> "Trained":
+    """A trained classifier, or the trunk of a run without labels; its head is left out then.
+
+    Raises:
+        ConfigError, ValueError: As ``trained.load_trained``.
+    """
+    from vitcomposer import config
+    from vitcomposer.evaluation.trained import load_trained
+
+    path = Path(source)
+    run = path if path.is_dir() else path.parent.parent
+    page = path if path.suffix in (".yaml", ".yml") else run / "config.yaml"
+    cfg: Any = config.load(page, overrides) if page.is_file() else None
+    if not isinstance(cfg, SelfSupervised | Probe | Neighbors):
+        return load_trained(source, overrides, weights=weights)
+    require(weights == "auto", "--weights", "auto for a network without classes", weights, "Leave it out.")
+    return _load_trunk(cfg, path)
+
+
+def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained":
+    from vitcomposer.evaluation.trained import LATEST, Trained
+    from vitcomposer.models import load_weights
+    from vitcomposer.training.trainer import build_network
+
+    # A probe and a search for neighbours leave the trunk as it was.
+    own = isinstance(cfg, SelfSupervised) and path.suffix not in (".yaml", ".yml")
+    file = (path / LATEST if path.is_dir() else path) if own else cfg.init.weights
+    remedy = "Set init.weights=FILE."
+    require(file is not None, "init.weights", "the file of the trained network", None, remedy)
+    model = replace(cfg.model, num_classes=0)
+    network = build_network(model, replace(cfg.init, weights=None, train_blocks=None))
+    load_weights(network, str(file), min_matched=1)
+    colors: Any = cfg.crops if isinstance(cfg, SelfSupervised) else cfg.augment if isinstance(cfg, Probe) else cfg
+    return Trained(
+        network=network.eval(),
+        model=model,
+        image_size=cfg.evaluation.image_size or model.image_size,
+        crop_ratio=cfg.evaluation.crop_ratio,
+        interpolation=cfg.evaluation.interpolation,
+        mean=tuple(colors.mean),
+        std=tuple(colors.std),
+        class_names=None,
+        source=str(file),
+        averaged=False,
+    )
+
+
+def _transformer(model: "Trained") -> "ImageTransformer":
+    from vitcomposer.models.transformer import ImageTransformer
+
+    fits = isinstance(model.network, ImageTransformer)
+    require(fits, "SOURCE", "a ViT, DeiT or ConViT, which have attention", model.model.name, "Give another run.")
+    assert isinstance(model.network, ImageTransformer)
+    return model.network
+
+
+def _choose(option: str, numbers: Sequence[int], count: int) -> list[int]:
+    """Indices from 0 of what the command line counts from 1."""
+    wrong = [number for number in numbers if not 1 <= number <= count]
+    require(not wrong, option, f"from 1 to {count}", (wrong or numbers)[0], "They count from 1.")
+    return [number - 1 for number in numbers]
+
+
+def read_images(paths: Sequence[str], model: "Trained") -> tuple["Tensor", "Tensor"]:
+    """The evaluation's crop of each file: uint8 (n, 3, S, S) as it is shown, and normalised as the network gets it.
+
+    Raises:
+        ValueError: A file that is missing or no image.
+    """
+    from vitcomposer.data.augment.transforms import Normalize
+    from vitcomposer.data.files import ImageFiles, crop_loader
+
+    loader = crop_loader(
+        ImageFiles(paths),
+        image_size=model.image_size,
+        crop_ratio=model.crop_ratio,
+        interpolation=model.interpolation,
+        batch_size=len(paths),
+        workers=0,
+    )
+    (batch,) = loader
+    for row, reason in batch["broken"]:
+        raise ValueError(f"IMAGE must be an image file, {paths[row]} cannot be read: {reason}. Leave it out.")
+    photos: Tensor = batch["image"]
+    return photos, Normalize(model.mean, model.std)(photos)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """A file name for the picture of each image, different from each other and from those of the other pictures."""
+    stems = [Path(path).stem for path in paths]
+    taken = Counter(stems) + Counter((Path(LAYERS).stem, Path(POSITIONS).stem))
+    return [f"{stem}-{n}.png" if taken[stem] > 1 else f"{stem}.png" for n, stem in enumerate(stems, start=1)]
+
+
+def _save(figure: Any, path: Path) -> None:
+    with whole_file(path) as partial:
+        figure.savefig(partial)
+    print(path)

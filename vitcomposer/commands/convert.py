@@ -1,0 +1,301 @@
+"""``vitcomposer convert``: images to MDS shards, on one machine or in parts on many.
+
+Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
+"""
+
+import argparse
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from vitcomposer.reading import add_reading, given_reading
+from vitcomposer.schema import require
+
+if TYPE_CHECKING:
+    from vitcomposer.data.conversion.sources import Source
+
+_PART_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
+
+
+def add_command(commands: Any) -> None:
+    """Add ``convert`` to the subcommands of a parser."""
+    from vitcomposer.data.conversion.left_out import MAX_BAD_FRACTION
+
+    parser = commands.add_parser("convert", help="write images as MDS shards", description=_run_convert.__doc__)
+    kinds = parser.add_subparsers(metavar="SOURCE", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--workers", type=int, help="processes (default: one per core)")
+    common.add_argument("--shard-size", default="64mb", help="largest shard (default: %(default)s)")
+    _add_tolerance(common, MAX_BAD_FRACTION, "default: %(default)s")
+    common.add_argument(
+        "--seed", type=int, default=0, help="of the order and of held-out images (default: %(default)s)"
+    )
+    _add_storing(common.add_argument_group("how images are stored"))
+    _add_parts(common.add_argument_group("more than one machine"))
+
+    folder = kinds.add_parser("folder", parents=[common], help="one folder per class, below train and val or alone")
+    folder.add_argument("path")
+    folder.add_argument("out", help="folder or s3://bucket/prefix")
+    folder.add_argument(
+        "--val-name", help="folder beside train (default: one of a usual name, such as val or validation)"
+    )
+    help_text = "share of each class held out when there is no train folder (default: %(default)s)"
+    folder.add_argument("--val-fraction", type=float, default=0.1, help=help_text)
+    folder.set_defaults(run=_run_convert, source=_folder)
+
+    listed = kinds.add_parser("list", parents=[common], help="lines of path,label")
+    listed.add_argument("file")
+    listed.add_argument("out", help="folder or s3://bucket/prefix")
+    listed.add_argument("--split", required=True, help="train or val; call once per split")
+    listed.add_argument("--root", help="folder that the paths start from (default: that of FILE)")
+    listed.add_argument("--classes", help="file of class names in the order of the labels, one per line or a JSON list")
+    listed.set_defaults(run=_run_convert, source=_list)
+
+    torchvision = kinds.add_parser("torchvision", parents=[common], help="CIFAR10, FashionMNIST, Flowers102, ...")
+    torchvision.add_argument("name")
+    torchvision.add_argument("out", help="folder or s3://bucket/prefix")
+    torchvision.add_argument("--root", default="data", help="where torchvision keeps its data (default: %(default)s)")
+    torchvision.add_argument("--download", action="store_true")
+    torchvision.set_defaults(run=_run_convert, source=_torchvision)
+
+    digits = kinds.add_parser("digits", parents=[common], help="the 1,797 handwritten digits of scikit-learn")
+    digits.add_argument("out", help="folder or s3://bucket/prefix")
+    digits.set_defaults(run=_run_convert, source=_digits)
+
+    subset = kinds.add_parser("subset", help="a class-balanced part of a split, as a split beside it")
+    subset.add_argument("path", help="folder or s3://bucket/prefix of the splits")
+    subset.add_argument("name", help="of the new split, such as train_1pct")
+    subset.add_argument("--fraction", type=float, required=True, help="share of the samples, such as 0.01")
+    subset.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    subset.add_argument("--split", default="train", help="that is drawn from (default: %(default)s)")
+    subset.set_defaults(run=_run_subset)
+
+    merge = kinds.add_parser("merge", help="one data set of parts made with --part", description=_run_merge.__doc__)
+    merge.add_argument("out", help="folder or s3://bucket/prefix of the parts")
+    _add_tolerance(merge, None, "default: as the parts were made")
+    merge.set_defaults(run=_run_merge)
+
+
+def _add_tolerance(parser: Any, default: float | None, default_text: str) -> None:
+    group = parser.add_mutually_exclusive_group()
+    help_text = f"share of a split's images that are left out as they cannot be decoded ({default_text})"
+    group.add_argument("--max-bad-fraction", type=float, default=default, metavar="SHARE", help=help_text)
+    help_text = "leave out none: an image that cannot be decoded is an error"
+    group.add_argument("--strict", action="store_const", const=0.0, dest="max_bad_fraction", help=help_text)
+
+
+def _add_storing(group: Any) -> None:
+    group.add_argument(
+        "--seekable",
+        action=argparse.BooleanOptionalAction,
+        help="rewrite JPEGs losslessly so that parts can be decoded alone (default: on for the split train, else off)",
+    )
+    help_text = "resize images whose shorter side is larger and store them as JPEG"
+    group.add_argument("--short-side", type=int, metavar="PIXELS", help=help_text)
+    group.add_argument("--quality", type=int, default=95, help="of resized images, 4:2:0 (default: %(default)s)")
+    help_text = "share of the images stored as raw pixels: about five times the bytes, no decoding"
+    group.add_argument("--raw-fraction", type=float, default=0.0, metavar="SHARE", help=help_text)
+    help_text = "add a column of raw pixels with this shorter side, for training stages at a low resolution"
+    group.add_argument("--raw-below", type=int, metavar="PIXELS", help=help_text)
+    add_reading(group)
+    help_text = "store PNG, CMYK and the like anew as JPEG of this quality (default: as they are)"
+    group.add_argument("--reencode", type=int, metavar="QUALITY", help=help_text)
+
+
+def _add_parts(group: Any) -> None:
+    help_text = f"make part I of --parts, from 0, and merge later; auto takes I from {' or '.join(_PART_VARIABLES)}"
+    group.add_argument("--part", metavar="I", help=help_text)
+    group.add_argument("--parts", type=int, metavar="N", help="parts in all; the result does not depend on it")
+    help_text = "ray makes all parts as tasks on the cluster of RAY_ADDRESS, or here, and merges them (default: pool)"
+    group.add_argument("--engine", choices=("pool", "ray"), default="pool", help=help_text)
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    """Write images as MDS shards that StreamingDataset reads. Call again after a crash: finished shards are kept."""
+    from vitcomposer.data.conversion.encode import StoreOptions
+    from vitcomposer.data.conversion.parts import convert_share
+    from vitcomposer.data.conversion.ray_engine import convert_with_ray
+    from vitcomposer.data.conversion.write import convert
+
+    part = _part(args)
+    stored = StoreOptions(
+        seekable=args.seekable,
+        short_side=args.short_side,
+        quality=args.quality,
+        raw_fraction=args.raw_fraction,
+        raw_below=args.raw_below,
+        reencode=args.reencode,
+        reading=given_reading(args),
+    )
+    source = args.source(args)
+    for line in source.warnings:
+        print(line)
+    left_out = 0  # of a part, which has no summary
+    plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
+    with _Progress(args.out) as progress:
+        how = {
+            "workers": args.workers,
+            "max_bad_fraction": args.max_bad_fraction,
+            "on_progress": progress.update,
+        }
+        if part is not None:
+            left_out = convert_share(source, args.out, part, args.parts, **plan, **how)
+            summary = {}
+        elif args.engine == "ray":
+            summary = convert_with_ray(source, args.out, args.parts, **plan, **how)
+        else:
+            summary = convert(source, args.out, **plan, **how)
+    if part is not None:
+        said = f", {left_out:,} images that cannot be decoded are left out" if left_out else ""
+        print(f"part {part} of {args.parts} is done{said}; after all: vitcomposer convert merge {args.out}")
+    _print_summary(summary, args.out)
+    return 0
+
+
+def _part(args: argparse.Namespace) -> int | None:
+    """Number of the part to make; None is all of them."""
+    if args.engine == "ray":
+        require(args.part is None, "--part", "left out with --engine ray", args.part, "Ray makes all parts.")
+        require(
+            args.parts is not None, "--parts", "given with --engine ray", args.parts, "Some parts per core are usual."
+        )
+        return None
+    if args.part is None:
+        rule, remedy = "given with --part or --engine ray", "Add --part auto, or leave it out to convert here."
+        require(args.parts is None, "--parts", rule, args.parts, remedy)
+        return None
+    require(args.parts is not None, "--parts", "given with --part", args.parts, "Give the number of parts in all.")
+    from vitcomposer.data.conversion.parts import check_share
+
+    text = args.part
+    if text == "auto":
+        found = [os.environ[name] for name in _PART_VARIABLES if os.environ.get(name)]
+        rule = f"a number unless {' or '.join(_PART_VARIABLES)} is set"
+        require(bool(found), "--part", rule, text, "Run it in a SLURM array or an Indexed Job.")
+        text = found[0]
+    require(text.isdecimal(), "--part", "a number from 0, or auto", text, "The first part is --part 0.")
+    check_share(int(text), args.parts)  # here, as listing the images may take minutes
+    return int(text)
+
+
+def _run_merge(args: argparse.Namespace) -> int:
+    """Check that all parts of a conversion are done and belong together, and write what makes them one data set."""
+    from vitcomposer.data.conversion.parts import merge
+
+    _print_summary(merge(args.out, args.max_bad_fraction), args.out)
+    return 0
+
+
+def _run_subset(args: argparse.Namespace) -> int:
+    """Write a class-balanced part of a split, for low-shot evaluation."""
+    from vitcomposer.data.conversion.subset import write_subset
+
+    record = write_subset(args.path, args.name, fraction=args.fraction, seed=args.seed, split=args.split)
+    counts = record["class_counts"].values()
+    print(f"{args.path}/{args.name}: {record['images']:,} images, {min(counts):,} to {max(counts):,} of a class")
+    print(f"Train on it with data.train_split={args.name}")
+    return 0
+
+
+def _folder(args: argparse.Namespace) -> "Source":
+    from vitcomposer.data.conversion.sources import FolderSource
+
+    options = {"val_name": args.val_name, "val_fraction": args.val_fraction, "seed": args.seed}
+    # Of many machines the first alone reads files to compare them.
+    return FolderSource(args.path, **options, find_copies=args.part is None or _part(args) == 0)
+
+
+def _list(args: argparse.Namespace) -> "Source":
+    from vitcomposer.data.conversion.sources import ListSource, read_class_names
+    from vitcomposer.data.conversion.write import existing_class_names
+
+    names = read_class_names(args.classes) if args.classes else existing_class_names(args.out, args.split)
+    return ListSource(args.file, split=args.split, root=args.root, class_names=names)
+
+
+def _torchvision(args: argparse.Namespace) -> "Source":
+    from vitcomposer.data.conversion.torchvision_source import TorchvisionSource
+
+    return TorchvisionSource(args.name, root=args.root, download=args.download)
+
+
+def _digits(args: argparse.Namespace) -> "Source":
+    from vitcomposer.data.conversion.sources import DigitsSource
+
+    return DigitsSource(seed=args.seed)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere, such as in the log of a cluster job, a line every few seconds."""
+
+    def __init__(self, out: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:,.0f} images/s"))
+        console = Console(markup=False, emoji=False)
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        self._lines = not console.is_terminal
+        self._task = self._bar.add_task("", total=None, rate=0.0)
+        self._out = out
+        self._before = 0  # images of an earlier call
+        self._start: float | None = None
+        self._next_line = 0.0
+
+    def __enter__(self) -> "_Progress":
+        if not self._lines:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._lines:
+            self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` images are stored."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start, self._before, self._next_line = now, done, now + 5
+            if done == total:
+                self._bar.console.print(f"already done: {total:,} images are stored in {self._out}", highlight=False)
+            elif done:
+                self._bar.console.print(f"continuing: {done:,} of {total:,} images are stored", highlight=False)
+        rate = (done - self._before) / max(now - self._start, 1e-9)
+        self._bar.update(self._task, completed=done, total=total, rate=rate)
+        last = done == total and done > self._before
+        if self._lines and (now >= self._next_line or last):
+            self._next_line = now + 5
+            print(f"{done:,} of {total:,} images, {rate:,.0f} images/s", flush=True)
+
+
+def _print_summary(summary: dict[str, Any], out: str) -> None:
+    for split, facts in summary.items():
+        _print_facts(split, facts, out)
+
+
+def _print_facts(split: str, facts: dict[str, Any], out: str) -> None:
+    from vitcomposer.data.conversion.left_out import LEFT_OUT
+
+    formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
+    lines = {
+        "images": f"{facts['images']:,} ({formats}), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']:,} shards",
+        "stored": _outcomes(facts),
+        "per class": _spread(facts["images_per_class"]) + f" over {len(facts['class_counts']):,} classes",
+        "width": _spread(facts["width"]),
+        "height": _spread(facts["height"]),
+    }
+    if facts["left_out"]:
+        lines["left out"] = f"{facts['left_out']:,} that cannot be decoded, listed in {out.rstrip('/')}/{LEFT_OUT}"
+    print(split)
+    for name, text in lines.items():
+        print(f"  {name:<10} {text}")
+
+
+def _outcomes(facts: dict[str, Any]) -> str:
+    total, growth = facts["images"], 100 * (facts["bytes"] / facts["original_bytes"] - 1)
+    counts = [f"{name}: {count:,} of {total:,}" for name, count in facts["stored"].items()]
+    return f"{', '.join(counts)} ({growth:+.1f} % bytes in all)"
+
+
+def _spread(facts: dict[str, int]) -> str:
+    return f"min {facts['min']:,}, median {facts['median']:,}, max {facts['max']:,}"

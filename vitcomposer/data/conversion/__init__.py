@@ -1,0 +1,1 @@
+"""From folders and lists of images to MDS shards."""

@@ -1,0 +1,244 @@
+"""Compiled entropy decoding of a seekable JPEG's segments: bytes to DCT coefficients.
+
+Segments start on a byte and carry no state over, so two are decoded at a time: each symbol's position depends on the
+symbol before it, and a second, independent stream fills the processor's waiting time.
+"""
+
+import numpy as np
+
+from vitcomposer.data.jpeg.header_kernels import (
+    END,
+    FIRST,
+    INVALID,
+    LONGEST,
+    LOOKUP,
+    LOOKUP_BITS,
+    RAW,
+    ZIGZAG,
+    entry_of,
+)
+from vitcomposer.data.jpeg.pixel_kernels import TILE
+from vitcomposer.data.kernel import kernel
+
+I64, U64, U32 = np.int64, np.uint64, np.uint32
+
+SLACK = 512  # a block takes at most 64 symbols of 31 bits: how far damaged data can lead past its segment
+
+_PLACE = ZIGZAG * TILE
+# EXTEND of ITU-T T.81, figure F.12, at [2 * size + first bit]. A table, because the compiler would make the sign a
+# branch, which is wrong every other time.
+_EXTEND = np.array([(1 - (1 << size), 0)[bit] for size in range(16) for bit in (0, 1)], np.int64)
+
+
+@kernel
+def _word(data, i):
+    """Eight bytes, big-endian; LLVM makes it one load."""
+    i = U64(i)
+    high = U64(data[i]) << U64(56) | U64(data[i + U64(1)]) << U64(48) | U64(data[i + U64(2)]) << U64(40)
+    middle = U64(data[i + U64(3)]) << U64(32) | U64(data[i + U64(4)]) << U64(24) | U64(data[i + U64(5)]) << U64(16)
+    return high | middle | U64(data[i + U64(6)]) << U64(8) | U64(data[i + U64(7)])
+
+
+@kernel
+def _peek(clean, position):
+    """At least 57 bits from a bit position on, first bit highest."""
+    return _word(clean, position >> 3) << U64(position & 7)
+
+
+@kernel
+def _long_code(word, table, raw, limits):
+    for bits in range(LOOKUP_BITS + 1, LONGEST):
+        code = I64(word >> U64(64 - bits))
+        if code <= limits[table, 0, bits]:
+            return entry_of(I64(raw[table * RAW + 16 + ((code + limits[table, 1, bits]) & 255)]), bits, table)
+    return U32(INVALID << 24)
+
+
+@kernel
+def _value(word, entry):
+    rest = word << U64((entry >> U32(8)) & U32(255))
+    size = U64((entry >> U32(16)) & U32(255))
+    return I64((rest >> U64(1)) >> (U64(63) - size)) + _EXTEND[size << U64(1) | rest >> U64(63)]
+
+
+@kernel
+def _unstuff(data, i, end, clean, o):
+    """Copy a segment, which a marker ends, without its stuffed zeros; the end in clean, or -1 for a marker inside."""
+    safe = min(end, len(data) - 8)
+    while i < safe:
+        flipped = ~_word(data, i)
+        if (flipped - U64(0x0101010101010101)) & ~flipped & U64(0x8080808080808080) == U64(0):
+            for n in range(8):
+                clean[U64(o + n)] = data[U64(i + n)]
+            i += 8
+            o += 8
+            continue
+        i, o = _unstuff_bytes(data, i, min(i + 8, end), end, clean, o)
+        if i < 0:
+            return I64(-1)
+    i, o = _unstuff_bytes(data, i, end, end, clean, o)
+    return I64(o) if i >= 0 else I64(-1)
+
+
+@kernel
+def _unstuff_bytes(data, i, stop, end, clean, o):  # noqa: PLR0913, PLR0917
+    while i < stop:
+        byte = data[U64(i)]
+        clean[U64(o)] = byte
+        i += 1
+        o += 1
+        if byte == 0xFF:
+            if i >= end or data[U64(i)] != 0:
+                return I64(-1), I64(o)
+            i += 1
+    return I64(i), I64(o)
+
+
+@kernel
+def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coef):  # noqa: PLR0913, PLR0917
+    """Two streams, A and B, take segment after segment until none is left; then one finishes alone.
+
+    The three loops are one text: a function for it would keep the streams' state in memory.
+
+    Args:
+        spans: (n, 2) first byte and end in clean of every segment; blocks = (blocks of a segment, blocks of them all).
+        kinds: The component of each block; slots the place of its first coefficient.
+        bases: The DC and then the AC table of each component.
+        last: int64 (2, 3), the DC predictions of both streams.
+    """
+    lookup, raw, limits = tables
+    per_segment, total = blocks
+    count, following = len(spans), 2
+    last[:] = 0
+    last_a, last_b = last[0], last[1]
+    segment_a, block_a, stop_a, out_a = 0, 0, min(per_segment, total), slots[0]
+    step_a, place_a, table_a = 0, spans[0, 0] * 8, U64(bases[0] * LOOKUP)
+    segment_b, block_b, stop_b, out_b = segment_a, block_a, stop_a, out_a
+    step_b, place_b, table_b = step_a, place_a, table_a
+    if count > 1:
+        segment_b, block_b, stop_b, out_b = 1, per_segment, min(2 * per_segment, total), slots[per_segment]
+        place_b = spans[1, 0] * 8
+
+    while count > 1:
+        word = _peek(clean, place_a)
+        entry = lookup[table_a + (word >> U64(64 - LOOKUP_BITS))]
+        if entry == 0:
+            entry = _long_code(word, I64(table_a >> U64(LOOKUP_BITS)), raw, limits)
+        step_a += I64(entry >> U32(24))
+        place_a += I64(entry & U32(255))
+        if step_a < 63:
+            coef[U64(out_a + _PLACE[U64(step_a)])] = _value(word, entry)
+        elif step_a == FIRST:
+            component = kinds[U64(block_a)]
+            value = last_a[U64(component)] + _value(word, entry)
+            last_a[U64(component)] = value
+            coef[U64(out_a)] = value
+            step_a, table_a = 0, U64(bases[U64(3 + component)] * LOOKUP)
+        else:
+            if step_a == 63:
+                coef[U64(out_a + 63 * TILE)] = _value(word, entry)
+            elif step_a < END or step_a > FIRST:
+                return False
+            block_a += 1
+            if place_a > spans[U64(segment_a), 1] * 8:
+                return False
+            if block_a == stop_a:
+                if block_a % per_segment == 0 and (place_a + 7) >> 3 != spans[U64(segment_a), 1]:
+                    return False
+                if following == count:
+                    segment_a, block_a, stop_a, out_a = segment_b, block_b, stop_b, out_b
+                    step_a, place_a, table_a = step_b, place_b, table_b
+                    last_a[:] = last_b
+                    break
+                segment_a, following = following, following + 1
+                block_a = segment_a * per_segment
+                stop_a = min(block_a + per_segment, total)
+                place_a = spans[U64(segment_a), 0] * 8
+                last_a[:] = 0
+            step_a, out_a = 0, slots[U64(block_a)]
+            table_a = U64(bases[U64(kinds[U64(block_a)])] * LOOKUP)
+
+        word = _peek(clean, place_b)
+        entry = lookup[table_b + (word >> U64(64 - LOOKUP_BITS))]
+        if entry == 0:
+            entry = _long_code(word, I64(table_b >> U64(LOOKUP_BITS)), raw, limits)
+        step_b += I64(entry >> U32(24))
+        place_b += I64(entry & U32(255))
+        if step_b < 63:
+            coef[U64(out_b + _PLACE[U64(step_b)])] = _value(word, entry)
+        elif step_b == FIRST:
+            component = kinds[U64(block_b)]
+            value = last_b[U64(component)] + _value(word, entry)
+            last_b[U64(component)] = value
+            coef[U64(out_b)] = value
+            step_b, table_b = 0, U64(bases[U64(3 + component)] * LOOKUP)
+        else:
+            if step_b == 63:
+                coef[U64(out_b + 63 * TILE)] = _value(word, entry)
+            elif step_b < END or step_b > FIRST:
+                return False
+            block_b += 1
+            if place_b > spans[U64(segment_b), 1] * 8:
+                return False
+            if block_b == stop_b:
+                if block_b % per_segment == 0 and (place_b + 7) >> 3 != spans[U64(segment_b), 1]:
+                    return False
+                if following == count:
+                    break
+                segment_b, following = following, following + 1
+                block_b = segment_b * per_segment
+                stop_b = min(block_b + per_segment, total)
+                place_b = spans[U64(segment_b), 0] * 8
+                last_b[:] = 0
+            step_b, out_b = 0, slots[U64(block_b)]
+            table_b = U64(bases[U64(kinds[U64(block_b)])] * LOOKUP)
+
+    while True:
+        word = _peek(clean, place_a)
+        entry = lookup[table_a + (word >> U64(64 - LOOKUP_BITS))]
+        if entry == 0:
+            entry = _long_code(word, I64(table_a >> U64(LOOKUP_BITS)), raw, limits)
+        step_a += I64(entry >> U32(24))
+        place_a += I64(entry & U32(255))
+        if step_a < 63:
+            coef[U64(out_a + _PLACE[U64(step_a)])] = _value(word, entry)
+        elif step_a == FIRST:
+            component = kinds[U64(block_a)]
+            value = last_a[U64(component)] + _value(word, entry)
+            last_a[U64(component)] = value
+            coef[U64(out_a)] = value
+            step_a, table_a = 0, U64(bases[U64(3 + component)] * LOOKUP)
+        else:
+            if step_a == 63:
+                coef[U64(out_a + 63 * TILE)] = _value(word, entry)
+            elif step_a < END or step_a > FIRST:
+                return False
+            block_a += 1
+            if place_a > spans[U64(segment_a), 1] * 8:
+                return False
+            if block_a == stop_a:
+                return block_a % per_segment != 0 or (place_a + 7) >> 3 == spans[U64(segment_a), 1]
+            step_a, out_a = 0, slots[U64(block_a)]
+            table_a = U64(bases[U64(kinds[U64(block_a)])] * LOOKUP)
+
+
+@kernel
+def gather_band(data, first, starts, per_row, clean, spans):  # noqa: PLR0913, PLR0917
+    """The segments of one MCU row, first and following, without stuffing; False if a marker is not where it belongs.
+
+    Args:
+        starts: Offset in data of each of these segments and of the one after the last.
+        per_row: Segments of the whole image, to tell the last one, which EOI ends.
+    """
+    o = 0
+    for n in range(len(spans)):
+        start, end = starts[n], starts[n + 1] - 2
+        marker = 0xD9 if first + n + 1 == per_row else 0xD0 + ((first + n) & 7)
+        if end <= start or data[U64(end)] != 0xFF or data[U64(end + 1)] != marker:
+            return False
+        spans[n, 0] = o
+        o = _unstuff(data, start, end, clean, o)
+        if o < 0:
+            return False
+        spans[n, 1] = o
+    return True

@@ -1,0 +1,1 @@
+"""Reads the samples of MDS shards, on disk or through a cache."""

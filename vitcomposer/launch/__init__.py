@@ -1,0 +1,1 @@
+"""Writes the launch files of schedulers and shells."""

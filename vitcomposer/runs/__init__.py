@@ -1,0 +1,1 @@
+"""The folder of one run: configuration, checkpoints, metrics, report."""

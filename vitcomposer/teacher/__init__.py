@@ -1,0 +1,1 @@
+"""The teacher of distillation and its stored answers."""

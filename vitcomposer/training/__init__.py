@@ -1,0 +1,1 @@
+"""From checked parts to a ``composer.Trainer``, and its run."""

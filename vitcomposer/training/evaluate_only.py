@@ -1,0 +1,42 @@
+"""A Trainer that takes no step: for recipes that look at a network and train nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from composer import Trainer
+from composer.core import Callback, DataSpec
+from composer.models import ComposerModel
+from torch.optim import SGD
+
+from vitcomposer.callbacks import Preemption, Throughput
+from vitcomposer.runs.folder import run_folder
+from vitcomposer.training.trainer import Placement, build_loggers, build_record
+
+
+def build_measurement(
+    cfg: Any, placement: Placement, *, task: ComposerModel, data: DataSpec, callbacks: Sequence[Callback]
+) -> Trainer:
+    """What ``trainer.fit`` runs the start and the end of, between which the callbacks do their work.
+
+    Args:
+        cfg: With ``max_duration: 0ba``.
+        data: Composer wants a loader; nothing is read from it by the Trainer.
+    """
+    folder = run_folder(cfg)
+    throughput = Throughput(None, cfg.precision)
+    facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": None}
+    record = build_record(cfg, facts, throughput)
+    return Trainer(
+        model=task,
+        train_dataloader=data,
+        optimizers=SGD(task.parameters(), lr=0.0),  # never stepped; without one Composer warns and makes its own
+        callbacks=[throughput, Preemption(), *callbacks],
+        loggers=[record, *build_loggers(cfg, folder)],
+        max_duration=cfg.max_duration,
+        precision=cfg.precision,
+        device=placement.device,
+        seed=cfg.seed,
+        deterministic_mode=cfg.run.deterministic,
+        run_name=cfg.run.name,
+        progress_bar=False,
+    )

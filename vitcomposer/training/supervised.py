@@ -1,0 +1,102 @@
+"""Around the task of a recipe with labels: checks, data, stages, optimizer, evaluations and Trainer."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from composer import Trainer
+from composer.core import DataSpec
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vitcomposer import losses, optim
+from vitcomposer.algorithms import build_algorithms, build_stage_algorithms
+from vitcomposer.callbacks import build_attention_monitor
+from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops, train_factor
+from vitcomposer.curriculum import Options, Plan, build_plan, check_network, split_options
+from vitcomposer.data.loader import build_dataspec, set_view
+from vitcomposer.schema import Supervised
+from vitcomposer.tasks import Classification
+from vitcomposer.teacher.cache import CachedTeacher
+from vitcomposer.training.trainer import Placement, build_evaluators, build_trainer, check_evaluation_size
+
+LOSSES = {
+    "soft_target_cross_entropy": losses.soft_target_cross_entropy,
+    "binary_cross_entropy": losses.binary_cross_entropy,
+}
+
+
+def build_supervision(
+    cfg: Supervised,
+    run: Placement,
+    task: Classification,
+    *,
+    teacher_flops: float = 0.0,
+    keep_unmixed: bool = False,
+    cache: CachedTeacher | None = None,
+    compiled: Sequence[nn.Module] = (),
+) -> Trainer:
+    """The Trainer of a classifier.
+
+    Args:
+        teacher_flops: Of another network's forward pass, for each training image.
+        keep_unmixed: As ``TrainTransform``.
+        cache: Decides the training views and brings a teacher's answers to them.
+        compiled: As ``build_trainer``.
+
+    Raises:
+        ConfigError: Algorithms or data that do not fit the network.
+    """
+    model = task.model
+    check_evaluation_size(cfg, model)
+    options, others = split_options(cfg.algorithms)
+    check_network(options, model, image_size=cfg.model.image_size, rand_augment=cfg.augment.rand_augment)
+    algorithms = build_algorithms(
+        others, loss=cfg.loss, precision=cfg.precision, label_smoothing=cfg.mixing.label_smoothing
+    )
+    train = build_dataspec(
+        cfg,
+        "train",
+        seed=cfg.seed,
+        device_batch_size=run.device_train_batch_size,
+        keep_unmixed=keep_unmixed,
+        teacher=cache,
+    )
+    plan = _plan_stages(cfg, options, model, train, teacher_flops)
+    set_view(train, plan.view)
+    val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=run.device_eval_batch_size)
+    val_loader: Any = val.dataloader
+    augment = cfg.augment
+    return build_trainer(
+        cfg,
+        run,
+        task=task,
+        train=train,
+        evaluators=build_evaluators(val, task, ema="EMA" in cfg.algorithms, interval=cfg.run.eval_interval),
+        optimizer=optim.build_optimizer(model, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size),
+        algorithms=[*algorithms, *build_stage_algorithms(options, plan, model)],
+        train_flops_per_image=plan.train_flops_per_image,
+        compute_share=plan.compute_share,
+        callbacks=build_attention_monitor(cfg, model, val_loader.dataset, mean=augment.mean, std=augment.std),
+        compiled=compiled,
+    )
+
+
+def _plan_stages(
+    cfg: Supervised, options: Options | None, model: nn.Module, train: DataSpec, teacher_flops: float
+) -> Plan:
+    """What each step of the run sees and costs; the length of the loader is that of an epoch."""
+
+    def flops(network: nn.Module, image_size: int, **kept: float) -> float:
+        # What is counted here is multiplied by TRAIN_FACTOR, but a teacher runs forward alone.
+        student = forward_flops(network, image_size, **kept) * train_factor(network, cfg.init.train_blocks)
+        return (student + teacher_flops) / TRAIN_FACTOR
+
+    return build_plan(
+        options,
+        model,
+        image_size=cfg.model.image_size,
+        max_duration=cfg.max_duration,
+        steps_per_epoch=len(cast(DataLoader, train.dataloader)),
+        images_per_step=cfg.global_train_batch_size,
+        forward_flops=flops,
+    )

@@ -1,0 +1,378 @@
+"""From checked parts to a composer.Trainer: the one place that calls it, and the run folder it resumes from."""
+
+import atexit
+import ctypes
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from composer import Algorithm, Evaluator, Trainer
+from composer.core import Callback, DataSpec, Event, State
+from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.models import ComposerModel
+from composer.utils import MissingConditionalImportError, dist, reproducibility
+from torch import nn
+from torch.distributed.checkpoint import state_dict
+from torch.optim import Optimizer
+
+from vitcomposer import config, optim
+from vitcomposer.algorithms.run_length import total_steps
+from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
+from vitcomposer.callbacks import (
+    BadImageCount,
+    Checkpoints,
+    NumericsMonitor,
+    Preemption,
+    Progress,
+    RunRecord,
+    StepSeed,
+    Throughput,
+    build_mirror,
+)
+from vitcomposer.escape import message
+from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.models.weights.averages import EMA_LABEL
+from vitcomposer.runs.checkpoint_loading import own_reader
+from vitcomposer.runs.checkpoints import LATEST
+from vitcomposer.runs.folder import (
+    check_folders,
+    check_images,
+    checkpoint_to_load,
+    current_device,
+    goes_on,
+    initialize_dist,
+    only_writer_of_run,
+    run_folder,
+)
+from vitcomposer.runs.identity import identity_of
+from vitcomposer.runs.typed import typed_command
+from vitcomposer.schema import ConfigError, Init, Model, require
+from vitcomposer.schema.algorithms import SCHEDULE_FREE
+from vitcomposer.schema.ranks import check_ranks
+from vitcomposer.training.execution import (
+    SHARDED,
+    attention_order,
+    average_gradients,
+    check_execution,
+    compile_forward,
+    recompute_activations,
+    shard_blocks,
+)
+
+NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What the machine adds to a configuration."""
+
+    device: str  # "gpu" or "cpu"
+    world_size: int
+    device_train_batch_size: int  # images per rank and step
+    device_eval_batch_size: int
+
+
+def starting_point(cfg: Any) -> Init:
+    """``cfg.init``, without its file where a run goes on: a checkpoint holds every weight, and the file may be gone.
+
+    Raises:
+        ConfigError: Blocks that do not learn, in a network that starts from nothing.
+    """
+    init: Init = cfg.init
+    remedy = "Set init.weights=FILE, or leave init.train_blocks out."
+    rule = "null without init.weights: what does not learn must have been trained"
+    starts = init.train_blocks is None or init.weights is not None
+    require(starts, "init.train_blocks", rule, init.train_blocks, remedy)
+    return dataclasses.replace(init, weights=None) if goes_on(cfg) else init
+
+
+def build_network(model: Model, init: Init) -> nn.Module:
+    """The network of the ``model`` block; what the yaml leaves out keeps the published value of the name.
+
+    Raises:
+        ConfigError: A name, an option or a size that no network has; weights that cannot be read or do not fit; blocks
+            that it does not have.
+    """
+    options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    try:
+        network = build_model(options.pop("name"), **options)
+        report = load_weights(network, init.weights, min_matched=init.min_matched) if init.weights else None
+        if init.train_blocks is not None:
+            _freeze(network, init.train_blocks, model.name)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    if report is not None and dist.get_global_rank() == 0:
+        print(message(str(report)))
+    return network
+
+
+def check_evaluation_size(cfg: Any, network: nn.Module) -> None:
+    """Refuse images for evaluation that the network cannot cut into patches: it would fail after an epoch of training.
+
+    Raises:
+        ConfigError: ``evaluation.image_size``.
+    """
+    size, patch = cfg.evaluation.image_size, getattr(network, "patch_size", 1)
+    below, above = max(1, (size or patch) // patch) * patch, -(-(size or patch) // patch) * patch
+    remedy = f"Use {below} or {above}."
+    require(size is None or size % patch == 0, "evaluation.image_size", f"divisible by {patch}", size, remedy)
+
+
+def _freeze(network: nn.Module, train_blocks: int, name: str) -> None:
+    remedy = "Leave it out, or choose a ViT, DeiT or ConViT."
+    rule = f"null for {name}, which has no transformer blocks"
+    require(isinstance(network, ImageTransformer), "init.train_blocks", rule, train_blocks, remedy)
+    cast(ImageTransformer, network).freeze_below(train_blocks)
+
+
+def prepare(cfg: Any) -> Placement:
+    """Start the process group, seed every generator and share the batch out over the ranks.
+
+    Raises:
+        ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
+    """
+    initialize_dist(cfg.run.dist_timeout)
+    check_folders(cfg)
+    device = current_device()
+    remedy = "Add precision=fp32, or run on a GPU."
+    require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
+    reproducibility.seed_all(cfg.seed)
+    if device == "cpu":
+        _keep_freed_memory()
+    ranks = dist.get_world_size()
+    check_ranks(cfg, ranks, dist.get_local_world_size())
+    train = cfg.global_train_batch_size
+    # A recipe without labels has no evaluation of its own.
+    evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
+    share = train // ranks
+    algorithms = getattr(cfg, "algorithms", {})
+    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
+    return Placement(
+        device=device,
+        world_size=ranks,
+        device_train_batch_size=share,
+        device_eval_batch_size=evaluate // ranks,
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large tensors instead of giving it back to the system after every use.
+
+    Each page that comes back costs a fault, 0.4 ms for the float32 of one image of 224 pixels as measured, as much as
+    normalising it. The process keeps its peak. Other libraries of C have no mallopt and change nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval: str) -> list[Evaluator]:
+    """``eval`` measures the raw weights; ``ema``, where there is an average, measures that on the same images."""
+    names = list(task.get_metrics(is_train=False))
+    labels = ["eval", EMA_LABEL] if ema else ["eval"]
+    return [Evaluator(label=lb, dataloader=val, metric_names=names, eval_interval=interval) for lb in labels]
+
+
+@own_reader()
+def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
+    cfg: Any,
+    placement: Placement,
+    *,
+    task: ComposerModel,
+    train: DataSpec,
+    evaluators: Sequence[Evaluator],
+    optimizer: Optimizer,
+    algorithms: Sequence[Algorithm],
+    train_flops_per_image: Callable[[int], float],
+    compute_share: Callable[[float], float] | None = None,
+    callbacks: Sequence[Callback] = (),
+    compiled: Sequence[nn.Module] = (),
+) -> Trainer:
+    """The Trainer of every recipe: it resumes from the run folder by itself and leaves its story there.
+
+    Args:
+        evaluators: May be empty: a task without labels has nothing to evaluate by itself.
+        train_flops_per_image: FLOPs of one training image at a step.
+        compute_share: Of the run's FLOPs, spent before a step; None where all steps cost the same.
+        callbacks: The recipe's own, after those of every run.
+        compiled: Whose forward passes ``run.compile`` is about; none is the whole task's.
+    """
+    folder = run_folder(cfg)
+    peak_lr = cfg.optimizer.peak_lr(cfg.global_train_batch_size)
+    throughput = Throughput(train_flops_per_image=train_flops_per_image, precision=cfg.precision)
+    facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
+    every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), BadImageCount()]
+    skip, latest = cfg.run.skip_nonfinite_steps, folder / "checkpoints" / LATEST
+    every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
+    if cfg.run.progress_bar:
+        every.append(Progress(throughput))
+    if cfg.run.remote is not None:
+        every.append(build_mirror(cfg, folder))
+    saver = Checkpoints(folder / "checkpoints", interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
+    record = build_record(cfg, facts, throughput)
+    schedule = optim.CosineWithWarmup(
+        cfg.schedule.t_warmup,
+        alpha_i=cfg.schedule.alpha_i,
+        alpha_f=cfg.schedule.alpha_f,
+        cosine_from=cfg.schedule.cosine_from,
+        global_train_batch_size=cfg.global_train_batch_size,
+        compute_share=compute_share if cfg.schedule.progress == "compute" else None,
+    )
+    if cfg.optimizer.name == SCHEDULE_FREE:
+        algorithms = [*algorithms, ScheduleFreeWeights()]
+    if cfg.run.activation_checkpointing:
+        recompute_activations(task, cfg.run.activation_checkpointing)
+    if cfg.run.compile:
+        for module in compiled or [task]:
+            compile_forward(module)
+    shared = cfg.run.parallelism == SHARDED
+    sharding = shard_blocks(task, cfg, world_size=dist.get_world_size()) if shared else None
+    if dist.get_global_rank() == 0:
+        print(
+            f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
+            f"{placement.world_size} x {placement.device}, {cfg.precision}, peak lr {peak_lr:.3g}"
+        )
+    trainer = Trainer(
+        model=task,
+        train_dataloader=train,
+        eval_dataloader=list(evaluators) or None,
+        optimizers=optimizer,
+        schedulers=schedule,
+        algorithms=list(algorithms),
+        callbacks=[*every, *callbacks, saver],
+        loggers=[record, *build_loggers(cfg, folder)],
+        max_duration=cfg.max_duration,
+        precision=cfg.precision,
+        device=placement.device,
+        device_train_microbatch_size=cfg.run.device_train_microbatch_size or placement.device_train_batch_size,
+        parallelism_config=sharding,
+        seed=cfg.seed,
+        deterministic_mode=cfg.run.deterministic,
+        run_name=cfg.run.name,
+        progress_bar=False,
+        load_path=_checkpoint_of_this_kind(folder, cfg),
+    )
+    average_gradients(task)
+    _check_steps_done(trainer.state, cfg, folder)
+    schedule.set_rates(trainer.state)
+    return trainer
+
+
+def _check_steps_done(state: State, cfg: Any, folder: Path) -> None:
+    done, steps = state.timestamp.batch.value, total_steps(state)
+    rule, given = f"at least the {done:,} steps that {folder} has trained", f"{cfg.max_duration}, {steps:,} steps"
+    remedy = "Raise it, or set run.name to start a shorter run."
+    require(done <= steps, "max_duration", rule, given, remedy)
+
+
+def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
+    path = checkpoint_to_load(folder)
+    shares = path is not None and Path(path).is_dir()
+    rule = f"{str(shares).lower()} to go on from {path}"
+    remedy = "Or set run.name to start another run, with init.weights for these weights."
+    fits = path is None or shares == cfg.run.sharded_checkpoints
+    require(fits, "run.sharded_checkpoints", rule, cfg.run.sharded_checkpoints, remedy)
+    return path
+
+
+def build_record(cfg: Any, facts: dict[str, Any], throughput: Throughput) -> RunRecord:
+    """What writes the run folder.
+
+    Raises:
+        ConfigError: The folder holds a run on other images.
+    """
+    text, images = config.to_yaml(cfg), check_images(cfg)
+    identity = identity_of(cfg, text, images)
+    interval = cfg.run.log_interval
+    return RunRecord(run_folder(cfg), text, facts, throughput=throughput, log_interval=interval, identity=identity)
+
+
+def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
+    make = {
+        "tensorboard": lambda: TensorboardLogger(log_dir=str(folder / "tensorboard")),
+        "wandb": lambda: WandBLogger(name=cfg.run.name),
+        "mlflow": lambda: MLFlowLogger(run_name=cfg.run.name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")),
+    }
+    loggers = []
+    for name in cfg.run.loggers:
+        try:
+            loggers.append(make[name]())
+        except (MissingConditionalImportError, ImportError) as error:
+            raise ConfigError(
+                f"run.loggers must name installed loggers, got {name!r}. pip install 'vitcomposer[{name}]'"
+            ) from error
+    return loggers
+
+
+def fit(trainer: Trainer, cfg: Any) -> int:
+    """Train to the end, or measure where a recipe has no step.
+
+    Returns:
+        0, or what ``Preemption`` has where a signal stopped the run after a checkpoint.
+    """
+    stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
+    try:
+        with only_writer_of_run(cfg), attention_order(cfg.run.attention_backends):
+            if cfg.max_duration == NO_STEP or _has_all_steps(trainer):
+                _end_without_a_step(trainer)
+            else:
+                trainer.fit()
+        _end_workers(trainer)
+        trainer.close()
+    except BaseException:
+        # Trainer.close() waits for all ranks, and the others may not come here.
+        _end_workers(trainer)
+        trainer.engine.close()
+        raise
+    finally:
+        _let_go(trainer)
+    if stopped.stopped and dist.get_global_rank() == 0:
+        _say_where_it_goes_on(trainer.state)
+    return stopped.status
+
+
+def _say_where_it_goes_on(state: State) -> None:
+    now, length = state.timestamp, state.dataloader_len
+    saver = next(callback for callback in state.callbacks if isinstance(callback, Checkpoints))
+    if saver.last_checkpoint_batch == now.batch:
+        epoch = now.epoch.value + (now.batch_in_epoch.value / length.value if length else 0)
+        print(f"saved step {now.batch.value:,} (epoch {epoch:.6g}). Go on: {message(typed_command())}", flush=True)
+
+
+def _let_go(trainer: Trainer) -> None:
+    """Drop what Composer and torch keep of a closed run to the end of the process: its weights and its optimizer."""
+    atexit.unregister(trainer.engine._close)
+    forget = getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", None)  # private, and a cache of modules
+    if forget is not None:
+        forget()
+
+
+def _has_all_steps(trainer: Trainer) -> bool:
+    """Whether a run was killed after its last checkpoint, in the evaluation or before the summary was written."""
+    duration = trainer.state.max_duration
+    assert duration is not None, "Trainer was given it"
+    return trainer.state.timestamp.get(duration.unit) >= duration
+
+
+def _end_without_a_step(trainer: Trainer) -> None:
+    """What comes before and after the steps, which Composer refuses to run without one."""
+    trainer.engine.run_event(Event.FIT_START)
+    trainer.engine.run_event(Event.FIT_END)
+    if trainer.state.evaluators:
+        trainer.engine.run_event(Event.EVAL_BEFORE_ALL)
+        trainer.eval()
+        trainer.engine.run_event(Event.EVAL_AFTER_ALL)
+
+
+def _end_workers(trainer: Trainer) -> None:
+    """End persistent loader workers now: Python's own clean-up sends them the one SIGTERM that they outlive."""
+    state = trainer.state
+    for loader in (state.train_dataloader, *(evaluator.dataloader.dataloader for evaluator in state.evaluators)):
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
