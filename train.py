@@ -5,7 +5,7 @@ import signal
 import sys
 
 from vitcomposer import config, escape, needed_files
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 
 
 def main(argv: list[str], *, told: bool = False) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str], *, told: bool = False) -> int:
     from vitcomposer.runs.failures import end_together, status_of_rank
     from vitcomposer.runs.folder import already_finished, run_folder, unlock_run_folder
     from vitcomposer.runs.report import has_report, write_report
-    from vitcomposer.training.trainer import fit
+    from vitcomposer.training.fit import fit
 
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from vitcomposer import config
 from vitcomposer.data.augment.mixing import soft_targets
-from vitcomposer.data.collate import view_seed
+from vitcomposer.data.random import view_seed
 from vitcomposer.losses import DistillationLoss, TeacherAnswers, soft_target_cross_entropy
 from vitcomposer.models import build_model
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD
-from vitcomposer.tasks import Distillation, FrozenTeacher
+from vitcomposer.tasks import Distillation
 from vitcomposer.teacher.cache import (
     MANIFEST,
     SPLIT,
@@ -44,6 +44,7 @@ from vitcomposer.teacher.cache import (
     set_name,
     shard_name,
 )
+from vitcomposer.teacher.frozen import FrozenTeacher
 from vitcomposer.teacher.rows import encode_rows, row_dtype
 from vitcomposer.teacher.writer import highest
 

@@ -140,9 +140,8 @@ def data_item(seed: int, number: int, root: Path) -> dict[str, Any]:
     from fuzz_mutations import mutated_index, mutated_shard
 
     from vitcomposer.data.conversion.inspect import inspect_data
-    from vitcomposer.data.mds.reader import ShardError
     from vitcomposer.data.mds.stream import ImageStream, StreamOptions
-    from vitcomposer.schema import ConfigError
+    from vitcomposer.errors import ConfigError, ShardError
 
     rng = random.Random(f"{seed}/{number}/data")
     kind = ("index.json", "shard with its hash", "shard without a hash")[number % 3]

@@ -12,7 +12,8 @@ import torch
 from step import CLASSES, MODELS, TrainingStep, classify, peak_bytes
 from torch import Tensor, nn
 
-from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops, peak_flops
+from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops
+from vitcomposer.cost.gpus import peak_flops
 from vitcomposer.models import build_model
 
 PRECISION = "amp_bf16"

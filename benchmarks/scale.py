@@ -7,7 +7,7 @@ on JPEGs streamed into an empty cache. Every rank has one thread and its own sha
 the number (weak scaling). Candidates take turns in every round, and only ratios inside a round are compared. Also what
 activation checkpointing frees and costs.
 
-Computed (``--compute``): the order in which ``vitcomposer.data.mds.order`` deals 1.28 million images in shards of 64 MiB
+Computed (``--compute``): the order in which ``data.mds.order`` deals 1.28 million images in shards of 64 MiB
 to nodes, ranks and workers, and from it the bytes that each node downloads, what has to be there before the first
 batch, and how well samples are mixed.
 """
@@ -45,7 +45,7 @@ def train_rank(out: Path, argv: list[str]) -> None:
 
     from recipes import RECIPES
     from vitcomposer import config
-    from vitcomposer.training.trainer import fit
+    from vitcomposer.training.fit import fit
 
     torch.set_num_threads(1)
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from vitcomposer import config, losses, optim
 from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops
 from vitcomposer.tasks import Classification
-from vitcomposer.training.trainer import build_network, build_trainer, prepare
+from vitcomposer.training.network import build_network
+from vitcomposer.training.setup import prepare
+from vitcomposer.training.trainer import build_trainer
 
 NEVER = "1000000ba"
 

@@ -7,7 +7,7 @@ from composer import Trainer
 from vitcomposer.algorithms import CosineWeightDecay, FreezeAtStart, MomentumEncoder
 from vitcomposer.losses import DINOLoss
 from vitcomposer.models import DINOHead
-from vitcomposer.schema import DINO
+from vitcomposer.schema.dino import DINO
 from vitcomposer.tasks import DINO as Task
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 

@@ -5,10 +5,12 @@ from composer import Trainer
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.losses import DistillationLoss
 from vitcomposer.schema import Distill
-from vitcomposer.tasks import Distillation, build_frozen_teacher
+from vitcomposer.tasks import Distillation
 from vitcomposer.teacher.cache import open_cache
+from vitcomposer.teacher.frozen import build_frozen_teacher
+from vitcomposer.training.network import build_network, starting_point
+from vitcomposer.training.setup import prepare
 from vitcomposer.training.supervised import LOSSES, build_supervision
-from vitcomposer.training.trainer import build_network, prepare, starting_point
 
 
 def build(cfg: Distill) -> Trainer:

@@ -9,7 +9,9 @@ from vitcomposer.data.evaluation import build_centre_crops, open_images
 from vitcomposer.schema import Neighbors
 from vitcomposer.tasks import Embedding
 from vitcomposer.training.evaluate_only import build_measurement
-from vitcomposer.training.trainer import build_network, check_evaluation_size, prepare
+from vitcomposer.training.network import build_network
+from vitcomposer.training.setup import prepare
+from vitcomposer.training.trainer import check_evaluation_size
 
 
 def build(cfg: Neighbors) -> Trainer:

@@ -3,8 +3,9 @@
 from composer import Trainer
 
 from vitcomposer.algorithms import MomentumEncoder
+from vitcomposer.errors import require
 from vitcomposer.models import MLPHead
-from vitcomposer.schema import MoCo, require
+from vitcomposer.schema.moco import MoCo
 from vitcomposer.tasks import MoCo as Task
 from vitcomposer.tasks.moco import freeze_patch_projection
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining

@@ -10,14 +10,9 @@ from vitcomposer.cost.flops import forward_flops
 from vitcomposer.data.loader import build_dataspec
 from vitcomposer.schema import Probe
 from vitcomposer.tasks import Head, LinearProbe
-from vitcomposer.training.trainer import (
-    build_evaluators,
-    build_network,
-    build_trainer,
-    check_evaluation_size,
-    prepare,
-    starting_point,
-)
+from vitcomposer.training.network import build_network, starting_point
+from vitcomposer.training.setup import prepare
+from vitcomposer.training.trainer import build_evaluators, build_trainer, check_evaluation_size
 
 
 def build(cfg: Probe) -> Trainer:

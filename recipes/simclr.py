@@ -3,7 +3,7 @@
 from composer import Trainer
 
 from vitcomposer.models import MLPHead
-from vitcomposer.schema import SimCLR
+from vitcomposer.schema.simclr import SimCLR
 from vitcomposer.tasks import SimCLR as Task
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 

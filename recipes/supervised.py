@@ -4,8 +4,9 @@ from composer import Trainer
 
 from vitcomposer.schema import Supervised
 from vitcomposer.tasks import Classification
+from vitcomposer.training.network import build_network, starting_point
+from vitcomposer.training.setup import prepare
 from vitcomposer.training.supervised import LOSSES, build_supervision
-from vitcomposer.training.trainer import build_network, prepare, starting_point
 
 
 def build(cfg: Supervised) -> Trainer:

@@ -5,7 +5,7 @@ from composer import Trainer
 from vitcomposer.algorithms import FreezeAtStart
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead
-from vitcomposer.schema import SwAV
+from vitcomposer.schema.swav import SwAV
 from vitcomposer.tasks import SwAV as Task
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 

@@ -31,7 +31,7 @@ from vitcomposer.algorithms import (
     EvaluationEMA,
     build_algorithms,
 )
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 from vitcomposer.schema.algorithms import ARGUMENTS, REJECTED, STAGED
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitcomposer import cli, config
-from vitcomposer.commands import bench
+from vitcomposer.cost import input_speed
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = str(ROOT / "yamls" / "deit_ti.yaml")
@@ -44,7 +44,7 @@ def test_bench_measures_every_stage(source, request, tmp_path, capsys):
 def test_stages_and_speeds_agree(photo_mds):
     """Box, decode and resize are the whole of "decode and crop", and the collate takes at least as long."""
     overrides = [*SMALL, f"data.local={photo_mds}", "model.num_classes=8", "augment.rand_augment=null"]
-    found = bench.measure(config.load(YAML, overrides), workers=[0], seconds=0.3)
+    found = input_speed.measure(config.load(YAML, overrides), workers=[0], seconds=0.3)
     container, crops, collate, loader = (1e3 / speed["images_per_cpu_second"] for speed in found["speeds"])
     stages = found["milliseconds"]
     assert stages["draw box"] + stages["decode"] + stages["resize"] == pytest.approx(crops, rel=0.2)
@@ -56,8 +56,8 @@ def test_stages_and_speeds_agree(photo_mds):
 
 def test_cores_follow_from_the_loader_with_the_most_workers():
     speeds = [{"images_per_cpu_second": rate} for rate in (50_000.0, 900.0, 800.0)]
-    assert bench.cores_for({"speeds": speeds}, 10_000) == 13
-    assert bench.cores_for({"speeds": speeds}, 800) == 1
+    assert input_speed.cores_for({"speeds": speeds}, 10_000) == 13
+    assert input_speed.cores_for({"speeds": speeds}, 800) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from tests.test_folder_lock import hold_by_parent
 from tests.test_train import losses
 from vitcomposer import config
 from vitcomposer.data.loader import build_dataspec
-from vitcomposer.data.mds.reader import ShardError
+from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.losses import DistillationLoss, TeacherAnswers, soft_target_cross_entropy
 from vitcomposer.models import build_model
-from vitcomposer.schema import ConfigError, Distill
+from vitcomposer.schema import Distill
 from vitcomposer.teacher.cache import MANIFEST, CachedTeacher, open_cache
 from vitcomposer.teacher.rows import column_encodings, encode_rows, row_dtype
 from vitcomposer.teacher.writer import highest, write_cache

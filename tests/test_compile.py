@@ -23,8 +23,9 @@ from tests.test_train import losses, weights
 from vitcomposer import losses as loss_functions
 from vitcomposer.algorithms import build_algorithms
 from vitcomposer.callbacks import StepSeed
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
-from vitcomposer.schema import ConfigError, Run
+from vitcomposer.schema import Run
 from vitcomposer.tasks import Classification
 from vitcomposer.training.execution import ATTENTION_BACKENDS, GRAPH_LIMIT, attention_order, compile_forward
 

@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from vitcomposer import config
-from vitcomposer.schema import CONFIGS, ConfigError
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = ROOT / "yamls/deit_s.yaml"

@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import ROOT
 from vitcomposer import config
 from vitcomposer.config.values import block_of
-from vitcomposer.schema import CONFIGS, ConfigError
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import CONFIGS
 
 DEIT = ROOT / "yamls/deit_s.yaml"
 PAGES = {

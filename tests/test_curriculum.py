@@ -23,14 +23,14 @@ from vitcomposer.algorithms import build_algorithms
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.curriculum import Curriculum, Plan, build_plan, check_network, split_options
 from vitcomposer.data.augment import programs as ops
-from vitcomposer.data.augment.mixing import MIX_BOX
 from vitcomposer.data.augment.policies import RandAugment
-from vitcomposer.data.augment.transforms import ERASE_BOX
+from vitcomposer.data.batch import ERASE_BOX, MIX_BOX
 from vitcomposer.data.collate import TrainCollate
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
 from vitcomposer.optim import CosineWithWarmup, cosine_with_warmup
-from vitcomposer.schema import Augment, ConfigError, Mixing, Schedule
+from vitcomposer.schema import Augment, Mixing, Schedule
 
 SIZES, SHARES = [16, 24, 32, 48], [0.1, 0.2, 0.3, 0.4]
 FLOPS = {96: 0.176, 160: 0.493, 192: 0.721, 224: 1.0}  # of a DeiT-S, relative

@@ -18,11 +18,13 @@ from tests.conftest import PHOTOS, ROOT, run_train, tiny_photo_overrides
 from tests.test_train import losses, weights
 from vitcomposer import config
 from vitcomposer.cost.flops import forward_flops
-from vitcomposer.data.augment.mixing import draw_mixing, split_batch
+from vitcomposer.data.augment.mixing import draw_mixing
 from vitcomposer.data.augment.transforms import TrainTransform
+from vitcomposer.data.batch import split_batch
 from vitcomposer.losses import DistillationLoss, soft_target_cross_entropy
 from vitcomposer.models import build_model
-from vitcomposer.tasks import Distillation, FrozenTeacher
+from vitcomposer.tasks import Distillation
+from vitcomposer.teacher.frozen import FrozenTeacher
 from vitcomposer.teacher.network import build_teacher, build_teacher_network
 
 YAML = str(ROOT / "yamls/deit_ti_distilled.yaml")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vitcomposer import cli
+from vitcomposer.commands import inspect
 from vitcomposer.data.conversion.inspect import SplitReport
 from vitcomposer.escape import for_markdown, for_terminal, message
 from vitcomposer.evaluation import confusion
@@ -76,7 +77,7 @@ def test_inspect_shows_names_that_look_like_its_own_markup(capsys: pytest.Captur
         class_counts=None,
         first_sample="[/x]: JPEG",
     )
-    cli._print_report(report)
+    inspect._print_report(report)
     shown = capsys.readouterr().out
     assert "\x1b[31m" not in shown
     for text in ("[/foo]", r"\x1b[31mred", "[/x]: JPEG"):

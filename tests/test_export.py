@@ -15,8 +15,8 @@ from tests.conftest import PHOTOS, ROOT, run_train, tiny_photo_overrides
 from tests.test_folder_lock import hold_by_parent
 from vitcomposer import folder_lock
 from vitcomposer.cli import main
-from vitcomposer.commands.export import write_folder
 from vitcomposer.evaluation.trained import Trained, load_trained
+from vitcomposer.export.folder import write_folder
 from vitcomposer.export.graph import build_network_of, check_onnx
 from vitcomposer.models import build_model
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Model

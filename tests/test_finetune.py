@@ -18,7 +18,7 @@ from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.test_train import losses
 from vitcomposer import config
 from vitcomposer.models.weights.load import read_checkpoint
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 PAGE = str(ROOT / "yamls/finetune_photos.yaml")
 DEPTH = 3

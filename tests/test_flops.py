@@ -6,7 +6,9 @@ import timm
 import torch
 from torch import nn
 
-from vitcomposer.cost.flops import GPUS, forward_flops, forward_work, multi_crop_flops, peak_flops
+from vitcomposer.cost.flops import forward_flops, multi_crop_flops
+from vitcomposer.cost.gpus import GPUS, peak_flops
+from vitcomposer.cost.roofline import forward_work
 from vitcomposer.models import build_model
 
 

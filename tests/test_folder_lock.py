@@ -21,7 +21,7 @@ import pytest
 from tests.conftest import ROOT
 from vitcomposer import folder_lock
 from vitcomposer.cli import main
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 
 HOLD = """
 import sys, time

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from tests.conftest import ROOT, run_train
 from vitcomposer import config
+from vitcomposer.errors import ConfigError
 from vitcomposer.evaluation.trained import load_trained
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.features import FrozenFeatures
 from vitcomposer.models.positions import sincos_positions
-from vitcomposer.schema import ConfigError, Init, Model
+from vitcomposer.schema import Init, Model
 from vitcomposer.tasks.probe import Embedding
 from vitcomposer.teacher.network import build_teacher
-from vitcomposer.training.trainer import build_network
+from vitcomposer.training.network import build_network
 
 SIZE, GRID, DEPTH = 64, (4, 4), 2
 KNN, PROBE = (str(ROOT / f"yamls/probe_{name}.yaml") for name in ("knn", "linear"))

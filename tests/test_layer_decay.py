@@ -8,9 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tests.test_optim import ADAMW
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
 from vitcomposer.optim import build_optimizer, layer_lrs, param_groups
-from vitcomposer.schema import ConfigError
 
 NO_DECAY = {"pos_embed", "cls_token"}
 

@@ -16,6 +16,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
 from vitcomposer.optim import (
     CosineWithWarmup,
@@ -23,7 +24,7 @@ from vitcomposer.optim import (
     cosine_with_warmup,
     param_groups,
 )
-from vitcomposer.schema import ConfigError, Optimizer, Schedule
+from vitcomposer.schema import Optimizer, Schedule
 from vitcomposer.schema.times import check_schedule, parse_time
 
 ADAMW = Optimizer(name="adamw", lr=5e-4, lr_batch_size=512, lr_scaling="linear", weight_decay=0.05)

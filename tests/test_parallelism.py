@@ -14,8 +14,9 @@ from composer.utils import dist
 from tests.conftest import ROOT, run_train
 from tests.test_train import losses
 from vitcomposer.algorithms import averaged_weights
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model, load_weights
-from vitcomposer.schema import ConfigError, Optimizer, Run
+from vitcomposer.schema import Optimizer, Run
 from vitcomposer.training.execution import shard_blocks
 
 CONVIT = str(ROOT / "yamls/convit_ti.yaml")

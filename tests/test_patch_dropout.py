@@ -12,8 +12,8 @@ from tests.test_launch import DEIT
 from tests.test_train import losses, weights
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.curriculum import Plan, build_plan, check_network, split_options
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
-from vitcomposer.schema import ConfigError
 
 GOOD = {"keep_rates": [0.25, 0.5, 1.0], "until": [0.3, 0.6, 1.0]}
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 from vitcomposer import cli, config
-from vitcomposer.schema import ConfigError, expand_home
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import expand_home
 
 DEIT = ROOT / "yamls/deit_s.yaml"
 

@@ -8,8 +8,9 @@ import pytest
 
 from recipes import RECIPES
 from vitcomposer import cli, config
-from vitcomposer.cost import flops
+from vitcomposer.cost import flops, roofline
 from vitcomposer.cost.estimate import Network, Speed, View, costs_of
+from vitcomposer.cost.gpus import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 1_281_167
@@ -138,9 +139,9 @@ def test_roofline_gives_the_reference_table(
     name: str, gpu: str, images_per_second: float, mfu: float, split: tuple[float, ...] | None, networks: Any
 ) -> None:
     network, view = networks[name], View(1, 224, 1.0)
-    work, peak = network.work(view), flops.GPUS[gpu].peak("amp_bf16")
+    work, peak = network.work(view), GPUS[gpu].peak("amp_bf16")
     assert work is not None and peak is not None
-    seconds = flops.roofline_seconds(work, network.train_flops(view), flops.GPUS[gpu], peak)
+    seconds = roofline.roofline_seconds(work, network.train_flops(view), GPUS[gpu], peak)
     assert 1 / sum(seconds) == pytest.approx(images_per_second, rel=0.02)
     assert network.train_flops(view) / sum(seconds) / peak == pytest.approx(mfu, abs=0.01)
     if split is not None:

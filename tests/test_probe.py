@@ -23,9 +23,9 @@ from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, run_train
 from vitcomposer import optim
 from vitcomposer.callbacks import StepSeed
 from vitcomposer.data.conversion.subset import write_subset
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.features import FrozenFeatures
-from vitcomposer.schema import ConfigError
 from vitcomposer.tasks import Head, LinearProbe
 
 SMALL: dict[str, Any] = {"depth": 5, "embed_dim": 32, "num_heads": 4}

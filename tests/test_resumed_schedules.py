@@ -12,8 +12,8 @@ from tests.faults.small_run import DEIT, tiny
 from tests.test_self_supervised import page
 from tests.test_self_supervised import tiny as tiny_pretraining
 from vitcomposer import config
-from vitcomposer.schema import ConfigError
-from vitcomposer.training.trainer import fit
+from vitcomposer.errors import ConfigError
+from vitcomposer.training.fit import fit
 
 HALF, WHOLE = 6, 12
 

@@ -18,7 +18,7 @@ from tests.conftest import ROOT, run_train
 from tests.faults.small_run import DEIT, rows, tiny
 from tests.faults.started_runs import ComposerRun, finish
 from vitcomposer import config, folder_lock
-from vitcomposer.callbacks import NonFiniteError
+from vitcomposer.errors import NonFiniteError
 
 ONE_STEP = ["max_duration=1ba", "run.eval_interval=2ba", "model.depth=1"]
 

@@ -13,8 +13,9 @@ from tests.algorithm_runs import Record, Task, assert_equal, checkpointed, data_
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.test_train import losses
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
+from vitcomposer.errors import ConfigError
 from vitcomposer.optim import build_optimizer
-from vitcomposer.schema import ConfigError, Optimizer
+from vitcomposer.schema import Optimizer
 
 CONFIG = Optimizer(name="adamw_schedulefree", lr=1e-2, lr_batch_size=4, lr_scaling="none", weight_decay=0.1)
 DEIT = ROOT / "yamls/deit_ti.yaml"

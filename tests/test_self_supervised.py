@@ -21,9 +21,9 @@ from recipes import RECIPES
 from tests.conftest import ROOT, run_train
 from tests.test_compile import HAS_COMPILER
 from vitcomposer import config
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 from vitcomposer.schema.ranks import adjustments, check_ranks, sync_bn_ranks
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 METHODS = ("swav", "simclr", "moco", "dino")
 STEPS = 5
@@ -124,7 +124,7 @@ def test_killed_run_goes_on_with_the_same_losses(method: str, reference: Path, d
 
 @pytest.mark.parametrize("method", METHODS)
 def test_average_that_nothing_measures_is_refused(method: str) -> None:
-    with pytest.raises(config.ConfigError, match="algorithms.EMA must be left out of a recipe without labels"):
+    with pytest.raises(ConfigError, match="algorithms.EMA must be left out of a recipe without labels"):
         config.load(page(method), ["algorithms.EMA={smoothing: 0.99, update_interval: 1ba}"])
 
 

@@ -9,9 +9,9 @@ import torch
 
 from tests.conftest import PHOTOS
 from vitcomposer.cli import main
-from vitcomposer.commands.export import write_folder
 from vitcomposer.commands.soup import check_same, greedy, last_checkpoints, mean_of
 from vitcomposer.evaluation.trained import Trained, load_trained
+from vitcomposer.export.folder import write_folder
 from vitcomposer.export.graph import build_network_of
 from vitcomposer.models import load_weights
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Model

@@ -16,7 +16,7 @@ import torch
 from recipes import RECIPES
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from vitcomposer import config
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 DEIT = str(ROOT / "yamls/deit_ti.yaml")
 STEPS = 24  # two epochs of 192 photographs, 16 a batch

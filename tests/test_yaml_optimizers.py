@@ -7,9 +7,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_optim import ADAMW, names_by_decay, tiny_vit
 from vitcomposer import config
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
 from vitcomposer.optim import build_optimizer
-from vitcomposer.schema import ConfigError
 
 
 @pytest.mark.parametrize(

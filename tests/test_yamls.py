@@ -21,7 +21,7 @@ from vitcomposer.cost.estimate import costs_of
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.models import build_model
 from vitcomposer.teacher.writer import write_cache
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 PLANNED = [p for p in YAMLS if " EFLOP" in p.read_text() and not p.stem.startswith("probe_")]

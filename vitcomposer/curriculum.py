@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vitcomposer.schema import ConfigError, did_you_mean, require
+from vitcomposer.errors import ConfigError, did_you_mean, require
 
 MAX_STAGES = 4  # each is a compiled graph, and torch gives up after eight with those of the evaluation
 

@@ -87,3 +87,18 @@ def did_you_mean(given: str, known: Collection[str]) -> str:
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(given, known, n=1) or difflib.get_close_matches(given.lower(), names, n=1)
     return f" Did you mean {names.get(near[0], near[0])!r}?" if near else ""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or a weight is NaN or infinite; says step, layer, samples, the last checkpoint and a remedy.
+
+    All ranks raise it at the same place with the same message.
+    """
+
+
+class SaveError(RuntimeError):
+    """What a run leaves could not be written; for a checkpoint all ranks raise it, with the same message."""
+
+
+class ShardError(RuntimeError):
+    """A shard that cannot be had or is damaged; the message names shard, cause and remedy."""

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 
 BEAT = 10.0  # seconds between two touches
 STALE = 60.0  # seconds without a touch, seen by who waits for one

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.data.mds.index import INDEX, no_split
-from vitcomposer.schema import ConfigError, Distill, Probe, SelfSupervised, Supervised
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
 
 
 def check_needed_files(cfg: Any) -> None:

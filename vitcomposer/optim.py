@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from vitcomposer import schema
-from vitcomposer.schema import ConfigError, did_you_mean, require
+from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.schema.times import parse_time
 
 if TYPE_CHECKING:  # importing Composer costs seconds, and building an optimizer does not need it

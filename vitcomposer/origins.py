@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from vitcomposer.errors import ConfigError
 from vitcomposer.json_file import read_json
-from vitcomposer.schema import ConfigError
 
 LATEST = Path("checkpoints", "latest-rank0.pt")
 RECORDED = "config.yaml"

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vitcomposer.schema import MAX_PIXELS, require
+from vitcomposer.errors import require
+from vitcomposer.schema import MAX_PIXELS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from input_candidates import MULTICROP_BATCH
 from input_candidates.ours import PACKAGES as PACKAGES
 from input_candidates.ours import image_stream
 from vitcomposer.data.augment.policies import ColorDistortion
-from vitcomposer.data.multicrop import CROPS, MultiCrop
+from vitcomposer.data.batch import CROPS
+from vitcomposer.data.multicrop import MultiCrop
 
 
 def batches(

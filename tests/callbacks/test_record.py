@@ -11,7 +11,8 @@ from composer import Callback
 from composer.optim import LinearScheduler
 
 from tests.callbacks import tiny_run
-from vitcomposer.callbacks import RunRecord, Throughput, describe_environment
+from vitcomposer.callbacks import RunRecord, Throughput
+from vitcomposer.runs.environment import describe_environment
 
 FACTS = {"recipe": "supervised", "model": "tiny", "seed": 0, "lr_peak": 1e-2}
 DESIGN_FIELDS = (

@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_image
 from timm.data.mixup import Mixup
 
 from vitcomposer.data.augment import transforms as device
-from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, draw_mixing, split_batch
+from vitcomposer.data.augment.mixing import draw_mixing
+from vitcomposer.data.batch import ERASE_BOX, ERASE_SEED, MIX_BOX, MIX_LAM, OP_CODES, UNMIXED, split_batch
 from vitcomposer.data.collate import TrainCollate
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Augment, Mixing
 
@@ -91,8 +92,8 @@ def train_batch(count: int) -> dict[str, torch.Tensor]:
         "image": torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
         "label": torch.randint(0, 7, (count,), generator=generator),
         "sample_id": torch.arange(count),
-        device.ERASE_BOX: torch.tensor(boxes, dtype=torch.int32),
-        device.ERASE_SEED: torch.arange(count),
+        ERASE_BOX: torch.tensor(boxes, dtype=torch.int32),
+        ERASE_SEED: torch.arange(count),
         MIX_LAM: torch.from_numpy(lam),
         MIX_BOX: torch.from_numpy(mix_box),
     }
@@ -101,7 +102,7 @@ def train_batch(count: int) -> dict[str, torch.Tensor]:
 def test_erase_touches_only_the_box() -> None:
     batch = train_batch(4)
     images = torch.full((4, 3, 32, 32), 9.0)
-    erased = device.erase(images, batch[device.ERASE_BOX], batch[device.ERASE_SEED])
+    erased = device.erase(images, batch[ERASE_BOX], batch[ERASE_SEED])
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[4:14, 5:17] = True
     assert (erased[0::2] == 9).all() and (erased[1::2][..., ~inside] == 9).all()
@@ -113,7 +114,7 @@ def test_train_transform_normalizes_erases_and_then_mixes() -> None:
     batch = train_batch(6)
     result = device.TrainTransform(DEIT, MIXING, num_classes=7)(batch)
     images = device.Normalize(IMAGENET_MEAN, IMAGENET_STD)(batch["image"])
-    images = device.erase(images, batch[device.ERASE_BOX], batch[device.ERASE_SEED])
+    images = device.erase(images, batch[ERASE_BOX], batch[ERASE_SEED])
     state = np.random.get_state()
     np.random.seed(3)
     images, target = Mixup(0.8, 0.0, prob=1.0, label_smoothing=0.1, num_classes=7)(images, batch["label"])
@@ -121,7 +122,7 @@ def test_train_transform_normalizes_erases_and_then_mixes() -> None:
     torch.testing.assert_close(result["image"], images, rtol=0, atol=1e-6)
     torch.testing.assert_close(result["target"], target)
     assert set(result) == {"image", "label", "sample_id", "target", MIX_LAM}
-    assert result["target"].dtype == torch.float32 and device.ERASE_BOX in batch, "the input is left as it was"
+    assert result["target"].dtype == torch.float32 and ERASE_BOX in batch, "the input is left as it was"
 
 
 def test_train_transform_keeps_the_images_that_it_mixes() -> None:
@@ -130,7 +131,7 @@ def test_train_transform_keeps_the_images_that_it_mixes() -> None:
     alone = device.TrainTransform(DEIT, NO_MIXING, num_classes=7)(
         {key: value for key, value in batch.items() if key not in (MIX_LAM, MIX_BOX)}
     )
-    assert torch.equal(kept[device.UNMIXED], alone["image"]) and not torch.equal(kept["image"], alone["image"])
+    assert torch.equal(kept[UNMIXED], alone["image"]) and not torch.equal(kept["image"], alone["image"])
     assert torch.equal(kept[MIX_LAM], batch[MIX_LAM])
 
 
@@ -166,7 +167,7 @@ def test_device_runs_the_programs_that_the_worker_would_have_run(microbatch: int
     for on_device in (False, True):
         collate = TrainCollate(augment, MIXING, image_size=48, num_classes=5, seed=1, augment_on_device=on_device)
         batch = collate(samples)
-        assert (device.OP_CODES in batch) is on_device
+        assert (OP_CODES in batch) is on_device
         parts = [transform(part) for part in split_batch(batch, microbatch)]
         batches[on_device] = {int(i): image for p in parts for i, image in zip(p["sample_id"], p["image"], strict=True)}
     assert batches[True].keys() == batches[False].keys() == set(range(16))

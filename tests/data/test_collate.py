@@ -18,12 +18,14 @@ from torchvision import transforms
 from torchvision.transforms.functional import hflip, pil_to_tensor, resized_crop
 
 from vitcomposer.data.augment import crop as views
-from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, split_batch
-from vitcomposer.data.augment.transforms import ERASE_BOX, ERASE_SEED, TrainTransform
+from vitcomposer.data.augment.transforms import TrainTransform
+from vitcomposer.data.batch import ERASE_BOX, ERASE_SEED, MIX_BOX, MIX_LAM, split_batch
 from vitcomposer.data.boxes import random_resized_box
-from vitcomposer.data.collate import EvalCollate, TrainCollate, random_key
+from vitcomposer.data.collate import EvalCollate, TrainCollate
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.schema import Augment, ConfigError, Mixing
+from vitcomposer.data.random import random_key
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import Augment, Mixing
 
 DEIT = Augment(
     crop_scale=(0.08, 1.0),

@@ -10,8 +10,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from tests.data.test_stream import NUM_CLASSES, image, jpeg, load, open_stream, raw_sample, write_split
-from vitcomposer.data.mds.shards import ShardError
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError, ShardError
 
 pytestmark = pytest.mark.timeout(60)
 

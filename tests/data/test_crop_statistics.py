@@ -9,7 +9,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from vitcomposer.data.boxes import random_resized_box
-from vitcomposer.data.collate import random_key
+from vitcomposer.data.random import random_key
 
 BOXES = 100_000
 REFERENCE = 25_000  # torchvision takes 0.1 ms for one

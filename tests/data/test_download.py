@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 
 from tests.data.test_stream import open_stream, write_split
 from vitcomposer.data.mds.stream import StreamOptions
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 from vitcomposer.stores import download
 
 REMOTE = "s3://bucket/photos"

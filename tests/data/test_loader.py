@@ -18,18 +18,8 @@ from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.loader import build_dataspec
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import SyntheticImages
-from vitcomposer.schema import (
-    Augment,
-    ConfigError,
-    Data,
-    Evaluation,
-    Mixing,
-    Model,
-    Optimizer,
-    Run,
-    Schedule,
-    Supervised,
-)
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import Augment, Data, Evaluation, Mixing, Model, Optimizer, Run, Schedule, Supervised
 
 pytestmark = pytest.mark.timeout(150)
 

@@ -6,8 +6,9 @@ import torch
 from scipy.stats import beta, kstest
 from timm.data.mixup import Mixup, mixup_target
 
-from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, draw_mixing, mix_images, soft_targets, split_batch
-from vitcomposer.data.collate import random_key
+from vitcomposer.data.augment.mixing import draw_mixing, mix_images, soft_targets
+from vitcomposer.data.batch import MIX_BOX, MIX_LAM, split_batch
+from vitcomposer.data.random import random_key
 
 SIZE, CLASSES = 24, 10
 

@@ -12,11 +12,11 @@ from sklearn.datasets import load_sample_image
 
 from vitcomposer.data import MultiCrop
 from vitcomposer.data.augment.policies import ColorDistortion
-from vitcomposer.data.augment.transforms import OP_CODES, OP_VALUES
+from vitcomposer.data.batch import CROPS, OP_CODES, OP_VALUES
 from vitcomposer.data.boxes import random_resized_box
-from vitcomposer.data.collate import random_key
-from vitcomposer.data.multicrop import CROPS, MultiCropTransform
-from vitcomposer.schema import ConfigError
+from vitcomposer.data.multicrop import MultiCropTransform
+from vitcomposer.data.random import random_key
+from vitcomposer.errors import ConfigError
 
 GROUPS: dict[str, Any] = {
     "num_crops": (2, 4),

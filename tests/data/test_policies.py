@@ -31,7 +31,8 @@ from vitcomposer.data.augment.policies import (
     fill_colour,
 )
 from vitcomposer.data.augment.programs import Step, apply_program
-from vitcomposer.schema import IMAGENET_MEAN, Augment, ConfigError
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import IMAGENET_MEAN, Augment
 
 SIZE = 32
 DEIT = Augment(

@@ -15,9 +15,9 @@ from tests.data.test_stream import image, jpeg, load, open_stream, raw_sample, s
 from vitcomposer.data.jpeg.decode import decode_rgb
 from vitcomposer.data.mds import reader as rows_module
 from vitcomposer.data.mds import shards as shards_module
-from vitcomposer.data.mds.reader import RowReader, ShardError
+from vitcomposer.data.mds.reader import RowReader
 from vitcomposer.data.mds.stream import StreamOptions
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError, ShardError
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -9,8 +9,9 @@ import simplejpeg
 from PIL import Image
 
 from tests.conftest import read_photo
-from vitcomposer.data.conversion.encode import StoreOptions, read_raw_size, store_image
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
 from vitcomposer.data.jpeg.markers import parse_markers, read_index
+from vitcomposer.data.jpeg.raw import read_raw_size
 
 SEEKABLE = StoreOptions(seekable=True)
 OFF = StoreOptions(seekable=False)

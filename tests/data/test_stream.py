@@ -15,9 +15,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vitcomposer.data.conversion.inspect import inspect_data
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.mds.shards import ShardError
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError, ShardError
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,8 +12,8 @@ from streaming.base.compression import compress
 
 from tests.data.test_stream import load, open_stream, write_split
 from vitcomposer.data.conversion.inspect import inspect_data
-from vitcomposer.data.mds.reader import ShardError
 from vitcomposer.data.mds.unpack import unpack
+from vitcomposer.errors import ShardError
 
 ALGORITHMS = ("br:5", "bz2", "gz:1", "snappy", "zstd:3", "zstd")
 BOMB = 1 << 25  # bytes that become a few thousand

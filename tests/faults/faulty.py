@@ -29,7 +29,7 @@ from composer.loggers import Logger  # noqa: E402
 import train  # noqa: E402
 from recipes import RECIPES  # noqa: E402
 from vitcomposer import config  # noqa: E402
-from vitcomposer.schema import ConfigError  # noqa: E402
+from vitcomposer.errors import ConfigError  # noqa: E402
 
 NOW = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -30,9 +30,9 @@ from vitcomposer.data.files import TolerantCollate
 from vitcomposer.data.loader import build_dataspec
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.multicrop import MultiCrop
+from vitcomposer.errors import ConfigError
 from vitcomposer.runs import failures
 from vitcomposer.runs.metrics import read_metrics
-from vitcomposer.schema import ConfigError
 from vitcomposer.teacher.writer import write_cache
 
 pytestmark = pytest.mark.timeout(150)

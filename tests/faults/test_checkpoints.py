@@ -34,7 +34,7 @@ from vitcomposer.runs.checkpoints import (
     save_whole,
 )
 from vitcomposer.runs.folder import checkpoint_to_load
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 __all__ = ["unbroken"]
 

@@ -18,9 +18,8 @@ from tests.faults.conftest import Tell
 from tests.faults.object_store import free_ports
 from tests.faults.test_remote_runs import fake_run
 from tests.faults.test_s3 import read
-from vitcomposer.data.mds.reader import ShardError
+from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.runs.remote import POINTER, RunStore
-from vitcomposer.schema import ConfigError
 from vitcomposer.stores.objects import open_store
 
 pytestmark = pytest.mark.timeout(120)

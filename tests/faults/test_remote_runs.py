@@ -18,8 +18,8 @@ from tests.conftest import ROOT, run_train
 from tests.faults.conftest import Tell
 from tests.faults.object_store import BUCKET, SECRET, Proxy, free_ports
 from vitcomposer.callbacks import mirror
+from vitcomposer.errors import ConfigError
 from vitcomposer.runs.remote import POINTER, RunStore
-from vitcomposer.schema import ConfigError
 from vitcomposer.stores.objects import open_store
 
 pytestmark = pytest.mark.timeout(120)

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 from tests.conftest import ROOT, run_train
 from tests.faults.conftest import Tell
 from tests.faults.object_store import IMAGES, PER_SHARD, SECRET, Proxy, free_ports
-from vitcomposer.data.mds.reader import ShardError
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
+from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.runs.remote import RunStore
-from vitcomposer.schema import ConfigError
 from vitcomposer.stores.objects import open_store
 
 pytestmark = pytest.mark.timeout(120)

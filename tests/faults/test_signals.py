@@ -20,7 +20,7 @@ from tests.faults.small_run import DEIT, assert_same, names, saved, tiny, unbrok
 from tests.test_train import losses
 from vitcomposer import config
 from vitcomposer.runs.checkpoints import newest_whole
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 __all__ = ["unbroken"]
 

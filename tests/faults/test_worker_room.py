@@ -9,8 +9,8 @@ import pytest
 
 from vitcomposer import config
 from vitcomposer.data.mds import shared_memory as start
+from vitcomposer.errors import ConfigError
 from vitcomposer.runs import failures
-from vitcomposer.schema import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 1_000_000

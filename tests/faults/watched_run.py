@@ -14,7 +14,7 @@ from composer.utils import dist
 
 from recipes import RECIPES
 from vitcomposer import config
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 
 class Samples(Callback):

@@ -16,7 +16,7 @@ from composer import Callback
 from recipes import RECIPES
 from tests.conftest import ROOT, run_train
 from vitcomposer import config
-from vitcomposer.training.trainer import fit
+from vitcomposer.training.fit import fit
 
 STOP = "stop_after="  # an argument of ours: raise after that step, as a fault would
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from vitcomposer import config
-from vitcomposer.schema import ConfigError, Run
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import Run
 from vitcomposer.training.execution import check_execution
 
 DEIT = ROOT / "yamls/deit_ti.yaml"

@@ -13,10 +13,11 @@ from torch._dynamo.utils import counters
 from tests.conftest import ROOT
 from vitcomposer import config
 from vitcomposer.cost.estimate import costs_of
+from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
 from vitcomposer.models.layers import Block
 from vitcomposer.models.transformer import num_recomputed
-from vitcomposer.schema import ConfigError, Run
+from vitcomposer.schema import Run
 from vitcomposer.training.execution import compile_forward, recompute_activations
 
 TINY = {"patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 4, "num_classes": 5, "image_size": 32}

@@ -16,12 +16,13 @@ from tests.parallel.ranks import STOP, train_on
 from tests.parallel.test_fsdp2 import assert_close
 from tests.test_parallelism import CONVIT, STEPS, overrides
 from tests.test_train import losses
+from vitcomposer.errors import ConfigError
 from vitcomposer.evaluation.trained import load_trained
 from vitcomposer.models.weights.averages import averaged_weights
 from vitcomposer.models.weights.load import check_harmless, read_checkpoint
 from vitcomposer.models.weights.sharded import DIGESTS, digests_of_rank
 from vitcomposer.runs.checkpoints import damage, finish_shares, newest_whole, partial_of
-from vitcomposer.schema import ConfigError, Run
+from vitcomposer.schema import Run
 
 CONTENT: dict[str, Any] = {
     "state": {"model": {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}, "step": 3},

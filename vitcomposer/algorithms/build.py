@@ -17,7 +17,7 @@ from vitcomposer.algorithms.ema import EvaluationEMA
 from vitcomposer.algorithms.gradient_clipping import ParameterGradientClipping
 from vitcomposer.algorithms.patch_dropout import PatchDropout
 from vitcomposer.algorithms.sam import ResumableSAM
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 from vitcomposer.schema.algorithms import check_algorithms, check_company
 
 # Arguments that are ours to give: where a batch keeps images and targets, and when the layers are replaced.

@@ -2,15 +2,17 @@
 
 from vitcomposer.callbacks.attention import AttentionMonitor, build_attention_monitor
 from vitcomposer.callbacks.bad_images import BadImageCount
-from vitcomposer.callbacks.checkpoints import Checkpoints, SaveError
+from vitcomposer.callbacks.checkpoints import Checkpoints
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
 from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
-from vitcomposer.callbacks.numerics import NonFiniteError, NumericsMonitor
+from vitcomposer.callbacks.numerics import NumericsMonitor
 from vitcomposer.callbacks.preemption import Preemption
 from vitcomposer.callbacks.progress import Progress
-from vitcomposer.callbacks.record import RunRecord, describe_environment
+from vitcomposer.callbacks.record import RunRecord
 from vitcomposer.callbacks.step_seed import StepSeed
 from vitcomposer.callbacks.throughput import Throughput
+from vitcomposer.errors import NonFiniteError, SaveError
+from vitcomposer.runs.environment import describe_environment
 
 __all__ = [
     "AttentionMonitor",

@@ -16,9 +16,9 @@ from vitcomposer.data.evaluation import ChosenSamples, Statistics, choose_sample
 from vitcomposer.data.loader import source_of
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.errors import ConfigError
 from vitcomposer.models.attention import BlockAttention, nonlocality, observe_attention
 from vitcomposer.models.transformer import ImageTransformer
-from vitcomposer.schema import ConfigError
 
 IMAGES = 16
 

@@ -12,12 +12,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from vitcomposer.errors import SaveError
 from vitcomposer.models.weights.sharded import digests_of_rank
 from vitcomposer.runs.checkpoints import LATEST, finish_shares, keep_newest, partial_of, remove, save_whole
-
-
-class SaveError(RuntimeError):
-    """What a run leaves could not be written; for a checkpoint all ranks raise it, with the same message."""
 
 
 class Checkpoints(CheckpointSaver):

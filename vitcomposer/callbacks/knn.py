@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from vitcomposer.collectives import all_reduce
 from vitcomposer.data.labels import IGNORE_LABEL
+from vitcomposer.errors import require
 from vitcomposer.evaluation.knn import knn_accuracy
-from vitcomposer.schema import KNN, require
+from vitcomposer.schema import KNN
 
 
 class KNNMonitor(Callback):

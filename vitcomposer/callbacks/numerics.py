@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from vitcomposer.data.collate import random_key
+from vitcomposer.data.random import random_key
+from vitcomposer.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,6 @@ REMEDY = (
     "Lower optimizer.lr, lengthen schedule.t_warmup, or add algorithms.GradientClipping={clipping_type: norm, "
     "clipping_threshold: 1.0}; run.skip_nonfinite_steps=N leaves out up to N such steps."
 )
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, a gradient or a weight is NaN or infinite; says step, layer, samples, the last checkpoint and a remedy.
-
-    All ranks raise it at the same place with the same message.
-    """
 
 
 class _SkipStep(Exception):

@@ -8,7 +8,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from vitcomposer.data.collate import random_key
+from vitcomposer.data.random import random_key
 
 
 class StepSeed(Callback):

@@ -10,7 +10,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from vitcomposer.cost.flops import peak_flops
+from vitcomposer.cost.gpus import peak_flops
 
 
 class Throughput(Callback):

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.errors import require
 from vitcomposer.reading import add_reading, given_reading, set_reading
-from vitcomposer.schema import Neighbors, Probe, SelfSupervised, require
+from vitcomposer.schema import Neighbors, Probe, SelfSupervised
 from vitcomposer.whole_files import whole_file
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def load_network(source: str, overrides: Sequence[str], *, weights: "Weights") -
 def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained":
     from vitcomposer.evaluation.trained import LATEST, Trained
     from vitcomposer.models import load_weights
-    from vitcomposer.training.trainer import build_network
+    from vitcomposer.training.network import build_network
 
     # A probe and a search for neighbours leave the trunk as it was.
     own = isinstance(cfg, SelfSupervised) and path.suffix not in (".yaml", ".yml")

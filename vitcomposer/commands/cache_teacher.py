@@ -7,7 +7,8 @@ import argparse
 import os
 from typing import Any
 
-from vitcomposer.schema import ConfigError, Distill, require
+from vitcomposer.errors import ConfigError, require
+from vitcomposer.schema import Distill
 
 
 def add_command(commands: Any) -> None:
@@ -41,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     require(isinstance(cfg, Distill), "recipe", "distill", cfg.recipe, "Use a yaml with a teacher.")
     top_k = args.top_k or str(min(10, cfg.model.num_classes))
     require(top_k == "all" or top_k.isdecimal(), "--top-k", "a number of classes, or all", top_k, "10 is usual.")
-    from vitcomposer.data.mds.reader import ShardError
+    from vitcomposer.errors import ShardError
     from vitcomposer.teacher.writer import write_cache
 
     try:

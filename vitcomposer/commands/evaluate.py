@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
 from vitcomposer.reading import add_reading, given_reading, set_reading
-from vitcomposer.schema import require
 from vitcomposer.whole_files import write_whole
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vitcomposer.schema import require
+from vitcomposer.errors import require
 from vitcomposer.schema.credentials import holds_credential, is_credential_name, variable_within
 from vitcomposer.whole_files import write_whole
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.data.mds.index import index_fault
-from vitcomposer.schema import ConfigError, Data, require
+from vitcomposer.errors import ConfigError, require
+from vitcomposer.schema import Data
 from vitcomposer.whole_files import write_whole
 
 IMAGENET_IMAGES = 1_281_167
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def add_command(commands: Any) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vitcomposer.commands.evaluate import add_loading, choose_device
+from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
 from vitcomposer.reading import given_reading, set_reading
-from vitcomposer.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor

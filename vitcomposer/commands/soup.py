@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer.commands import export
+from vitcomposer.errors import require
 from vitcomposer.escape import for_markdown, for_terminal
-from vitcomposer.schema import require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vitcomposer.evaluation.trained import Trained
+from vitcomposer.export.folder import check_target, write_folder
 
 # Options that change how a network is trained, not what its weights mean: a soup is about runs that differ in them.
 _OF_TRAINING = {
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
     """Average the weights of models that were fine-tuned from one, or of the last checkpoints of one run."""
     from vitcomposer.evaluation.trained import load_trained
 
-    export.check_target(args.out, force=args.force)
+    check_target(args.out, force=args.force)
     remedy = "Name a split that was not trained on; choosing by a test set would make its accuracy worthless."
     require(args.method != "greedy" or args.split is not None, "--split", "given for --method greedy", None, remedy)
     remedy = "Add --data FOLDER and --split NAME."
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     soup = mean_of(chosen)
     if score is not None and args.method == "uniform":
         _print_uniform(members, soup, score)
-    export.write_folder(soup, args.out, force=args.force, notes=_notes(chosen, args.method))
+    write_folder(soup, args.out, force=args.force, notes=_notes(chosen, args.method))
     return 0
 
 

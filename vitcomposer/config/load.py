@@ -15,9 +15,9 @@ from omegaconf.resolvers import oc
 
 from vitcomposer.config.trees import Plain, Tree, is_null, read_overrides, read_page
 from vitcomposer.config.values import is_mapping, read
-from vitcomposer.errors import collect
+from vitcomposer.errors import ConfigError, collect, did_you_mean
 from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, recorded_statistics, take_over
-from vitcomposer.schema import CONFIGS, ConfigError, Run, did_you_mean, expand_home
+from vitcomposer.schema import CONFIGS, Run, expand_home
 from vitcomposer.schema.credentials import variable_within
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so

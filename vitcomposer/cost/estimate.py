@@ -15,11 +15,14 @@ import numpy as np
 import torch
 
 from vitcomposer import curriculum
-from vitcomposer.cost import flops
+from vitcomposer.cost import flops, roofline
+from vitcomposer.cost.gpus import GPUS, gpu_of_device
+from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.models import build_model
 from vitcomposer.models.heads import DINO_BOTTLENECK_DIM, DINO_HIDDEN_DIM
 from vitcomposer.models.transformer import num_recomputed
-from vitcomposer.schema import DINO, ConfigError, MoCo, did_you_mean, require
+from vitcomposer.schema.dino import DINO
+from vitcomposer.schema.moco import MoCo
 from vitcomposer.teacher.network import build_teacher_network
 
 ROOFLINE = "roofline estimate, not measured"
@@ -75,16 +78,16 @@ class Network:
         once = self.forward_flops(self.module, view.image_size, patch_keep_rate=view.patch_keep_rate)
         return flops.TRAIN_FACTOR * view.count * once
 
-    def work(self, view: View) -> flops.Work | None:
+    def work(self, view: View) -> roofline.Work | None:
         """Of one of the view's crops."""
-        return flops.forward_work(self.module, view.image_size, patch_keep_rate=view.patch_keep_rate)
+        return roofline.forward_work(self.module, view.image_size, patch_keep_rate=view.patch_keep_rate)
 
 
 class Speed:
     """Seconds of one training image on one GPU, from measured MFU where there is one, else from the roofline.
 
     Args:
-        gpu: Row of ``flops.GPUS``.
+        gpu: Row of ``GPUS``.
         results: Folder with ``gpu_*.json`` of benchmarks/gpu.py.
 
     Raises:
@@ -92,7 +95,7 @@ class Speed:
     """
 
     def __init__(self, network: Network, gpu: str, precision: str, results: Path) -> None:
-        self._network, self._gpu = network, flops.GPUS[gpu]
+        self._network, self._gpu = network, GPUS[gpu]
         peak = self._gpu.peak(precision)
         require(peak is not None, "precision", f"one that a {gpu} has", precision, "Add precision=amp_fp16.")
         self.peak = float(peak or 0.0)
@@ -106,7 +109,7 @@ class Speed:
         if self._costs:
             mfu = float(np.interp(math.log(cost), np.log(self._costs), self._mfus))
             return view.count * cost / (mfu * self.peak)
-        return None if work is None else view.count * sum(flops.roofline_seconds(work, cost, self._gpu, self.peak))
+        return None if work is None else view.count * sum(roofline.roofline_seconds(work, cost, self._gpu, self.peak))
 
 
 def _measured_mfu(network: Network, gpu: str, results: Path) -> tuple[dict[float, float], str | None]:
@@ -114,7 +117,7 @@ def _measured_mfu(network: Network, gpu: str, results: Path) -> tuple[dict[float
     kind = network.family, getattr(network.module, "embed_dim", None)
     for path in sorted(results.glob("gpu_*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if flops.gpu_of_device(found["device"]) != gpu:
+        if gpu_of_device(found["device"]) != gpu:
             continue
         best: dict[float, float] = {}
         for row in (row for section in ("training", "stages", "batches") for row in found["sections"].get(section, [])):
@@ -177,14 +180,14 @@ def costs_of(cfg: Any, *, gpu: str, gpus: int, images: int, results: Path) -> di
         "gpu_hours": None if hours is None else hours * gpus,
         "supply": supply,
         "memory_estimate": _memory(cfg, network, views, gpus=gpus),
-        "memory_of_gpu": flops.GPUS[gpu].memory_bytes,
+        "memory_of_gpu": GPUS[gpu].memory_bytes,
     }
 
 
 def _row_of(gpu: str) -> str:
     row = gpu.lower()
-    if row not in flops.GPUS:
-        raise ConfigError(f"--gpu must be one of {', '.join(flops.GPUS)}, got {gpu!r}.{did_you_mean(row, flops.GPUS)}")
+    if row not in GPUS:
+        raise ConfigError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.{did_you_mean(row, GPUS)}")
     return row
 
 
@@ -357,4 +360,4 @@ def _kept_activations(cfg: Any, network: Network) -> float:
     learning = len(blocks) if cfg.init.train_blocks is None else cfg.init.train_blocks
     twice = num_recomputed(share, learning)
     whole = max(len(blocks) - twice, 1)
-    return (whole + twice * 4 / flops.ACTIVATION_BYTES) / len(blocks)
+    return (whole + twice * 4 / roofline.ACTIVATION_BYTES) / len(blocks)

@@ -7,7 +7,7 @@ so a run is the same with any number of workers and after a resume.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,21 +15,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcomposer.data.augment.crop import decode_views
-from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, Batch, draw_mixing
+from vitcomposer.data.augment.mixing import draw_mixing
 from vitcomposer.data.augment.policies import Policies, build_policies
 from vitcomposer.data.augment.programs import FLIP, apply_program
-from vitcomposer.data.augment.transforms import ERASE_BOX, ERASE_SEED, OP_CODES, OP_VALUES
+from vitcomposer.data.batch import (
+    ERASE_BOX,
+    ERASE_SEED,
+    MIX_BOX,
+    MIX_LAM,
+    OP_CODES,
+    OP_VALUES,
+    Batch,
+    Sample,
+    Source,
+    _place,
+    batch_head,
+    batch_labels,
+    check_labels,
+)
 from vitcomposer.data.batch_memory import empty_batch
 from vitcomposer.data.boxes import Box, centre_box, random_erasing_box, random_resized_box, shape_with_shorter_side
 from vitcomposer.data.jpeg.decode import Interpolation, decode_rgb, read_size, resize_into
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.schema import Augment, ConfigError, Mixing
-
-Sample = dict[str, Any]
+from vitcomposer.data.random import _MIXING, random_key, view_seed
+from vitcomposer.schema import Augment, Mixing
 
 _MAX_PIXELS = 1 << 26  # of an image after its resize in evaluation: a line of pixels would become gigabytes
-_MASK64 = (1 << 64) - 1
-_SAMPLE, _MIXING = 0, 1  # separate streams: the first sample of a batch must not share its numbers with the mixing
 
 
 class Views(Protocol):
@@ -41,22 +52,6 @@ class Views(Protocol):
 
     def columns(self, samples: list[Sample], seeds: list[int], boxes: list[Box], flips: NDArray[np.bool_]) -> Batch:
         """What the batch gets beside its images, given how these were cut and whether they were flipped."""
-        ...
-
-
-class Source(Protocol):
-    """Where samples come from: it knows their neighbours, and counts those that cannot be decoded."""
-
-    def replace(self, samples: list[Sample], error: ValueError) -> list[Sample]:
-        """Views of another sample in place of those of one."""
-        ...
-
-    def skip(self, sample: Sample, error: ValueError) -> None:
-        """A sample that is left out."""
-        ...
-
-    def describe(self, sample_id: int) -> str:
-        """Where a sample lies."""
         ...
 
 
@@ -247,46 +242,6 @@ class EvalCollate:
         out.copy_(resized[:, top : top + size, left : left + size])
 
 
-def view_seed(seed: int, epoch: int, sample_id: int, copy: int) -> int:
-    """Of all draws that make a view of a sample."""
-    return random_key(seed, epoch, sample_id, copy, _SAMPLE)
-
-
-def random_key(*parts: int) -> int:
-    """One 64-bit seed out of several integers: splitmix64 folded over them, so that their order matters."""
-    state = 0
-    for part in parts:
-        state = ((state ^ int(part)) + 0x9E3779B97F4A7C15) & _MASK64  # int(): numpy's overflow
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return state
-
-
-def batch_head(samples: list[Sample], image_size: int, num_classes: int, source: Source | None = None) -> Batch:
-    """A batch of evaluation with its labels checked and its images still to be filled."""
-    check_labels(samples, num_classes, ignored=IGNORE_LABEL, source=source)
-    return {"image": empty_batch(len(samples), image_size), **batch_labels(samples)}
-
-
-def check_labels(
-    samples: list[Sample], num_classes: int, ignored: int | None = None, source: Source | None = None
-) -> None:
-    """Raise ValueError for a label that is no class."""
-    for sample in samples:
-        label = sample["label"]
-        if not 0 <= label < num_classes and label != ignored:
-            raise ConfigError(
-                f"{_place(source, sample)}: the label must be in [0, {num_classes}) for model.num_classes="
-                f"{num_classes}, got {label}. Set model.num_classes to the number of classes in the data set."
-            )
-
-
-def batch_labels(samples: list[Sample]) -> Batch:
-    """``label`` and ``sample_id`` as int64 (B,)."""
-    return {key: torch.tensor([int(sample[key]) for sample in samples]) for key in ("label", "sample_id")}
-
-
 def draw_programs(policies: Policies, rngs: Sequence[random.Random]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """A program from each generator, as codes and values (len(rngs), L)."""
     codes, values = zip(*(policies.draw(rng) for rng in rngs), strict=True)
@@ -323,11 +278,6 @@ def unexpected(source: Source | None, sample: Sample, error: Exception) -> Runti
     """The error that says at which sample something happened that no image should cause."""
     size = len(sample["image"])
     return RuntimeError(f"{_place(source, sample)}, of {size:,} bytes: {type(error).__name__}: {error}")
-
-
-def _place(source: Source | None, sample: Sample) -> str:
-    sample_id = sample["sample_id"]
-    return f"sample_id {sample_id}" if source is None else source.describe(sample_id)
 
 
 def _runs(samples: list[Sample]) -> Iterator[tuple[int, int]]:

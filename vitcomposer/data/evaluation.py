@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vitcomposer.data.augment.transforms import EvalTransform
-from vitcomposer.data.collate import EvalCollate, Sample
+from vitcomposer.data.batch import Sample
+from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.loader import Split, open_dataset, source_of
-from vitcomposer.data.mds.shards import ShardError
 from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError, ShardError
 
 Statistics = tuple[float, float, float]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitcomposer.data.augment.mixing import Batch
-from vitcomposer.data.collate import EvalCollate, Sample, batch_head
+from vitcomposer.data.batch import Batch, Sample, batch_head
+from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.conversion.folders import read_file
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.jpeg.decode import Interpolation

@@ -37,7 +37,7 @@ def _folder() -> str:
 
     numba unpickles what it finds there: a file that somebody else wrote would run as this user.
     """
-    sources = sorted(path for path in Path(__file__).parent.glob("*.py") if b"\n@kernel\n" in path.read_bytes())
+    sources = sorted(path for path in Path(__file__).parent.rglob("*.py") if b"\n@kernel\n" in path.read_bytes())
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = f"vitcomposer-kernels-{os.getuid()}"

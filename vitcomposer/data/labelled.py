@@ -11,10 +11,11 @@ from vitcomposer.data.conversion.folder_splits import Labelled, class_folder, fi
 from vitcomposer.data.conversion.folders import NOTES, Report, scan_classes, subfolders
 from vitcomposer.data.files import ImageFiles, ImageSet
 from vitcomposer.data.loader import open_dataset
-from vitcomposer.data.mds.shards import CLASS_NAMES, INDEX, ShardError, read_class_names
+from vitcomposer.data.mds.shards import CLASS_NAMES, INDEX, read_class_names
 from vitcomposer.data.mds.stream import ImageStream
+from vitcomposer.errors import ShardError, did_you_mean
 from vitcomposer.reading import current
-from vitcomposer.schema import Data, did_you_mean
+from vitcomposer.schema import Data
 
 REAL_IMAGES = 50_000  # of ImageNet's validation split
 _REAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.")

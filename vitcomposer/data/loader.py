@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitcomposer.data.augment import programs as ops
-from vitcomposer.data.augment.mixing import Batch, split_batch
 from vitcomposer.data.augment.transforms import EvalTransform, TrainTransform
-from vitcomposer.data.collate import EvalCollate, Sample, TrainCollate
+from vitcomposer.data.batch import Batch, Sample, split_batch
+from vitcomposer.data.collate import EvalCollate, TrainCollate, Views
 from vitcomposer.data.jpeg import decode as jpeg
-from vitcomposer.data.mds.shards import CLASS_NAMES, ShardError, read_class_names
+from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.shared_memory import (
     check_worker_room,
     clear_stale_memory,
@@ -28,14 +28,22 @@ from vitcomposer.data.mds.shared_memory import (
 )
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.errors import ConfigError, ShardError, require
 from vitcomposer.reading import current, set_reading
-from vitcomposer.schema import ConfigError, Data, Probe, Supervised, require
-from vitcomposer.teacher.cache import CachedTeacher
+from vitcomposer.schema import Data, Probe, Supervised
 
 Split = Literal["train", "val"]
 
 SYNTHETIC_VAL_SAMPLES = 50_000  # ImageNet's
 _LABELS = 256  # that are looked at before anything is read: a page of a shard each
+
+
+class StoredViews(Views, Protocol):
+    """Views whose answers were stored, for one data set."""
+
+    def check_data(self, dataset: ImageStream | SyntheticImages) -> None:
+        """Raise ConfigError for another data set."""
+        ...
 
 
 def build_dataspec(
@@ -45,7 +53,7 @@ def build_dataspec(
     seed: int,
     device_batch_size: int,
     keep_unmixed: bool = False,
-    teacher: CachedTeacher | None = None,
+    teacher: StoredViews | None = None,
 ) -> DataSpec:
     """Loader and device-side transforms of a split, checked against the model before anything is read.
 

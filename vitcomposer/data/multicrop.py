@@ -7,26 +7,17 @@ import numpy as np
 from torch import Tensor
 
 from vitcomposer.data.augment.crop import decode_views
-from vitcomposer.data.augment.mixing import Batch
 from vitcomposer.data.augment.policies import ColorDistortion, Policies
 from vitcomposer.data.augment.programs_torch import apply_programs
-from vitcomposer.data.augment.transforms import OP_CODES, OP_VALUES, Normalize
+from vitcomposer.data.augment.transforms import Normalize
+from vitcomposer.data.batch import CROPS, OP_CODES, OP_VALUES, Batch, Sample, Source, batch_labels
 from vitcomposer.data.batch_memory import empty_batch
 from vitcomposer.data.boxes import random_resized_box
-from vitcomposer.data.collate import (
-    Sample,
-    Source,
-    batch_labels,
-    draw_programs,
-    random_key,
-    replaced,
-    run_programs,
-    unexpected,
-)
+from vitcomposer.data.collate import draw_programs, replaced, run_programs, unexpected
 from vitcomposer.data.jpeg.decode import Interpolation, read_size
-from vitcomposer.schema import require
+from vitcomposer.data.random import random_key
+from vitcomposer.errors import require
 
-CROPS = "crops"
 _RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's, which none of the papers changes
 _NO_FILL = np.zeros(3, np.uint8)  # colour distortion uncovers nothing
 

@@ -7,10 +7,10 @@ from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.policies import ColorDistortion
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.loader import augments_on_device, check_fills_a_batch, make_dataspec, open_dataset, source_of
-from vitcomposer.data.mds.shards import ShardError
 from vitcomposer.data.multicrop import MultiCrop, MultiCropTransform
 from vitcomposer.data.synthetic import NUM_IMAGES
-from vitcomposer.schema import ConfigError, Crops, SelfSupervised, require
+from vitcomposer.errors import ConfigError, ShardError, require
+from vitcomposer.schema import Crops, SelfSupervised
 
 
 def build_multicrop_dataspec(cfg: SelfSupervised, *, device_batch_size: int) -> DataSpec:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from vitcomposer import config
+from vitcomposer.errors import ConfigError, require
 from vitcomposer.json_file import read_json, to_block
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.weights.averages import averaging_window, better_weights, saved_weights
@@ -17,7 +18,7 @@ from vitcomposer.models.weights.formats import model_tensors
 from vitcomposer.models.weights.load import read_checkpoint
 from vitcomposer.origins import EXPORTED, LATEST, weights_file
 from vitcomposer.runs.metrics import last_evaluation
-from vitcomposer.schema import ConfigError, Evaluation, Model, Probe, Supervised, require
+from vitcomposer.schema import Evaluation, Model, Probe, Supervised
 
 Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]

@@ -3,12 +3,12 @@
 from dataclasses import fields, replace
 from typing import Any
 
+from vitcomposer.errors import did_you_mean
 from vitcomposer.models import convit, resnet, transformer, vit
 from vitcomposer.models.batch_norm import convert_sync_bn
 from vitcomposer.models.heads import DINOHead, MLPHead, SwAVHead
 from vitcomposer.models.mean_color import MeanColor
 from vitcomposer.models.weights.load import LoadReport, load_weights
-from vitcomposer.schema import did_you_mean
 
 __all__ = [
     "DINOHead",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.errors import ConfigError
 from vitcomposer.models.transformer import ImageTransformer
-from vitcomposer.schema import ConfigError
 
 _CONCAT = re.compile(r"concatCLS([1-9]\d*)")
 _NAMES = "lastCLS, concatCLS4 (or another number of blocks), mean or pooled"

@@ -21,14 +21,12 @@ import torch
 from composer.utils import dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from vitcomposer.callbacks import NonFiniteError, SaveError
-from vitcomposer.data.mds.reader import ShardError
 from vitcomposer.data.mds.shards import describe_cut_shard
+from vitcomposer.errors import ConfigError, NonFiniteError, SaveError, ShardError
 from vitcomposer.escape import message
 from vitcomposer.runs.checkpoints import last_step
 from vitcomposer.runs.folder import run_folder
 from vitcomposer.runs.typed import typed_command
-from vitcomposer.schema import ConfigError
 
 FAILED, UNMENDABLE, INTERRUPTED = 1, 2, 130  # a start of the same command may help; it cannot; by Ctrl-C
 SECONDS_FOR_OTHERS = 5.0  # until a rank that has not told why it ends counts as silent

@@ -14,11 +14,11 @@ from composer.utils import dist
 
 from vitcomposer import config, folder_lock
 from vitcomposer.data.mds.shards import CLASS_NAMES, images_of, read_class_names
+from vitcomposer.errors import ConfigError
 from vitcomposer.runs.checkpoints import has_checkpoints, newest_whole, ranks_and_step, remove
 from vitcomposer.runs.identity import IDENTITY, difference, plain, read_identity
 from vitcomposer.runs.metrics import read_object
 from vitcomposer.runs.remote import bring_back
-from vitcomposer.schema import ConfigError
 from vitcomposer.whole_files import set_aside
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.

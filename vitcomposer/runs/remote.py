@@ -23,8 +23,8 @@ from composer.utils import (
 )
 from composer.utils.object_store import ObjectStore
 
-from vitcomposer.schema import ConfigError
-from vitcomposer.stores.objects import masked
+from vitcomposer.errors import ConfigError
+from vitcomposer.stores.addresses import masked
 
 log = logging.getLogger(__name__)
 

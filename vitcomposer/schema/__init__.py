@@ -5,7 +5,6 @@ A field that decides accuracy has no default, so a yaml is the method section of
 blocks is checked in the recipe's class.
 """
 
-from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.schema.blocks import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,11 +20,15 @@ from vitcomposer.schema.blocks import (
     Schedule,
     require_plain_address,
 )
+from vitcomposer.schema.dino import DINO
 from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
+from vitcomposer.schema.moco import MoCo
 from vitcomposer.schema.paths import expand_home
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
-from vitcomposer.schema.self_supervised import DINO, Crops, MoCo, SelfSupervised, SimCLR, SwAV
+from vitcomposer.schema.self_supervised import Crops, SelfSupervised
+from vitcomposer.schema.simclr import SimCLR
 from vitcomposer.schema.supervised import Supervised
+from vitcomposer.schema.swav import SwAV
 
 __all__ = [
     "CONFIGS",
@@ -35,7 +38,6 @@ __all__ = [
     "KNN",
     "MAX_PIXELS",
     "Augment",
-    "ConfigError",
     "Crops",
     "Data",
     "Distill",
@@ -57,9 +59,7 @@ __all__ = [
     "SwAV",
     "Teacher",
     "TeacherCache",
-    "did_you_mean",
     "expand_home",
-    "require",
     "require_plain_address",
 ]
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 from vitcomposer.errors import ConfigError
-from vitcomposer.schema.self_supervised import MoCo, SelfSupervised, SwAV
+from vitcomposer.schema.moco import MoCo
+from vitcomposer.schema.self_supervised import SelfSupervised
 from vitcomposer.schema.supervised import Supervised
+from vitcomposer.schema.swav import SwAV
 
 
 def check_ranks(cfg: Any, ranks: int, ranks_of_node: int) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from streaming.base.storage.download import CloudDownloader, S3Downloader
 
-from vitcomposer.stores.objects import masked, s3_endpoint
+from vitcomposer.stores.addresses import masked, s3_endpoint
 
 log = logging.getLogger(__name__)
 

@@ -17,21 +17,10 @@ from typing import Any
 
 from vitcomposer.folder_lock import only_writer
 from vitcomposer.schema import require_plain_address
+from vitcomposer.stores.addresses import masked, s3_endpoint
 
 _PARTIAL = ".partial"
 _READS = 4  # of a body that breaks off, which boto3 does not ask for again
-_PASSWORD = re.compile(r"(?<=://)[^/\s'\"]*:[^/\s'\"]*@")
-_SIGNED = re.compile(r"(?i)([?&](?:x-amz-\w+|[\w-]*(?:sig|token|key|secret|credential|password)[\w-]*)=)[^&\s'\"]+")
-
-
-def masked(text: str) -> str:
-    """A text without passwords and signatures of the addresses in it."""
-    return _SIGNED.sub(r"\1***", _PASSWORD.sub("***@", text))
-
-
-def s3_endpoint() -> str:
-    """Where requests to ``s3://`` go, for a message."""
-    return masked(os.environ.get("S3_ENDPOINT_URL") or "AWS (S3_ENDPOINT_URL is not set)")
 
 
 def _check_size(where: str, size: int | None, most: int | None) -> None:

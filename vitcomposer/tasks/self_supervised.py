@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from vitcomposer.cost.flops import forward_flops
-from vitcomposer.data.multicrop import CROPS
+from vitcomposer.data.batch import CROPS
 
 __all__ = ["CROPS", "SelfSupervisedTask", "encode", "first_size", "frozen_copy", "multi_crop_flops"]
 

@@ -23,25 +23,18 @@ from composer.utils import dist
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from vitcomposer.data.augment.mixing import Batch
+from vitcomposer.data.batch import TEACHER_CLASSES, TEACHER_LOGITS, TEACHER_REST, Batch, Sample
 from vitcomposer.data.boxes import Box
-from vitcomposer.data.collate import Sample, view_seed
-from vitcomposer.data.mds.reader import MAX_MAPS, ShardError
+from vitcomposer.data.mds.reader import MAX_MAPS
 from vitcomposer.data.mds.shards import INDEX
 from vitcomposer.data.mds.stream import ImageStream
+from vitcomposer.data.random import view_seed
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.errors import ConfigError, ShardError, require
 from vitcomposer.origins import weights_file
-from vitcomposer.schema import ConfigError, Distill, require
+from vitcomposer.schema import Distill
 from vitcomposer.stores.download import DownloadError, download, open_downloader
-from vitcomposer.teacher.rows import (
-    TEACHER_CLASSES,
-    TEACHER_LOGITS,
-    TEACHER_REST,
-    bytes_per_row,
-    column_encodings,
-    map_rows,
-    row_dtype,
-)
+from vitcomposer.teacher.rows import bytes_per_row, column_encodings, map_rows, row_dtype
 
 MANIFEST = "teacher.json"
 VERSION = 1

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitcomposer.errors import did_you_mean
 from vitcomposer.models import build_model, load_weights, model_names
-from vitcomposer.schema import did_you_mean
 
 
 def build_teacher(

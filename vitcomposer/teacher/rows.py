@@ -15,11 +15,6 @@ from numpy.typing import NDArray
 
 from vitcomposer.data.mds.reader import FileMapping
 
-# The columns of a batch, see losses.TeacherAnswers.
-TEACHER_CLASSES = "teacher_classes"  # int32 (B, k)
-TEACHER_LOGITS = "teacher_logits"  # float16 (B, k)
-TEACHER_REST = "teacher_rest"  # float32 (B,)
-
 MAX_CLASSES = 1 << 16  # that a column of uint16 can name
 
 

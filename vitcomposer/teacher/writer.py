@@ -22,20 +22,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vitcomposer.data.augment import programs as ops
-from vitcomposer.data.augment.mixing import Batch
 from vitcomposer.data.augment.transforms import TrainTransform
+from vitcomposer.data.batch import Batch, Sample
 from vitcomposer.data.boxes import Box
-from vitcomposer.data.collate import Sample, TrainCollate, view_seed
+from vitcomposer.data.collate import TrainCollate
 from vitcomposer.data.conversion.plan import read_json, to_json
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.loader import augments_on_device, open_dataset
 from vitcomposer.data.mds.shards import INDEX
 from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
+from vitcomposer.data.random import view_seed
+from vitcomposer.errors import ConfigError, require
 from vitcomposer.losses import TeacherAnswers
-from vitcomposer.schema import ConfigError, Distill, require
+from vitcomposer.schema import Distill
 from vitcomposer.stores.objects import Store, open_store
-from vitcomposer.tasks import FrozenTeacher, build_frozen_teacher
 from vitcomposer.teacher.cache import (
     MANIFEST,
     SPLIT,
@@ -49,6 +50,7 @@ from vitcomposer.teacher.cache import (
     set_name,
     shard_name,
 )
+from vitcomposer.teacher.frozen import FrozenTeacher, build_frozen_teacher
 from vitcomposer.teacher.rows import MAX_CLASSES, bytes_per_row, encode_rows, row_dtype
 
 STATE = ".cache-teacher"

@@ -10,7 +10,8 @@ from torch.optim import SGD
 
 from vitcomposer.callbacks import Preemption, Throughput
 from vitcomposer.runs.folder import run_folder
-from vitcomposer.training.trainer import Placement, build_loggers, build_record
+from vitcomposer.training.setup import Placement
+from vitcomposer.training.trainer import build_loggers, build_record
 
 
 def build_measurement(

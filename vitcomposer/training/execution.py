@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
+from vitcomposer.errors import require
 from vitcomposer.models.layers import Block
 from vitcomposer.models.transformer import ImageTransformer, num_recomputed
-from vitcomposer.schema import Run, require
+from vitcomposer.schema import Run
 
 GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few stages of patch dropout
 SHARDED = "fsdp2"

@@ -13,19 +13,15 @@ from vitcomposer.algorithms import BeginStep, build_algorithms
 from vitcomposer.callbacks import build_attention_monitor, build_knn_monitor
 from vitcomposer.data.evaluation import build_centre_crops, open_images
 from vitcomposer.data.multicrop_loader import build_multicrop_dataspec
+from vitcomposer.errors import require
 from vitcomposer.models import convert_sync_bn
 from vitcomposer.models.batch_norm import SyncBatchNorm
-from vitcomposer.schema import Model, SelfSupervised, require
+from vitcomposer.schema import Model, SelfSupervised
 from vitcomposer.schema.ranks import adjustments
 from vitcomposer.tasks import SelfSupervisedTask
-from vitcomposer.training.trainer import (
-    Placement,
-    build_network,
-    build_trainer,
-    check_evaluation_size,
-    prepare,
-    starting_point,
-)
+from vitcomposer.training.network import build_network, starting_point
+from vitcomposer.training.setup import Placement, prepare
+from vitcomposer.training.trainer import build_trainer, check_evaluation_size
 
 
 def prepare_pretraining(cfg: SelfSupervised) -> Placement:

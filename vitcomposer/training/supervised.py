@@ -17,7 +17,8 @@ from vitcomposer.data.loader import build_dataspec, set_view
 from vitcomposer.schema import Supervised
 from vitcomposer.tasks import Classification
 from vitcomposer.teacher.cache import CachedTeacher
-from vitcomposer.training.trainer import Placement, build_evaluators, build_trainer, check_evaluation_size
+from vitcomposer.training.setup import Placement
+from vitcomposer.training.trainer import build_evaluators, build_trainer, check_evaluation_size
 
 LOSSES = {
     "soft_target_cross_entropy": losses.soft_target_cross_entropy,

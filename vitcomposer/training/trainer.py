@@ -1,20 +1,16 @@
 """From checked parts to a composer.Trainer: the one place that calls it, and the run folder it resumes from."""
 
-import atexit
-import ctypes
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from composer import Algorithm, Evaluator, Trainer
-from composer.core import Callback, DataSpec, Event, State
+from composer.core import Callback, DataSpec, State
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from composer.models import ComposerModel
-from composer.utils import MissingConditionalImportError, dist, reproducibility
+from composer.utils import MissingConditionalImportError, dist
 from torch import nn
-from torch.distributed.checkpoint import state_dict
 from torch.optim import Optimizer
 
 from vitcomposer import config, optim
@@ -31,83 +27,27 @@ from vitcomposer.callbacks import (
     Throughput,
     build_mirror,
 )
+from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import message
-from vitcomposer.models import build_model, load_weights
-from vitcomposer.models.transformer import ImageTransformer
 from vitcomposer.models.weights.averages import EMA_LABEL
 from vitcomposer.runs.checkpoint_loading import own_reader
 from vitcomposer.runs.checkpoints import LATEST
 from vitcomposer.runs.folder import (
-    check_folders,
     check_images,
     checkpoint_to_load,
-    current_device,
-    goes_on,
-    initialize_dist,
-    only_writer_of_run,
     run_folder,
 )
 from vitcomposer.runs.identity import identity_of
 from vitcomposer.runs.typed import typed_command
-from vitcomposer.schema import ConfigError, Init, Model, require
 from vitcomposer.schema.algorithms import SCHEDULE_FREE
-from vitcomposer.schema.ranks import check_ranks
 from vitcomposer.training.execution import (
     SHARDED,
-    attention_order,
     average_gradients,
-    check_execution,
     compile_forward,
     recompute_activations,
     shard_blocks,
 )
-
-NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """What the machine adds to a configuration."""
-
-    device: str  # "gpu" or "cpu"
-    world_size: int
-    device_train_batch_size: int  # images per rank and step
-    device_eval_batch_size: int
-
-
-def starting_point(cfg: Any) -> Init:
-    """``cfg.init``, without its file where a run goes on: a checkpoint holds every weight, and the file may be gone.
-
-    Raises:
-        ConfigError: Blocks that do not learn, in a network that starts from nothing.
-    """
-    init: Init = cfg.init
-    remedy = "Set init.weights=FILE, or leave init.train_blocks out."
-    rule = "null without init.weights: what does not learn must have been trained"
-    starts = init.train_blocks is None or init.weights is not None
-    require(starts, "init.train_blocks", rule, init.train_blocks, remedy)
-    return dataclasses.replace(init, weights=None) if goes_on(cfg) else init
-
-
-def build_network(model: Model, init: Init) -> nn.Module:
-    """The network of the ``model`` block; what the yaml leaves out keeps the published value of the name.
-
-    Raises:
-        ConfigError: A name, an option or a size that no network has; weights that cannot be read or do not fit; blocks
-            that it does not have.
-    """
-    options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
-    try:
-        network = build_model(options.pop("name"), **options)
-        report = load_weights(network, init.weights, min_matched=init.min_matched) if init.weights else None
-        if init.train_blocks is not None:
-            _freeze(network, init.train_blocks, model.name)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
-    if report is not None and dist.get_global_rank() == 0:
-        print(message(str(report)))
-    return network
+from vitcomposer.training.setup import Placement
 
 
 def check_evaluation_size(cfg: Any, network: nn.Module) -> None:
@@ -120,55 +60,6 @@ def check_evaluation_size(cfg: Any, network: nn.Module) -> None:
     below, above = max(1, (size or patch) // patch) * patch, -(-(size or patch) // patch) * patch
     remedy = f"Use {below} or {above}."
     require(size is None or size % patch == 0, "evaluation.image_size", f"divisible by {patch}", size, remedy)
-
-
-def _freeze(network: nn.Module, train_blocks: int, name: str) -> None:
-    remedy = "Leave it out, or choose a ViT, DeiT or ConViT."
-    rule = f"null for {name}, which has no transformer blocks"
-    require(isinstance(network, ImageTransformer), "init.train_blocks", rule, train_blocks, remedy)
-    cast(ImageTransformer, network).freeze_below(train_blocks)
-
-
-def prepare(cfg: Any) -> Placement:
-    """Start the process group, seed every generator and share the batch out over the ranks.
-
-    Raises:
-        ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
-    """
-    initialize_dist(cfg.run.dist_timeout)
-    check_folders(cfg)
-    device = current_device()
-    remedy = "Add precision=fp32, or run on a GPU."
-    require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
-    reproducibility.seed_all(cfg.seed)
-    if device == "cpu":
-        _keep_freed_memory()
-    ranks = dist.get_world_size()
-    check_ranks(cfg, ranks, dist.get_local_world_size())
-    train = cfg.global_train_batch_size
-    # A recipe without labels has no evaluation of its own.
-    evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
-    share = train // ranks
-    algorithms = getattr(cfg, "algorithms", {})
-    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
-    return Placement(
-        device=device,
-        world_size=ranks,
-        device_train_batch_size=share,
-        device_eval_batch_size=evaluate // ranks,
-    )
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse the memory of large tensors instead of giving it back to the system after every use.
-
-    Each page that comes back costs a fault, 0.4 ms for the float32 of one image of 224 pixels as measured, as much as
-    normalising it. The process keeps its peak. Other libraries of C have no mallopt and change nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval: str) -> list[Evaluator]:
@@ -309,70 +200,9 @@ def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
     return loggers
 
 
-def fit(trainer: Trainer, cfg: Any) -> int:
-    """Train to the end, or measure where a recipe has no step.
-
-    Returns:
-        0, or what ``Preemption`` has where a signal stopped the run after a checkpoint.
-    """
-    stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
-    try:
-        with only_writer_of_run(cfg), attention_order(cfg.run.attention_backends):
-            if cfg.max_duration == NO_STEP or _has_all_steps(trainer):
-                _end_without_a_step(trainer)
-            else:
-                trainer.fit()
-        _end_workers(trainer)
-        trainer.close()
-    except BaseException:
-        # Trainer.close() waits for all ranks, and the others may not come here.
-        _end_workers(trainer)
-        trainer.engine.close()
-        raise
-    finally:
-        _let_go(trainer)
-    if stopped.stopped and dist.get_global_rank() == 0:
-        _say_where_it_goes_on(trainer.state)
-    return stopped.status
-
-
 def _say_where_it_goes_on(state: State) -> None:
     now, length = state.timestamp, state.dataloader_len
     saver = next(callback for callback in state.callbacks if isinstance(callback, Checkpoints))
     if saver.last_checkpoint_batch == now.batch:
         epoch = now.epoch.value + (now.batch_in_epoch.value / length.value if length else 0)
         print(f"saved step {now.batch.value:,} (epoch {epoch:.6g}). Go on: {message(typed_command())}", flush=True)
-
-
-def _let_go(trainer: Trainer) -> None:
-    """Drop what Composer and torch keep of a closed run to the end of the process: its weights and its optimizer."""
-    atexit.unregister(trainer.engine._close)
-    forget = getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", None)  # private, and a cache of modules
-    if forget is not None:
-        forget()
-
-
-def _has_all_steps(trainer: Trainer) -> bool:
-    """Whether a run was killed after its last checkpoint, in the evaluation or before the summary was written."""
-    duration = trainer.state.max_duration
-    assert duration is not None, "Trainer was given it"
-    return trainer.state.timestamp.get(duration.unit) >= duration
-
-
-def _end_without_a_step(trainer: Trainer) -> None:
-    """What comes before and after the steps, which Composer refuses to run without one."""
-    trainer.engine.run_event(Event.FIT_START)
-    trainer.engine.run_event(Event.FIT_END)
-    if trainer.state.evaluators:
-        trainer.engine.run_event(Event.EVAL_BEFORE_ALL)
-        trainer.eval()
-        trainer.engine.run_event(Event.EVAL_AFTER_ALL)
-
-
-def _end_workers(trainer: Trainer) -> None:
-    """End persistent loader workers now: Python's own clean-up sends them the one SIGTERM that they outlive."""
-    state = trainer.state
-    for loader in (state.train_dataloader, *(evaluator.dataloader.dataloader for evaluator in state.evaluators)):
-        iterator = getattr(loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()

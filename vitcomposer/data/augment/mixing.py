@@ -4,18 +4,13 @@ The partner of image i in a batch of B is image B - 1 - i. What is mixed how is 
 (:func:`draw_mixing`) and applied on the device without looking at a value (:func:`mix_images`).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitcomposer.data.boxes import NO_BOX, Box, box_mask
-
-Batch = dict[str, Any]  # tensors, and numpy arrays of what must stay on the host; the first dimension is the image
-
-MIX_LAM = "mix_lam"  # float32 (B,): the share of the image's own label
-MIX_BOX = "mix_box"  # int32 (B, 4): the partner's pixels in CutMix; empty in Mixup
 
 
 def draw_mixing(
@@ -103,29 +98,3 @@ def soft_targets(label: Tensor, num_classes: int, label_smoothing: float, lam: T
     if lam is None:
         return target
     return target * lam[:, None] + target.flip(0) * (1 - lam[:, None])
-
-
-def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
-    """Microbatches for Composer's ``DataSpec(split_batch=...)``; the last one may be smaller.
-
-    A mixed batch is cut so that every image stays with its partner and reversing a microbatch pairs the same images
-    as reversing the whole: images a..b come with their mirror B-1-b..B-1-a. Such microbatches are even: an odd
-    ``microbatch_size`` is rounded down, 1 becomes 2.
-    """
-    if microbatch_size != int(microbatch_size) or microbatch_size < 1:
-        raise ValueError(
-            f"run.device_train_microbatch_size must be a whole number of images, got {microbatch_size}. "
-            "Use a divisor of the device's share of global_train_batch_size."
-        )
-    count, size = len(batch["label"]), int(microbatch_size)
-    if size >= count:
-        return [batch]
-    if MIX_LAM not in batch:
-        return [{key: value[a : a + size] for key, value in batch.items()} for a in range(0, count, size)]
-    pairs, half = max(size // 2, 1), count // 2
-    spans = [(a, min(a + pairs, half)) for a in range(0, half, pairs)]
-    return [{key: _join(value[a:b], value[count - b : count - a]) for key, value in batch.items()} for a, b in spans]
-
-
-def _join(first: Any, second: Any) -> Any:
-    return torch.cat([first, second]) if isinstance(first, Tensor) else np.concatenate([first, second])

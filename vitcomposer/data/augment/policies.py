@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.programs import Program, Step
-from vitcomposer.schema import Augment, require
+from vitcomposer.errors import require
+from vitcomposer.schema import Augment
 
 # timm skips or defaults over sections it cannot read, so a typing error would train another recipe in silence.
 _SECTION = r"m\d+|mmax\d+|mstd\d+(\.\d+)?|inc[01]|n[1-9]|p(0(\.\d+)?|1(\.0+)?)|t(weights|3a|3aw)"

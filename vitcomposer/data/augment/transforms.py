@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from vitcomposer.data.augment.colour_kernels import normalize_lines
-from vitcomposer.data.augment.mixing import MIX_BOX, MIX_LAM, Batch, mix_images, soft_targets
+from vitcomposer.data.augment.mixing import mix_images, soft_targets
 from vitcomposer.data.augment.policies import fill_colour
 from vitcomposer.data.augment.programs_torch import apply_programs
+from vitcomposer.data.batch import ERASE_BOX, ERASE_SEED, MIX_BOX, MIX_LAM, OP_CODES, OP_VALUES, UNMIXED, Batch
 from vitcomposer.data.boxes import box_mask
 from vitcomposer.schema import Augment, Mixing
-
-# numpy, not tensors: Composer leaves them on the host, where the groups of equal operations are counted.
-OP_CODES = "op_codes"  # int8 (B, L)
-OP_VALUES = "op_values"  # float32 (B, L)
-ERASE_BOX = "erase_box"  # int32 (B, 4); an empty box erases nothing
-ERASE_SEED = "erase_seed"  # int64 (B,)
-UNMIXED = "unmixed"  # float32 (B, 3, H, W): what was mixed
 
 _GOLDEN = 0x9E3779B97F4A7C15  # increment and multipliers of splitmix64
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))

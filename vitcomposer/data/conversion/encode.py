@@ -6,7 +6,6 @@ with 4:2:0 chroma at every quality: nearly all photographs come that way, and it
 
 import hashlib
 import os
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from vitcomposer.data.jpeg.markers import ARITHMETIC, INDEX_MAGIC, Markers, frame_marker, parse_markers, without_index
-from vitcomposer.data.jpeg.pixels import check_pixels, eight_bits, open_image, scaling
+from vitcomposer.data.jpeg.markers import INDEX_MAGIC, Markers, parse_markers, without_index
+from vitcomposer.data.jpeg.pixels import eight_bits, open_image, scaling
+from vitcomposer.data.jpeg.raw import _RAW_HEAD, RAW_MAGIC, check_jpeg_size
 from vitcomposer.reading import MAX_PIXELS, Reading
 
 _T = TypeVar("_T")
-
-RAW_MAGIC = b"\x00RAW"
-_PIXELS_PER_BYTE = 512  # of Huffman-coded data, at most: a bit for each block of 64
-_RAW_HEAD = struct.Struct("<4s3I")  # magic, height, width, zero; then height * width * 3 bytes, row by row, RGB
 
 
 @dataclass(frozen=True)
@@ -132,29 +128,10 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
     return Stored((image, *small), outcome, picture.format, *picture.size)
 
 
-def check_jpeg_size(height: int, width: int, jpeg: bytes | memoryview) -> None:
-    """Refuse a JPEG whose header alone would take gigabytes.
-
-    Raises:
-        ValueError: It says more pixels than may be read, or than its bytes can hold.
-    """
-    check_pixels(width, height)
-    if height * width > _PIXELS_PER_BYTE * len(jpeg) and frame_marker(jpeg) not in ARITHMETIC:
-        raise ValueError(f"its header says {width} x {height} pixels, which {len(jpeg):,} bytes do not hold")
-
-
 def raw_sample(image: Image.Image) -> bytes:
     """Pixels as they are stored: a head of 16 bytes, then RGB."""
     head = _RAW_HEAD.pack(RAW_MAGIC, image.height, image.width, 0)
     return head + image.convert("RGB").tobytes()
-
-
-def read_raw_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a raw sample; None if it is none, or not whole."""
-    if data[:4] != RAW_MAGIC or len(data) < _RAW_HEAD.size:
-        return None
-    _, height, width, zero = _RAW_HEAD.unpack_from(data)
-    return (height, width) if not zero and len(data) == _RAW_HEAD.size + 3 * height * width else None
 
 
 def shrink(image: Image.Image, short_side: int | None) -> Image.Image:

@@ -18,9 +18,9 @@ from typing import Any
 
 import xxhash
 
-from vitcomposer.data.conversion.encode import read_raw_size
 from vitcomposer.data.jpeg.markers import read_index
 from vitcomposer.data.jpeg.pixels import UNKNOWN_FORMAT, is_deep, open_image, scaling
+from vitcomposer.data.jpeg.raw import read_raw_size
 from vitcomposer.data.mds.index import index_fault
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.json_file import MOST_BYTES, parse_json
@@ -209,14 +209,10 @@ def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Ite
 
 def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
     from vitcomposer.data.jpeg.decode import decode_rgb
+    from vitcomposer.data.jpeg.raw import raw_sample
     from vitcomposer.data.jpeg.region import decodes_to
-    from vitcomposer.data.mds.reader import (
-        IMAGE_COLUMNS,
-        IMAGE_ENCODINGS,
-        LOW_RESOLUTION_COLUMN,
-        ShardError,
-        raw_sample,
-    )
+    from vitcomposer.data.mds.reader import IMAGE_COLUMNS, IMAGE_ENCODINGS, LOW_RESOLUTION_COLUMN
+    from vitcomposer.errors import ShardError
 
     for name, (encoding, value) in columns.items():
         try:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vitcomposer.schema import require
+from vitcomposer.errors import require
 from vitcomposer.stores.objects import Store
 
 LEFT_OUT = "left_out.csv"

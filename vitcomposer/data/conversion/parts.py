@@ -1,6 +1,6 @@
 """One data set made by several machines that have nothing in common but the place it is written to.
 
-A share is every n-th part of the one plan (vitcomposer.data.conversion.plan); the command line calls it a part. Whoever makes
+A share is every n-th part of the one plan (conversion.plan); the command line calls it a part. Whoever makes
 a share writes its marker last, and the merge needs nothing but markers::
 
     OUT/.convert/train/shares/00003-of-00016.json

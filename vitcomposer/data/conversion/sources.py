@@ -30,7 +30,7 @@ from vitcomposer.data.conversion.folders import (
     read_file,
     scan_classes,
 )
-from vitcomposer.schema import did_you_mean
+from vitcomposer.errors import did_you_mean
 
 PNG_OVERHEAD = 128  # header and checksums: keeps the size of an image that is yet to be encoded an upper bound
 

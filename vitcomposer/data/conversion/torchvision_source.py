@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import datasets
 
 from vitcomposer.data.conversion.sources import PNG_OVERHEAD, Item, Source, encode_png
-from vitcomposer.schema import did_you_mean
+from vitcomposer.errors import did_you_mean
 
 _SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid", "test")}
 

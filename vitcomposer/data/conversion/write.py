@@ -1,6 +1,6 @@
 """Write image data sets as MDS shards, in parallel and in pieces that a second call can continue.
 
-One task makes one part of the plan (vitcomposer.data.conversion.plan), which is one shard or a few: it reads, checks and
+One task makes one part of the plan (conversion.plan), which is one shard or a few: it reads, checks and
 stores every image and then the done-marker. So the result does not depend on the number of workers, and after a crash
 only parts without a marker are made again::
 

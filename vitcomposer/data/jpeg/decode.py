@@ -1,6 +1,6 @@
 """Encoded image bytes to RGB pixels, and one antialiased resize of a box of them.
 
-Of a seekable JPEG only the box is decoded (vitcomposer.data.jpeg.region); libjpeg-turbo decodes every other JPEG, down to
+Of a seekable JPEG only the box is decoded (jpeg.region); libjpeg-turbo decodes every other JPEG, down to
 the box's last row; Pillow decodes the rest and has the last word on what counts as broken. The pixels are those of
 torchvision's ``pil_loader`` on every path. EXIF orientation is ignored, as torchvision and timm ignore it: a model
 trained on ImageNet has seen those photographs unturned.
@@ -9,7 +9,6 @@ Wherever an encoded image is taken, so is a raw sample: ``b"\\x00RAW"``, height,
 numbers, then the pixels, row by row, three bytes each.
 """
 
-import struct
 from typing import Literal
 
 import numpy as np
@@ -19,18 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from vitcomposer.data.boxes import Box
-from vitcomposer.data.conversion.encode import check_jpeg_size
 from vitcomposer.data.jpeg.markers import INDEX_MAGIC, scan_end
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image
+from vitcomposer.data.jpeg.raw import Encoded, _is_raw, _raw_pixels, check_jpeg_size
 from vitcomposer.data.jpeg.region import decode_seekable
 from vitcomposer.data.jpeg.resize import resize_rgb
 
-Encoded = bytes | memoryview
 Interpolation = Literal["bicubic", "bilinear"]
 DecodeScale = Literal["exact", "dct"]
 
 _SAME_AS_PILLOW = ("YCbCr", "RGB", "Gray")  # libjpeg-turbo turns CMYK into other colours than Pillow does
-_RAW = struct.Struct("<4sIII")
 
 _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -56,7 +53,7 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
 def decode_rgb(encoded: Encoded) -> np.ndarray:
     """All pixels as uint8 (height, width, 3), equal to ``PIL.Image.open(...).convert("RGB")``.
 
-    But for images of one channel with more than 8 bits, which Pillow cuts off at 255; see ``vitcomposer.data.jpeg.pixels``.
+    But for images of one channel with more than 8 bits, which Pillow cuts off at 255; see ``pixels``.
 
     Raises:
         ValueError: The image is truncated or damaged; the message is the decoder's.
@@ -242,23 +239,6 @@ def _decode_reduced_into(encoded: Encoded, box: Box, out: Tensor, interpolation:
 
 def _is_jpeg(encoded: Encoded) -> bool:
     return encoded[:2] == b"\xff\xd8"
-
-
-def _is_raw(encoded: Encoded) -> bool:
-    return encoded[:4] == b"\x00RAW"
-
-
-def _raw_pixels(encoded: Encoded) -> np.ndarray:
-    """The pixels of a raw sample where they lie."""
-    if len(encoded) < _RAW.size:
-        raise ValueError(f"a raw sample starts with {_RAW.size} bytes, got {len(encoded)}. The shard is damaged.")
-    _, height, width, zero = _RAW.unpack_from(encoded)
-    if zero or not height or not width or len(encoded) != _RAW.size + height * width * 3:
-        raise ValueError(
-            f"a raw sample of {height}x{width} must have {_RAW.size + height * width * 3} bytes and a zero before its "
-            f"pixels, got {len(encoded)} and {zero}. The shard is damaged: convert it again."
-        )
-    return np.frombuffer(encoded, np.uint8, offset=_RAW.size).reshape(height, width, 3)
 
 
 def _open(encoded: Encoded) -> Image.Image:

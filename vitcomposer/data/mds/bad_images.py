@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Iterable
 from ctypes import c_bool, c_char, c_long
 
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

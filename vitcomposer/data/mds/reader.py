@@ -11,18 +11,15 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming.base.format.mds.encodings import mds_decode
 from streaming.base.format.mds.reader import MDSReader
 
-from vitcomposer.data.conversion.encode import RAW_MAGIC
-from vitcomposer.data.jpeg.pixels import is_deep
-from vitcomposer.schema import ConfigError
+from vitcomposer.data.jpeg.raw import raw_sample
+from vitcomposer.errors import ConfigError, ShardError
 
 IMAGE_COLUMNS = ("image", "x")
 IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
@@ -46,10 +43,6 @@ LABEL_FORMATS = {
 MAX_MAPS = 4096
 
 Image = bytes | memoryview
-
-
-class ShardError(RuntimeError):
-    """A shard that cannot be had or is damaged; the message names shard, cause and remedy."""
 
 
 class FileMapping:
@@ -240,33 +233,3 @@ class RowReader:
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def raw_sample(pil: memoryview) -> bytes:
-    """A value of encoding ``pil`` as a raw sample; one that is not whole as one that no decoder takes."""
-    if len(pil) < _PIL_HEAD.size:
-        return RAW_MAGIC
-    width, height, mode_size = _PIL_HEAD.unpack_from(pil)
-    pixels: bytes | memoryview = pil[_PIL_HEAD.size + mode_size :]
-    if bytes(pil[_PIL_HEAD.size : _PIL_HEAD.size + mode_size]) != b"RGB":
-        if width * height > 8 * len(pixels):  # a bit a pixel is the least, and Pillow would make room for all of them
-            pixels = b""
-        else:
-            try:
-                image = mds_decode("pil", bytes(pil))
-                if is_deep(image):
-                    return _as_tiff(image)
-                pixels = image.convert("RGB").tobytes()
-            except (ValueError, KeyError):  # another length than the mode has, or no mode
-                pixels = b""
-    return b"".join((struct.pack("<4s3I", RAW_MAGIC, height, width, 0), pixels))
-
-
-def _as_tiff(image: Any) -> bytes:
-    """An image of more than 8 bits as a file, which decoders scale or refuse by name."""
-    buffer = BytesIO()
-    image.save(buffer, "TIFF")
-    return buffer.getvalue()
-
-
-_PIL_HEAD = struct.Struct("<3I")

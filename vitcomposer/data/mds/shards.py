@@ -19,12 +19,12 @@ from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from vitcomposer.data.mds.index import INDEX, index_fault, no_split
-from vitcomposer.data.mds.reader import ShardError
 from vitcomposer.data.mds.unpack import unpack
+from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.json_file import MOST_BYTES, read_json
-from vitcomposer.schema import ConfigError, Data
+from vitcomposer.schema import Data
+from vitcomposer.stores.addresses import masked
 from vitcomposer.stores.download import DownloadError, download, longest_wait, open_downloader, remove_parts
-from vitcomposer.stores.objects import masked
 
 log = logging.getLogger(__name__)
 

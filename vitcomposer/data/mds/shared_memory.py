@@ -22,7 +22,7 @@ from streaming.base.distributed import get_local_rank
 from streaming.base.shared import prefix
 from streaming.base.world import World
 
-from vitcomposer.schema import require
+from vitcomposer.errors import require
 
 _MEMORY = Path("/dev/shm")  # Linux: where blocks of shared memory can be listed
 _LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)

@@ -24,10 +24,10 @@ from vitcomposer.data.mds.bad_images import BadImages
 from vitcomposer.data.mds.cache import prepare_within_limit
 from vitcomposer.data.mds.fetch_ahead import FetchAhead
 from vitcomposer.data.mds.order import PADDING, Layout, Shuffle, arrange, steps_before
-from vitcomposer.data.mds.reader import Image, RowReader, ShardError
+from vitcomposer.data.mds.reader import Image, RowReader
 from vitcomposer.data.mds.shards import INDEX, ShardStream
 from vitcomposer.data.mds.shared_memory import lock_in_memory, one_start_at_a_time
-from vitcomposer.schema import ConfigError
+from vitcomposer.errors import ConfigError, ShardError
 
 _LOCAL = int(_ShardState.LOCAL)
 _RETRIES = 7  # how often a shard may be evicted before a sample of it is read

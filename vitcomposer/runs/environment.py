@@ -1,0 +1,87 @@
+"""What a run ran on: versions, git commit, hardware."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch.version import cuda as cuda_version
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "mosaicml",
+    "mosaicml-streaming",
+    "timm",
+    "omegaconf",
+    "numpy",
+    "pillow",
+)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Source, versions and hardware of this process; nothing that names the host or its user."""
+    commit, dirty = _git_state()
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [{"name": name, "count": count} for name, count in gpus.items()],
+        "gpu_driver": _gpu_driver() if gpus else None,
+        "cuda": cuda_version if gpus else None,
+        "world_size": dist.get_world_size(),
+        "nodes": max(1, dist.get_world_size() // dist.get_local_world_size()),
+    }
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit of the source tree and whether files differ from it; nulls for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        # A package installed somewhere inside another repository must not report that repository's commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _gpu_driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
+    return None

@@ -1,0 +1,72 @@
+"""Starts the ranks, seeds them and shares the batch out."""
+
+import ctypes
+import dataclasses
+from typing import Any
+
+from composer.utils import dist, reproducibility
+
+from vitcomposer.errors import require
+from vitcomposer.runs.folder import (
+    check_folders,
+    current_device,
+    initialize_dist,
+)
+from vitcomposer.schema.ranks import check_ranks
+from vitcomposer.training.execution import (
+    check_execution,
+)
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What the machine adds to a configuration."""
+
+    device: str  # "gpu" or "cpu"
+    world_size: int
+    device_train_batch_size: int  # images per rank and step
+    device_eval_batch_size: int
+
+
+def prepare(cfg: Any) -> Placement:
+    """Start the process group, seed every generator and share the batch out over the ranks.
+
+    Raises:
+        ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
+    """
+    initialize_dist(cfg.run.dist_timeout)
+    check_folders(cfg)
+    device = current_device()
+    remedy = "Add precision=fp32, or run on a GPU."
+    require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
+    reproducibility.seed_all(cfg.seed)
+    if device == "cpu":
+        _keep_freed_memory()
+    ranks = dist.get_world_size()
+    check_ranks(cfg, ranks, dist.get_local_world_size())
+    train = cfg.global_train_batch_size
+    # A recipe without labels has no evaluation of its own.
+    evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
+    share = train // ranks
+    algorithms = getattr(cfg, "algorithms", {})
+    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
+    return Placement(
+        device=device,
+        world_size=ranks,
+        device_train_batch_size=share,
+        device_eval_batch_size=evaluate // ranks,
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large tensors instead of giving it back to the system after every use.
+
+    Each page that comes back costs a fault, 0.4 ms for the float32 of one image of 224 pixels as measured, as much as
+    normalising it. The process keeps its peak. Other libraries of C have no mallopt and change nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
