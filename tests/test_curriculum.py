@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
-from tests.data.test_stream import end_workers, load, open_stream, write_split
-from tests.test_launch import BIN, DEIT, launch
-from tests.test_train import losses, weights
+from tests.data.mds.test_stream import end_workers, load, open_stream, write_split
+from tests.launch.test_launch import BIN, DEIT, launch
+from tests.training.test_train import losses, weights
 from vitcomposer import config
 from vitcomposer.algorithms import build_algorithms
 from vitcomposer.cost.flops import forward_flops

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_train
-from tests.data.conversion import write_images
+from tests.data.conversion.conversion import write_images
 from tests.faults.small_run import DEIT, tiny
 from vitcomposer.cli import main
 from vitcomposer.runs.identity import IDENTITY, read_identity

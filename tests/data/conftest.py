@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conversion import jpeg, write_images
+from tests.data.conversion.conversion import jpeg, write_images
 
 
 @pytest.fixture

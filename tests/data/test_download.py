@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.data.test_stream import open_stream, write_split
+from tests.data.mds.test_stream import open_stream, write_split
 from vitcomposer.data.mds.stream import StreamOptions
 from vitcomposer.errors import ConfigError
 from vitcomposer.stores import download

@@ -12,7 +12,7 @@ from composer.utils import reproducibility
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.data.test_stream import NUM_CLASSES, NUM_SAMPLES, OPENED, end_workers, write_split
+from tests.data.mds.test_stream import NUM_CLASSES, NUM_SAMPLES, OPENED, end_workers, write_split
 from vitcomposer.data import loader as loader_module
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.loader import build_dataspec

@@ -10,7 +10,7 @@ import pytest
 import zstd
 from streaming.base.compression import compress
 
-from tests.data.test_stream import load, open_stream, write_split
+from tests.data.mds.test_stream import load, open_stream, write_split
 from vitcomposer.data.conversion.inspect import inspect_data
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.errors import ShardError

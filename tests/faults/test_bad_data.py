@@ -20,9 +20,9 @@ from streaming.base.format.mds.reader import MDSReader
 
 from tests.conftest import PHOTOS, ROOT, TRAIN_PER_CLASS, VAL_PER_CLASS, run_train, tiny_photo_overrides
 from tests.faults.conftest import Tell
-from tests.test_cache_teacher import OPTIONS
-from tests.test_cache_teacher import YAML as CACHED
-from tests.test_cache_teacher import weights as weights
+from tests.teacher.test_cache_teacher import OPTIONS
+from tests.teacher.test_cache_teacher import YAML as CACHED
+from tests.teacher.test_cache_teacher import weights as weights
 from vitcomposer import config
 from vitcomposer.cli import main
 from vitcomposer.data import collate, multicrop

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PHOTOS, run_train, tiny_photo_overrides
-from tests.data.conversion import tree, write_images
+from tests.data.conversion.conversion import tree, write_images
 from tests.faults.conftest import Tell
 from tests.faults.object_store import BUCKET, Proxy, Server, client
 from tests.faults.small_run import DEIT, tiny
 from tests.faults.started_runs import ReadyRanks, finish, ready
-from tests.test_cache_teacher import YAML as CACHED
-from tests.test_cache_teacher import overrides as overrides
-from tests.test_cache_teacher import weights as weights
-from tests.test_train import losses
+from tests.teacher.test_cache_teacher import YAML as CACHED
+from tests.teacher.test_cache_teacher import overrides as overrides
+from tests.teacher.test_cache_teacher import weights as weights
+from tests.training.test_train import losses
 from vitcomposer.data.mds import shared_memory as start
 
 __all__ = ["overrides", "ready", "weights"]

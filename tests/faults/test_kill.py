@@ -20,10 +20,10 @@ from tests.faults import watched_run
 from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, assert_same, names, rows, saved, tiny
 from tests.faults.started_runs import ComposerRun, ReadyRanks, finish, ready
-from tests.test_self_supervised import digits as digits
-from tests.test_self_supervised import page
-from tests.test_self_supervised import tiny as tiny_pretraining
-from tests.test_train import losses
+from tests.self_supervised.test_self_supervised import digits as digits
+from tests.self_supervised.test_self_supervised import page
+from tests.self_supervised.test_self_supervised import tiny as tiny_pretraining
+from tests.training.test_train import losses
 from vitcomposer.runs.metrics import read_metrics
 
 __all__ = ["digits", "ready"]

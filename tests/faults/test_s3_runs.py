@@ -15,7 +15,7 @@ from tests.faults.conftest import Tell
 from tests.faults.object_store import BUCKET, IMAGES, PER_SHARD, SECRET, Proxy, client
 from tests.faults.test_remote_runs import stored
 from tests.faults.test_s3 import SHARDS, open_loader
-from tests.test_train import losses
+from tests.training.test_train import losses
 
 DEIT = str(ROOT / "yamls/deit_ti.yaml")
 

@@ -17,7 +17,7 @@ from recipes import RECIPES
 from tests.conftest import ROOT, run_train
 from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, assert_same, names, saved, tiny, unbroken
-from tests.test_train import losses
+from tests.training.test_train import losses
 from vitcomposer import config
 from vitcomposer.runs.checkpoints import newest_whole
 from vitcomposer.training.fit import fit

@@ -18,7 +18,7 @@ import torch
 
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
 from tests.faults.conftest import Tell
-from tests.test_train import losses, wait_for_step
+from tests.training.test_train import losses, wait_for_step
 from vitcomposer.data.mds import shared_memory as start
 from vitcomposer.data.mds.stream import ImageStream
 

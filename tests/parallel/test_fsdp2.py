@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import PHOTOS, ROOT, tiny_photo_overrides
 from tests.parallel.ranks import STOP, train_on
-from tests.test_train import losses
+from tests.training.test_train import losses
 from vitcomposer import config
 from vitcomposer.algorithms import averaged_weights
 from vitcomposer.cli import main

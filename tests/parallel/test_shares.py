@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.parallel.ranks import STOP, train_on
 from tests.parallel.test_fsdp2 import assert_close
-from tests.test_parallelism import CONVIT, STEPS, overrides
-from tests.test_train import losses
+from tests.training.test_parallelism import CONVIT, STEPS, overrides
+from tests.training.test_train import losses
 from vitcomposer.errors import ConfigError
 from vitcomposer.evaluation.trained import load_trained
 from vitcomposer.models.weights.averages import averaged_weights

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import run_train
-from tests.test_self_supervised import METHODS, page, tiny
+from tests.self_supervised.test_self_supervised import METHODS, page, tiny
 
 
 def main() -> int:

@@ -1,0 +1,436 @@
+"""Conversion: what is stored, what is refused, and that workers, crashes and buckets do not change the result."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import read_photo
+from tests.data.conversion.conversion import items, jpeg, read_shards, run_cli, stream, tree, write_images
+from vitcomposer.cli import main
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.conversion.shard import parse_bytes
+from vitcomposer.data.conversion.sources import FolderSource, ListSource
+from vitcomposer.data.conversion.write import convert
+from vitcomposer.data.jpeg.markers import read_index
+from vitcomposer.schema import Data
+from vitcomposer.stores.objects import S3Store
+
+pytestmark = pytest.mark.timeout(120)
+
+OFF = StoreOptions(seekable=False)
+ALL = StoreOptions(seekable=True, short_side=100, raw_fraction=0.3, raw_below=16, reencode=90)
+
+
+def test_folder_reads_back_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    source = FolderSource(folder)
+    summary = convert(source, out, workers=1, shard_size="8kb", stored=OFF)
+    names = ["cat", "dog", "emu"]
+    for split, count in (("train", 28), ("val", 7)):
+        stored = stream(out, split)
+        listed = [((folder / name).read_bytes(), names.index(name.split("/")[1])) for name, _, _ in items(out, split)]
+        assert stored == listed
+        assert len(stored) == count == summary[split]["images"]
+        assert json.loads((out / split / "class_names.json").read_text()) == names
+    assert summary["train"]["formats"] == {"JPEG": 26, "PNG": 1, "WEBP": 1}
+    assert summary["train"]["class_counts"] == {"cat": 13, "dog": 10, "emu": 5}
+    assert summary["train"]["width"] == {"min": 40, "median": 40, "max": 40}
+    assert summary["train"]["shards"] > 3 and summary["train"]["stored"] == {"kept": 28}
+    assert summary["train"]["bytes"] == summary["train"]["original_bytes"]
+    assert json.loads((out / "summary.json").read_text())["splits"] == summary
+    assert source.report.left_out == {".txt": 1}
+
+
+def test_split_equals_what_mds_writer_writes(folder: Path, tmp_path: Path) -> None:
+    from streaming import MDSWriter
+
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    convert(FolderSource(folder), out, workers=1, shard_size="8kb", stored=OFF)
+    columns = {"image": "bytes", "label": "int"}
+    with MDSWriter(columns=columns, out=str(theirs), hashes=["xxh64"], size_limit="8kb") as writer:
+        for name, _, label in items(out, "train"):
+            writer.write({"image": (folder / name).read_bytes(), "label": label})
+    ours = tree(out / "train")
+    del ours["class_names.json"]
+    assert ours == tree(theirs)
+
+
+def test_shards_mix_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"a": 40, "b": 40})
+    convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1)
+    labels = [label for _, _, label in items(tmp_path / "out", "train")]
+    assert 10 <= sum(labels[:40]) <= 30
+
+
+def test_workers_do_not_change_the_result(folder: Path, tmp_path: Path) -> None:
+    convert(FolderSource(folder), tmp_path / "one", workers=1, shard_size="8kb")
+    convert(FolderSource(folder), tmp_path / "two", workers=2, shard_size="8kb")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("flags", "stored"),
+    [
+        ([], None),
+        (["--raw-fraction", "0.5", "--raw-below", "16", "--reencode", "90"], StoreOptions(None, None, 95, 0.5, 16, 90)),
+    ],
+)
+def test_killed_conversion_continues_to_the_same_result(
+    tmp_path: Path, flags: list[str], stored: StoreOptions | None
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    write_images(images, {"a": 200, "b": 200}, size=150)
+    for number in (7, 70, 150):
+        (images / f"a/{number:03}.JPEG").write_bytes(jpeg(number, width=150)[:-900])
+    args = ["folder", str(images), str(out), "--shard-size", "20kb", "--workers", "2", *flags]
+    process = subprocess.Popen([sys.executable, "-m", "vitcomposer", "convert", *args], stdout=subprocess.DEVNULL)
+    done = out / ".convert" / "train" / "done"
+    deadline = time.monotonic() + 60
+    while not (done.is_dir() and len(list(done.iterdir())) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the killed conversion"
+        time.sleep(0.05)
+    written = {path.name: path.stat().st_mtime_ns for path in done.iterdir()}
+    assert not (out / "train" / "index.json").exists()
+    seen: list[tuple[int, int]] = []
+    source = FolderSource(images)
+    convert(source, out, workers=2, shard_size="20kb", stored=stored, on_progress=lambda *counts: seen.append(counts))
+    assert 0 < seen[0][0] < seen[0][1] == 400 == seen[-1][0]
+    assert all((done / name).stat().st_mtime_ns == stamp for name, stamp in written.items())
+    convert(source, tmp_path / "unbroken", workers=1, shard_size="20kb", stored=stored)
+    assert tree(out) == tree(tmp_path / "unbroken") and len(left_out(out)) == 4
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_train_is_seekable_by_default_and_decodes_alike(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = convert(FolderSource(folder), out, workers=1, shard_size="8kb")
+    assert summary["train"]["stored"] == {"seekable": 26, "kept: PNG": 1, "kept: WEBP": 1}
+    assert summary["val"]["stored"] == {"kept": 7}
+    samples = read_shards(out, "train")
+    assert summary["train"]["bytes"] == sum(len(data) for data, _ in samples) > summary["train"]["original_bytes"]
+    for (data, _), (name, size, _) in zip(samples, items(out, "train"), strict=True):
+        original = (folder / name).read_bytes()
+        assert (read_index(data) is not None) == name.endswith(".JPEG") and size == len(original)
+        assert np.array_equal(Image.open(BytesIO(data)).convert("RGB"), Image.open(BytesIO(original)).convert("RGB"))
+
+
+def test_all_options_give_one_result_for_any_number_of_workers(folder: Path, tmp_path: Path) -> None:
+    summaries = [
+        convert(FolderSource(folder), tmp_path / name, workers=workers, shard_size="8kb", stored=ALL)
+        for name, workers in (("one", 1), ("two", 2))
+    ]
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") and summaries[0] == summaries[1]
+    assert summaries[0]["train"]["stored"].keys() >= {"seekable", "raw", "re-encoded: PNG"}
+
+
+def test_parts_that_grow_become_several_shards_below_the_limit(folder: Path, tmp_path: Path) -> None:
+    out, limit = tmp_path / "out", 8 << 10
+    convert(FolderSource(folder), out, workers=1, shard_size=limit, stored=StoreOptions(raw_fraction=1.0))
+    shards = json.loads((out / "train/index.json").read_text())["shards"]
+    names = [shard["raw_data"]["basename"] for shard in shards]
+    assert names[:3] == ["shard.00000.mds", "shard.00000_001.mds", "shard.00000_002.mds"] and names == sorted(names)
+    assert {path.name for path in (out / "train").glob("*.mds")} == set(names)
+    sizes = [(out / "train" / name).stat().st_size for name in names]
+    assert sizes == [shard["raw_data"]["bytes"] for shard in shards]
+    assert max(sizes) <= limit and shards[0]["samples"] == 2
+    expected = [(name, label) for name, _, label in items(out, "train")]
+    for (data, label), (name, wanted) in zip(stream(out, "train"), expected, strict=True):
+        pixels = np.asarray(Image.open(folder / name).convert("RGB"))
+        assert label == wanted and data[16:] == pixels.tobytes() and data[:4] == b"\0RAW"
+
+
+def test_seekable_parts_stay_one_shard_each(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    photo = read_photo("china")
+    for number in range(40):
+        photo.crop((number, 0, number + 200, 150)).save(images / f"a/{number}.jpg", quality=92)
+    convert(FolderSource(images, val_fraction=0), tmp_path / "out", workers=1, shard_size="50kb")
+    names = [path.name for path in (tmp_path / "out/train").glob("*.mds")]
+    assert len(names) > 5 and not any("_" in name for name in names)
+
+
+def test_small_column_is_read_by_streaming_and_inspected(folder: Path, tmp_path: Path) -> None:
+    from streaming.base.format import reader_from_json
+
+    from vitcomposer.data.conversion.inspect import inspect_data
+
+    out = tmp_path / "out"
+    convert(FolderSource(folder), out, workers=1, stored=StoreOptions(raw_below=16))
+    shard = json.loads((out / "train/index.json").read_text())["shards"][0]
+    reader = reader_from_json(str(out), "train", shard)
+    for number in range(len(reader)):
+        sample = reader.get_item(number)
+        assert struct.unpack("<4s3I", sample["image_small"][:16]) == (b"\0RAW", 16, 21, 0)
+        assert len(sample["image_small"]) == 16 + 16 * 21 * 3
+    report = inspect_data(out, "train")[0]
+    assert report.columns == {"image": "bytes", "image_small": "bytes", "label": "int"}
+    assert report.forms == {"seekable": 26, "other": 2} and report.problems == []
+
+
+def test_finished_data_set_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = convert(FolderSource(folder), out, workers=1)
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    seen: list[tuple[int, int]] = []
+    again = convert(FolderSource(folder), out, workers=1, on_progress=lambda *counts: seen.append(counts))
+    assert again == first and seen == [(35, 35)]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == stamps
+
+
+def left_out(out: Path) -> list[list[str]]:
+    return list(csv.reader((out / "left_out.csv").open(newline="")))
+
+
+def test_more_bad_images_than_allowed_are_one_error_that_names_the_first(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / "train/cat/000.JPEG").read_bytes()
+    (folder / "train/cat/000.JPEG").write_bytes(whole[: len(whole) // 2])
+    (folder / "train/dog/001.JPEG").write_bytes(b"")
+    (folder / "val/emu/000.JPEG").write_bytes(b"<html>404</html>")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError) as caught:
+        convert(FolderSource(folder), out, workers=1)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("--max-bad-fraction must be at least the share of images")
+    assert "2 of 28 in the split train and 1 of 7 in the split val, got 0.01" in message
+    assert "train/cat/000.JPEG (image file is truncated (" in message
+    assert "train/dog/001.JPEG (the file is empty), val/emu/000.JPEG (no image format that Pillow knows)" in message
+    assert f"{out}/left_out.csv lists them. Mend or remove them" in message and "--max-bad-fraction 0.143" in message
+    assert not (out / "train/index.json").exists()
+    assert [row[:2] for row in left_out(out)[1:]] == [
+        ["train", "train/cat/000.JPEG"],
+        ["train", "train/dog/001.JPEG"],
+        ["val", "val/emu/000.JPEG"],
+    ]
+    assert convert(FolderSource(folder), out, workers=1, max_bad_fraction=0.143)["val"]["left_out"] == 1
+
+
+def test_bad_images_beyond_five_are_counted(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {"a": 14})
+    for number in range(13):
+        (tmp_path / f"images/a/{number:03}.JPEG").write_bytes(b"x")
+    with pytest.raises(ValueError, match="13 of 14 in the split train") as caught:
+        convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1)
+    assert str(caught.value).count("no image format") == 5
+    assert "and 8 more" in str(caught.value) and "--max-bad-fraction 0.929" in str(caught.value)
+
+
+def test_a_few_bad_images_are_left_out_counted_and_listed(folder: Path, tmp_path: Path) -> None:
+    """As in training, where the same share is data.max_bad_fraction; both splits judge alike."""
+    write_images(folder / "more", {"train": 100, "val": 100}, size=8)
+    for split in ("train", "val"):
+        for path in sorted((folder / "more" / split).iterdir()):
+            path.rename(folder / split / "cat" / f"more{path.name}")
+        # a scan that a marker ends which must not be: libjpeg gives all rows, and then an error
+        (folder / split / "dog/001.JPEG").write_bytes(jpeg(0, 200, 200)[:9000] + b"\xff\xf9\x80\x00")
+    shutil.rmtree(folder / "more")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"1 of 128 in the split train and 1 of 107 .*got 0 \(--strict\)"):
+        convert(FolderSource(folder), out, workers=1, shard_size="64kb", max_bad_fraction=0)
+    summary = convert(FolderSource(folder), out, workers=1, shard_size="64kb")
+    for split, images in (("train", 127), ("val", 106)):
+        assert summary[split]["left_out"] == 1 and summary[split]["images"] == images
+        assert len(read_shards(out, split)) == images
+    assert left_out(out) == [
+        ["split", "path", "reason"],
+        ["train", "train/dog/001.JPEG", "broken data stream when reading image file"],
+        ["val", "val/dog/001.JPEG", "broken data stream when reading image file"],
+    ]
+
+
+def test_list_of_what_was_left_out_keeps_other_splits_and_names_that_are_no_text(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_images(tmp_path / "images", {"a": 3})
+    name = os.fsdecode(b'\xff, "x".jpg')
+    (tmp_path / "images/a" / name).write_bytes(b"x")
+    for split in ("train", "val"):
+        lines = [f"a/00{number}.JPEG\ta" for number in range(3)] + [f"a/{name}\ta"] * (split == "train")
+        (tmp_path / split).write_bytes(os.fsencode("\n".join(lines)))
+        source = ListSource(tmp_path / split, split=split, root=tmp_path / "images")
+        convert(source, out, workers=1, max_bad_fraction=0.5)
+    expected = b'split,path,reason\ntrain,"a/\xff, ""x"".jpg",no image format that Pillow knows\n'
+    assert (out / "left_out.csv").read_bytes() == expected
+
+
+def test_command_line_leaves_out_as_many_as_it_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train/cat/000.JPEG").write_bytes(jpeg(0)[:300])
+    out = str(tmp_path / "out")
+    command = ["convert", "folder", str(folder), out, "--workers", "1"]
+    for given, words in (([], "got 0.01"), (["--strict"], "got 0 (--strict)")):
+        assert main([*command, *given]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "1 of 28 in the split train" in error and words in error and "--max-bad-fraction 0.036" in error
+    assert main([*command, "--max-bad-fraction", "1.5"]) == 2
+    assert "--max-bad-fraction must be in [0, 1], got 1.5" in capsys.readouterr().err
+    assert main([*command, "--max-bad-fraction", "0.04"]) == 0
+    assert f"left out   1 that cannot be decoded, listed in {out}/left_out.csv" in capsys.readouterr().out
+
+
+def test_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/x.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="train must hold an image that can be decoded, none of 1 can"):
+        convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1, max_bad_fraction=1)
+
+
+def test_image_above_the_bomb_guard_is_bad() -> None:
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
+    png = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 10) + b"IDAT"
+    with pytest.raises(ValueError, match="its header says 400,000,000 pixels, and at most 134,217,728 are read"):
+        store_image(png, OFF)
+
+
+@pytest.mark.parametrize(("text", "value"), [("64mb", 64 << 20), ("1.5kb", 1536), ("100", 100), ("2G", 2 << 30)])
+def test_parse_bytes_reads_units(text: str, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "64 miles", "-1mb", "4gb"])
+def test_parse_bytes_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="--shard-size must be"):
+        parse_bytes(text)
+
+
+def test_other_source_or_options_are_refused_with_the_difference(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(FolderSource(folder), out, workers=1)
+    with pytest.raises(ValueError, match="--shard-size was 67108864 bytes and is 1048576"):
+        convert(FolderSource(folder), out, workers=1, shard_size="1mb")
+    with pytest.raises(ValueError, match="--seed was 0 and is 1"):
+        convert(FolderSource(folder), out, workers=1, seed=1)
+    (folder / "train/emu/new.jpg").write_bytes(jpeg(1))
+    (folder / "train/emu/000.JPEG").unlink()
+    (folder / "train/emu/001.JPEG").write_bytes(jpeg(1, width=90))
+    with pytest.raises(ValueError, match="choose an empty place") as caught:
+        convert(FolderSource(folder), out, workers=1)
+    assert "1 images are new (such as train/emu/new.jpg)" in str(caught.value)
+    assert "1 images are gone (such as train/emu/000.JPEG)" in str(caught.value)
+    assert "another size or label (such as train/emu/001.JPEG)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (StoreOptions(seekable=False), "--seekable was on and is off"),
+        (StoreOptions(short_side=20), "--short-side was not given and is 20"),
+        (StoreOptions(raw_fraction=0.5), "--raw-fraction was 0.0 and is 0.5"),
+        (StoreOptions(raw_below=16), "--raw-below was not given and is 16"),
+        (StoreOptions(reencode=90), "--reencode was not given and is 90"),
+    ],
+)
+def test_changed_way_of_storing_is_refused_by_name(
+    folder: Path, tmp_path: Path, changed: StoreOptions, message: str
+) -> None:
+    convert(FolderSource(folder), tmp_path / "out", workers=1)
+    with pytest.raises(ValueError, match=message):
+        convert(FolderSource(folder), tmp_path / "out", workers=1, stored=changed)
+    convert(FolderSource(folder), tmp_path / "out", workers=1, stored=StoreOptions(quality=50))  # of no resized image
+
+
+def begun_by_an_older_version(out: Path) -> None:
+    """Plans and markers as they were before there were options."""
+    for split in ("train", "val"):
+        folder = out / ".convert" / split
+        plan = json.loads((folder / "plan.json").read_text())
+        assert plan.pop("stored")["--seekable"] is False
+        (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        for path in (folder / "done").iterdir():
+            marker = json.loads(path.read_text())
+            (marker["shard"],) = marker.pop("shards")
+            del marker["outcomes"], marker["original_bytes"]
+            path.write_text(json.dumps(marker, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_data_set_of_an_older_version_counts_as_kept(folder: Path, tmp_path: Path, finished: bool) -> None:
+    out = tmp_path / "out"
+    first = convert(FolderSource(folder), out, workers=1, shard_size="8kb", stored=OFF)
+    before = {name: digest for name, digest in tree(out).items() if name.endswith(("mds", "index.json"))}
+    begun_by_an_older_version(out)
+    if not finished:
+        for name in ("train/shard.00001.mds", ".convert/train/done/00001.json", "train/index.json", "summary.json"):
+            (out / name).unlink()
+    with pytest.raises(ValueError, match="--seekable was off and is on"):
+        convert(FolderSource(folder), out, workers=1, shard_size="8kb", stored=StoreOptions(seekable=True))
+    assert convert(FolderSource(folder), out, workers=1, shard_size="8kb") == first
+    assert before.items() <= tree(out).items()
+
+
+def test_data_set_of_another_tool_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/index.json").write_text("{}")
+    with pytest.raises(ValueError, match="another making"):
+        convert(FolderSource(folder), tmp_path / "out", workers=1)
+
+
+def test_place_that_cannot_be_written_is_one_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: Not a directory"):
+        convert(FolderSource(folder), tmp_path / "file" / "out", workers=1)
+    with pytest.raises(ValueError, match="local folder or at s3://"):
+        convert(FolderSource(folder), "gs://bucket/data", workers=1)
+    with pytest.raises(ValueError, match="--workers must be 1 or more"):
+        convert(FolderSource(folder), tmp_path / "out", workers=0)
+
+
+def test_full_disk_is_one_error_and_can_be_continued(tmp_path: Path) -> None:
+    import resource
+
+    write_images(tmp_path / "images", {"a": 40}, size=400)
+    args = ("convert", "folder", tmp_path / "images", tmp_path / "out", "--shard-size", "200kb", "--workers", 1)
+    # a limit on the size of a file stands for the full disk: the write fails half way, with the same kind of error
+    result = run_cli(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "cannot be written: File too large" in result.stderr and "finished shards are kept" in result.stderr
+    assert run_cli(*args).returncode == 0
+    convert(FolderSource(tmp_path / "images"), tmp_path / "unbroken", workers=1, shard_size="200kb")
+    assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
+
+
+def test_workers_import_neither_torch_nor_streaming() -> None:
+    # they cost 8 s of CPU and 0.7 GB in every worker
+    code = "import sys, vitcomposer.data.conversion.write; print({'torch', 'streaming', 'composer'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x#1", "s3://bucket/x?versionId=3", "s3://me:secret@bucket/x"])
+def test_place_that_data_remote_would_refuse_is_refused(folder: Path, address: str) -> None:
+    with pytest.raises(ValueError, match="The address of a data set must be an address without") as caught:
+        convert(FolderSource(folder), address, workers=1)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match="data.remote must be an address without"):
+        Data(remote=address, local="cache")
+
+
+def test_slashes_before_a_key_are_left_out_as_readers_leave_them_out() -> None:
+    assert S3Store("s3://bucket//deep/x/").prefix == S3Store("s3://bucket/deep/x").prefix == "deep/x/"

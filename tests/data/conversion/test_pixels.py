@@ -1,0 +1,411 @@
+"""Pixels of every mode, computed by hand, the same by every way in; images too large to be read are refused unread."""
+
+import io
+import os
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.conversion.conversion import read_shards
+from vitcomposer.cli import main
+from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.conversion.folders import read_file
+from vitcomposer.data.conversion.sources import FolderSource
+from vitcomposer.data.conversion.write import convert
+from vitcomposer.data.files import crop_loader
+from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.jpeg.raw import raw_sample
+from vitcomposer.data.labelled import open_labelled_images
+from vitcomposer.reading import Reading, reading
+
+pytestmark = pytest.mark.timeout(120)
+
+STEPS = np.array([[0, 128, 129, 257, 32768, 65535]])  # of 16 bits
+STEPS_AS_8 = [0, 0, 1, 1, 128, 255]  # / 257, rounded: 128 is 0.498 of a step, 129 is 0.502
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(pixels: bytes, width: int, height: int, bits: int, order: str = "<", **tags: int) -> bytes:
+    """One strip of one channel as it lies. ``tags`` are t + number."""
+    entries = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(pixels)}
+    entries |= {int(tag[1:]): value for tag, value in tags.items()}
+    directory = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(pixels))
+    return head + pixels + struct.pack(f"{order}H", len(entries)) + directory + bytes(4)
+
+
+def grey(values: list[int]) -> list[list[int]]:
+    return [[value] * 3 for value in values]
+
+
+def twelve_bits() -> bytes:
+    return tiff(bytes([0x00, 0x08, 0x08, 0xFF, 0xF0, 0x00]), 4, 1, 12)  # 0, 2056, 4095, 0
+
+
+def palette_with_alpha() -> bytes:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 0])
+    image.putdata([1, 0])
+    return saved(image, "PNG", transparency=bytes([0, 128]))
+
+
+def cmyk(**options: object) -> bytes:
+    image = Image.new("CMYK", (8, 8), (10, 20, 30, 40))
+    return saved(image, "JPEG", quality=100, subsampling=0, **options)
+
+
+MODES: dict[str, tuple[Callable[[], bytes], list[list[int]]]] = {
+    "I;16, PNG": (lambda: saved(Image.fromarray(STEPS.astype(np.uint16)), "PNG"), grey(STEPS_AS_8)),
+    "I;16, TIFF": (lambda: tiff(STEPS.astype("<u2").tobytes(), 6, 1, 16), grey(STEPS_AS_8)),
+    "I;16B, TIFF": (lambda: tiff(STEPS.astype(">u2").tobytes(), 6, 1, 16, ">"), grey(STEPS_AS_8)),
+    "I;16, white is zero": (
+        lambda: tiff(STEPS.astype("<u2").tobytes(), 6, 1, 16, t262=0),
+        grey([255 - value for value in STEPS_AS_8]),
+    ),
+    "I;16 of 12 bits": (twelve_bits, grey([0, 128, 255, 0])),
+    "I, PGM of 16 bits": (lambda: b"P5 6 1 65535\n" + STEPS.astype(">u2").tobytes(), grey(STEPS_AS_8)),
+    "I, PGM of 12 bits": (lambda: b"P5 3 1 4095\n" + struct.pack(">3H", 0, 2048, 4095), grey([0, 128, 255])),
+    "I;16, JPEG 2000": (lambda: saved(Image.fromarray(STEPS.astype(np.uint16)), "JPEG2000"), grey(STEPS_AS_8)),
+    "LA": (lambda: saved(Image.frombytes("LA", (2, 1), bytes([10, 0, 200, 99])), "PNG"), grey([10, 200])),
+    "P with alpha": (palette_with_alpha, [[200, 100, 0], [10, 20, 30]]),
+    # 255 - 40 = 215, of which the inks take 10 / 255, 20 / 255 and 30 / 255: 8, 17 and 25.
+    "CMYK as Adobe inverts it": (cmyk, [[207, 198, 190]] * 8),
+    "CMYK with a profile": (lambda: cmyk(icc_profile=bytes(400)), [[207, 198, 190]] * 8),
+    "1 bit": (
+        lambda: saved(Image.frombytes("1", (8, 1), bytes([0b10110001])), "PNG"),
+        grey([255, 0, 255, 255, 0, 0, 0, 255]),
+    ),
+    "1 bit, white is zero": (
+        lambda: tiff(bytes([0b10110001]), 8, 1, 1, t262=0),
+        grey([0, 255, 0, 0, 255, 255, 255, 0]),
+    ),
+    "RGBA": (
+        lambda: saved(Image.frombytes("RGBA", (2, 1), bytes([1, 2, 3, 0, 4, 5, 6, 99])), "PNG"),
+        [[1, 2, 3], [4, 5, 6]],
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_has_its_pixels_in_training_in_conversion_and_beside_it(mode: str, tmp_path: Path) -> None:
+    make, expected = MODES[mode]
+    encoded = make()
+    assert jpeg.decode_rgb(encoded)[0].tolist() == expected
+    for options in (StoreOptions(raw_fraction=1.0), StoreOptions(raw_below=1 << 20)):
+        stored = store_image(encoded, options).columns[-1]
+        assert jpeg.decode_rgb(stored)[0].tolist() == expected
+    kept = store_image(encoded, StoreOptions(seekable=True)).columns[0]
+    assert jpeg.decode_rgb(kept)[0].tolist() == expected
+    height, width = jpeg.read_size(encoded)
+    assert jpeg.decode_region(encoded, (0, 0, 1, width))[0].tolist() == expected and height in (1, 8)
+
+
+UNKNOWN = {
+    "I, TIFF": (lambda: saved(Image.fromarray(np.array([[-100, 0, 1000, 2000]], np.int32)), "TIFF"), "32-bit integers"),
+    "F, TIFF": (lambda: saved(Image.fromarray(np.array([[-100, 0, 1000, 2000]], np.float32)), "TIFF"), "floats"),
+    "F, PFM": (lambda: b"Pf\n4 1\n-1\n" + np.array([-100, 0, 1000, 2000], "<f4").tobytes(), "floats"),
+    "I, TIFF of signed 16 bits": (
+        lambda: tiff(np.array([-100, 0, 1000, 2000], "<i2").tobytes(), 4, 1, 16, t339=2),
+        "32-bit integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", UNKNOWN)
+def test_values_without_a_known_range_are_refused_and_scaled_by_the_one_given(mode: str) -> None:
+    encoded = UNKNOWN[mode][0]()
+    for read in (jpeg.read_size, jpeg.decode_rgb, lambda data: store_image(data, StoreOptions())):
+        with pytest.raises(ValueError, match=f"{UNKNOWN[mode][1]} have no range that is known.* --range LOW HIGH"):
+            read(encoded)
+    with reading(Reading(value_range=(0, 1000))):
+        assert jpeg.decode_rgb(encoded)[0].tolist() == grey([0, 0, 255, 255])
+        stored = store_image(encoded, StoreOptions(reading=Reading(value_range=(0, 1000))))
+    assert stored.outcome == f"{UNKNOWN[mode][1]}, 0 to 1000 scaled to 8 bits"
+    assert jpeg.decode_rgb(stored.columns[0])[0].tolist() == grey([0, 0, 255, 255])  # and needs no range any more
+
+
+def test_range_holds_for_16_bits_too_and_odd_floats_are_refused() -> None:
+    encoded = saved(Image.fromarray(np.array([[100, 150, 200, 4000]], np.uint16)), "PNG")
+    with reading(Reading(value_range=(100, 200))):
+        assert jpeg.decode_rgb(encoded)[0].tolist() == grey([0, 128, 255, 255])
+        odd = saved(Image.fromarray(np.array([[1, np.nan]], np.float32)), "TIFF")
+        with pytest.raises(ValueError, match="infinite or no numbers"):
+            jpeg.decode_rgb(odd)
+    for low, high in ((1, 1), (2, 1), (0, float("inf"))):
+        with pytest.raises(ValueError, match="--range must be two numbers, the lower first"):
+            Reading(value_range=(low, high))
+
+
+def test_pil_columns_of_others_are_scaled_or_refused_alike() -> None:
+    def column(values: np.ndarray) -> bytes:
+        from streaming.base.format.mds.encodings import mds_encode
+
+        return raw_sample(memoryview(mds_encode("pil", Image.fromarray(values))))
+
+    assert jpeg.decode_rgb(column(STEPS.astype(np.uint16)))[0].tolist() == grey(STEPS_AS_8)
+    with pytest.raises(ValueError, match="floats have no range that is known"):
+        jpeg.decode_rgb(column(np.ones((2, 2), np.float32)))
+
+
+def photos(root: Path, dtype: type) -> Path:
+    for split, count in (("train", 3), ("val", 2)):
+        for label in range(2):
+            (root / split / f"{label}").mkdir(parents=True)
+            for number in range(count):
+                value = 1000 * label + 100 * number + 7 * (split == "val")
+                values = np.full((40, 40), value if dtype != np.uint8 else value % 256, dtype)
+                (root / split / f"{label}" / f"{number}.tiff").write_bytes(saved(Image.fromarray(values), "TIFF"))
+    return root
+
+
+def evaluated(root: Path) -> list[int]:
+    images = open_labelled_images(str(root), split="val", batch_size=4)
+    (batch,) = crop_loader(
+        images.samples, image_size=32, crop_ratio=1.0, interpolation="bicubic", batch_size=4, workers=0
+    )
+    assert not batch["broken"]
+    return batch["image"][:, 0, 0, 0].tolist()
+
+
+def test_eval_on_folders_sees_what_convert_stores_and_inspect_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = photos(tmp_path / "photos", np.float32), tmp_path / "out"
+    with pytest.raises(ValueError, match="floats have no range that is known"):
+        convert(FolderSource(root), tmp_path / "refused", workers=1)
+    command = ["convert", "folder", str(root), str(out), "--workers", "1", "--range", "0", "2000"]
+    assert main(command) == 0
+    assert "floats, 0 to 2000 scaled to 8 bits: 6 of 6" in capsys.readouterr().out
+    stored = [int(jpeg.decode_rgb(data)[0, 0, 0]) for data, _ in read_shards(out, "val")]
+    with reading(Reading(value_range=(0, 2000))):
+        assert sorted(evaluated(root)) == sorted(stored) == [1, 14, 128, 141]  # 7, 107, 1007, 1107 of 2000
+    assert main([*command[:-1], "3000"]) == 2
+    assert "--range was [0.0, 2000.0] and is [0.0, 3000.0]" in capsys.readouterr().err
+    plain = photos(tmp_path / "16", np.uint16)
+    assert main(["convert", "folder", str(plain), f"{out}16", "--workers", "1"]) == 0
+    assert "kept: values of 16 bits, scaled to 8 bits by 255 / 65,535 when read: 6 of 6" in capsys.readouterr().out
+    assert main(["inspect", f"{out}16", "--decode"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "6 values of 16 bits, scaled to 8 bits by 255 / 65,535, of 6 samples read" in said
+
+
+# Images of a few bytes that say they are large.
+
+
+def peak(call: Callable[[], object]) -> float:
+    """MB above those held before."""
+
+    def held(key: str) -> int:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        pytest.skip("this system does not measure a peak anew")
+    before = held("VmRSS")
+    call()
+    return (held("VmHWM") - before) / 1e3
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(height * (width + 1)) if width < 100 else bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def strips_at_one_place(width: int, height: int) -> bytes:
+    """A TIFF whose strips of 64 rows are all the same few deflated bytes."""
+    data = zlib.compress(bytes(64 * width))
+    count, data = -(-height // 64), data + bytes(len(data) % 2)
+    at = 8 + len(data) + 2 + 12 * 9 + 4
+    values = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 278: 64}
+    entries = [(tag, 1, value) for tag, value in values.items()] + [(273, count, at), (279, count, at + 4 * count)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, number, value) for tag, number, value in sorted(entries))
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", 9) + directory + bytes(4)
+    return head + struct.pack("<I", 8) * count + struct.pack("<I", len(data)) * count
+
+
+def gif(screen: int, frame: int) -> bytes:
+    data = bytearray(saved(Image.new("P", (1, 1)), "GIF"))
+    data[6:10] = struct.pack("<HH", screen, screen)
+    at = data.rindex(b",", 0, len(data) - 4)
+    data[at + 5 : at + 9] = struct.pack("<HH", frame, frame)
+    return bytes(data)
+
+
+def webp(side: int) -> bytes:
+    images = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    data = bytearray(saved(images[0], "WEBP", save_all=True, append_images=images[1:]))
+    at = data.index(b"VP8X") + 12
+    data[at : at + 6] = (side - 1).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+def jpeg_2000(side: int) -> bytes:
+    data = bytearray(saved(Image.new("RGB", (4, 4)), "JPEG2000"))
+    at = data.index(b"ihdr") + 4
+    data[at : at + 8] = struct.pack(">II", side, side)
+    return bytes(data)
+
+
+def large_jpeg() -> bytes:
+    data = bytearray(saved(Image.new("RGB", (64, 64)), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 65500, 65500)
+    return bytes(data)
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "TIFF, strips at one place": lambda: strips_at_one_place(12000, 12000),
+    "TIFF, one tile": lambda: tiff(bytes(64), 16, 16, 8, t322=30000, t323=30000, t324=8, t325=64),
+    "PNG": lambda: png(12000, 12000),
+    "PNG above Pillow's limit": lambda: png(1 << 30, 1 << 30),
+    "GIF": lambda: gif(65535, 1),
+    "GIF, larger frame": lambda: gif(1, 65535),
+    "WebP": lambda: webp(16383),
+    "JPEG": large_jpeg,
+    "JPEG 2000": lambda: jpeg_2000(12000),
+    "BMP": lambda: (
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 154, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(100)
+    ),
+    "PPM": lambda: b"P5 60000 60000 255\n" + bytes(100),
+    "TGA": lambda: struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0) + bytes(100),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bomb_is_refused_by_its_header_everywhere(kind: str, tmp_path: Path) -> None:
+    bomb = BOMBS[kind]()
+    assert len(bomb) < 10_000
+
+    def refused() -> None:
+        for read in (
+            jpeg.read_size,
+            jpeg.decode_rgb,
+            lambda data: jpeg.decode_region(data, (0, 0, 1, 1)),
+            lambda data: store_image(data, StoreOptions(seekable=True)),
+            lambda data: store_image(data, StoreOptions(raw_fraction=1.0)),
+        ):
+            with pytest.raises(
+                ValueError, match=r"its header says .* pixels, .* are read.*--max-pixels .*data.max_pixels"
+            ):
+                read(bomb)
+
+    began = time.monotonic()
+    assert peak(refused) < 60
+    assert time.monotonic() - began < 5
+
+
+def test_canvas_of_every_kind_of_webp_is_that_of_pillow() -> None:
+    image = Image.effect_noise((37, 53), 50)
+    kinds: list[dict[str, object]] = [
+        {},
+        {"lossless": True},
+        {"save_all": True, "append_images": [image.convert("RGB")]},
+    ]
+    for options in kinds:
+        encoded = saved(image.convert("RGB"), "WEBP", **options)
+        with reading(Reading(max_pixels=37 * 53 - 1)), pytest.raises(ValueError, match="says 37 x 53 pixels"):
+            jpeg.read_size(encoded)
+        assert jpeg.read_size(encoded) == (53, 37)
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+def test_texts_and_profiles_of_a_png_cannot_fill_the_memory(kind: bytes) -> None:
+    heads = {b"iCCP": b"x\0\0", b"zTXt": b"x\0\0", b"iTXt": b"x\0\1\0\0\0"}
+    bomb = png(4, 4, chunk(kind, heads[kind] + zlib.compress(bytes(200 << 20))))
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="Decompressed data too large"):
+            jpeg.decode_rgb(bomb)
+
+    assert peak(refused) < 60
+
+
+def test_of_many_frames_the_first_alone_is_decoded(tmp_path: Path) -> None:
+    frames = [Image.new("L", (500, 500), value) for value in range(200)]
+    for kind in ("GIF", "TIFF"):
+        encoded = saved(frames[7], kind, save_all=True, append_images=frames)
+        assert peak(lambda: jpeg.decode_rgb(encoded)) < 20  # noqa: B023
+        assert jpeg.decode_rgb(encoded)[0, 0].tolist() == [7, 7, 7]
+
+
+def test_limit_can_be_raised_and_lowered_for_conversion_eval_inspect_and_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = photos(tmp_path / "photos", np.uint8), str(tmp_path / "out")
+    command = ["convert", "folder", str(root), out, "--workers", "1"]
+    assert main([*command[:-3], f"{out}1", *command[-2:], "--max-pixels", "1599"]) == 2
+    assert "40 x 40 pixels, and at most 1,599 are read" in capsys.readouterr().err
+    assert main([*command, "--max-pixels", "1600"]) == 0
+    assert main(["inspect", out, "--decode", "--max-pixels", "1599"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("40 x 40 pixels, and at most 1,599 are read") == 10
+    assert main(["inspect", out, "--decode"]) == 0  # what a command sets ends with it
+    with reading(Reading(max_pixels=1599)):
+        images = open_labelled_images(str(root), split="val", batch_size=4)
+        options = {"image_size": 32, "crop_ratio": 1.0, "interpolation": "bicubic", "batch_size": 4, "workers": 0}
+        (batch,) = crop_loader(images.samples, **options)
+        assert len(batch["broken"]) == 4
+        large = png(1600, 1)
+        with pytest.raises(ValueError, match="1,600 x 1 pixels"):
+            jpeg.read_size(large)
+    with reading(Reading(max_pixels=1 << 40)), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jpeg.read_size(png(100_000, 100_000)) == (100_000, 100_000)
+
+
+def test_training_takes_its_limit_from_the_configuration(tmp_path: Path) -> None:
+    from vitcomposer.data.loader import open_dataset
+    from vitcomposer.schema import Data
+
+    convert(FolderSource(photos(tmp_path / "photos", np.uint8)), tmp_path / "out", workers=1)
+    with reading(Reading()):
+        data = Data(local=str(tmp_path / "out"), max_pixels=1599)
+        dataset = open_dataset(data, "val", num_classes=2, batch_size=1, seed=0)
+        with pytest.raises(ValueError, match="at most 1,599 are read"):
+            jpeg.read_size(dataset[0]["image"])
+    with pytest.raises(ValueError, match="data.max_pixels must be 1 or more, got 0"):
+        Data(local="x", max_pixels=0)
+
+
+def test_file_of_more_bytes_than_an_image_has_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").touch()
+    os.truncate(tmp_path / "x.jpg", 1 << 40)
+    with pytest.raises(ValueError, match="1,099,511,627,776 bytes, more than the largest image"):
+        read_file(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("field", [2, 3])
+def test_tiff_with_damaged_tags_is_refused_with_a_reason(field: int) -> None:
+    """Every tag with other types and counts: an image, or a ValueError."""
+    sound = tiff(STEPS.astype("<u2").tobytes(), 6, 1, 16, t322=16, t323=16)
+    at = struct.unpack_from("<I", sound, 4)[0] + 2
+    for tag in range(11):
+        for value in range(14):
+            damaged = bytearray(sound)
+            if field == 2:
+                struct.pack_into("<H", damaged, at + 12 * tag + 2, value)
+            else:
+                struct.pack_into("<I", damaged, at + 12 * tag + 4, value)
+            try:
+                jpeg.read_size(bytes(damaged))
+                jpeg.decode_rgb(bytes(damaged))
+            except ValueError as error:
+                assert str(error)
