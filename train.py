@@ -8,8 +8,8 @@ from vitcomposer import config, escape, needed_files
 from vitcomposer.errors import ConfigError
 
 
-def main(argv: list[str], *, told: bool = False) -> int:
-    """Load the yaml, build the recipe's Trainer and fit; ``told`` prints what ends it early instead of raising it.
+def main(argv: list[str], *, report_errors: bool = False) -> int:
+    """Load the yaml, build the recipe's Trainer and fit; ``report_errors`` prints one line where it would raise.
 
     Returns:
         0 when the run is finished (also if it already was), 2 for what no other start will mend, 74 for a finished run
@@ -48,7 +48,7 @@ def main(argv: list[str], *, told: bool = False) -> int:
             write_report(run_folder(cfg))
         return status_of_rank(finish_mirror(cfg, status))
     except (Exception, KeyboardInterrupt) as error:
-        if not (told or isinstance(error, ConfigError)):
+        if not (report_errors or isinstance(error, ConfigError)):
             raise
         return status_of_rank(end_together(error, cfg))
     finally:
@@ -56,4 +56,4 @@ def main(argv: list[str], *, told: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], told=True))
+    sys.exit(main(sys.argv[1:], report_errors=True))

@@ -32,7 +32,7 @@ from vitcomposer.data.random import view_seed
 from vitcomposer.losses import DistillationLoss, TeacherAnswers, soft_target_cross_entropy
 from vitcomposer.models import build_model
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD
-from vitcomposer.tasks import Distillation
+from vitcomposer.tasks import DistillationTask
 from vitcomposer.teacher.cache import (
     MANIFEST,
     SPLIT,
@@ -74,7 +74,7 @@ def measure_step(batch: int, rounds: int) -> dict[str, Any]:
 def student_step(images: Tensor, labels: Tensor, teacher: FrozenTeacher | None, batch: dict[str, Tensor]) -> Any:
     loss = soft_loss(alpha=0.5)
     student = build_model(STUDENT, num_classes=CLASSES, image_size=PIXELS)
-    task = Distillation(student, loss=loss, num_classes=CLASSES, teacher=teacher, sees_unmixed=True)
+    task = DistillationTask(student, loss=loss, num_classes=CLASSES, teacher=teacher, sees_unmixed=True)
 
     def of_batch(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return task.loss(model(images), batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead, build_model
-from vitcomposer.tasks import SwAV
+from vitcomposer.tasks import SwAVTask
 from vitcomposer.tasks.self_supervised import CROPS
 
 SIZES, COUNTS = (224, 96), (2, 6)
@@ -63,7 +63,7 @@ class OurSwAV(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         loss = SwAVLoss(num_crops=sum(COUNTS), temperature=TEMPERATURE, epsilon=EPSILON, iterations=ITERATIONS)
-        self.task = SwAV(
+        self.task = SwAVTask(
             build_model("deit_small_patch16", num_classes=0, image_size=SIZES[0]),
             SwAVHead(DIMS, True, [PROTOTYPES]),
             loss,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitcomposer import config, losses, optim
 from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops
-from vitcomposer.tasks import Classification
+from vitcomposer.tasks import ClassificationTask
 from vitcomposer.training.network import build_network
 from vitcomposer.training.setup import prepare
 from vitcomposer.training.trainer import build_trainer
@@ -46,7 +46,7 @@ class TrainerSteps:
         overrides += [f"max_duration={NEVER}", "schedule.t_warmup=1ba", "algorithms={}", f"data.local={folder}"]
         overrides += [f"run.folder={folder}", "run.name=step", f"run.save_interval={NEVER}", "run.progress_bar=false"]
         cfg = config.load(yaml, [*overrides, f"precision={'amp_bf16' if images.is_cuda else 'fp32'}"])
-        placement = prepare(cfg)
+        share = prepare(cfg)
         network = build_network(cfg.model, cfg.init)
         self.targets = F.one_hot(labels, cfg.model.num_classes).float()
         batches = [{"image": images, "label": labels, "target": self.targets}] * 1000
@@ -54,8 +54,8 @@ class TrainerSteps:
         train_flops = TRAIN_FACTOR * forward_flops(network, cfg.model.image_size)
         self._trainer: Trainer = build_trainer(
             cfg,
-            placement,
-            task=Classification(network, loss=losses.soft_target_cross_entropy, num_classes=cfg.model.num_classes),
+            share,
+            task=ClassificationTask(network, loss=losses.soft_target_cross_entropy, num_classes=cfg.model.num_classes),
             train=DataSpec(batches, get_num_samples_in_batch=lambda _: batch),
             evaluators=[],
             optimizer=optim.build_optimizer(network, cfg.optimizer, global_train_batch_size=batch),

@@ -8,7 +8,7 @@ from vitcomposer.algorithms import CosineWeightDecay, FreezeAtStart, MomentumEnc
 from vitcomposer.losses import DINOLoss
 from vitcomposer.models import DINOHead
 from vitcomposer.schema.dino import DINO
-from vitcomposer.tasks import DINO as Task
+from vitcomposer.tasks import DINOTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
 
@@ -18,7 +18,7 @@ def build(cfg: DINO) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare_pretraining(cfg)
+    share = prepare_pretraining(cfg)
     task = build_task(cfg)
     pairs = [(task.teacher_trunk, task.trunk), (task.teacher_head, task.head)]
     algorithms = [
@@ -26,10 +26,10 @@ def build(cfg: DINO) -> Trainer:
         MomentumEncoder(pairs, cfg.loss.momentum),
         FreezeAtStart(task.head.last_layer.parameters, cfg.loss.freeze_last_layer_epochs),
     ]
-    return build_pretraining(cfg, run, task, algorithms)
+    return build_pretraining(cfg, share, task, algorithms)
 
 
-def build_task(cfg: DINO) -> Task:
+def build_task(cfg: DINO) -> DINOTask:
     """Student, teacher and loss."""
     trunk = build_trunk(cfg, cfg.model)
     width = getattr(trunk, "num_features")  # noqa: B009 (nn.Module says it may be a tensor)
@@ -39,7 +39,7 @@ def build_task(cfg: DINO) -> Task:
         student_temperature=cfg.loss.student_temperature,
         center_momentum=cfg.loss.center_momentum,
     )
-    return Task(
+    return DINOTask(
         trunk,
         build_trunk(cfg, replace(cfg.model, drop_path_rate=0.0)),
         head,

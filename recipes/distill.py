@@ -5,7 +5,7 @@ from composer import Trainer
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.losses import DistillationLoss
 from vitcomposer.schema import Distill
-from vitcomposer.tasks import Distillation
+from vitcomposer.tasks import DistillationTask
 from vitcomposer.teacher.cache import open_cache
 from vitcomposer.teacher.frozen import build_frozen_teacher
 from vitcomposer.training.network import build_network, starting_point
@@ -20,12 +20,12 @@ def build(cfg: Distill) -> Trainer:
         ConfigError: A value or a combination that cannot run, or a teacher or its cache that does not fit, before any
             image is read.
     """
-    run = prepare(cfg)
+    share = prepare(cfg)
     model = build_network(cfg.model, starting_point(cfg))
     cache = open_cache(cfg) if cfg.cache else None
     teacher = None if cache else build_frozen_teacher(cfg)
     sees_unmixed = cfg.distillation.teacher_sees == "unmixed"
-    task = Distillation(
+    task = DistillationTask(
         model,
         loss=build_loss(cfg),
         num_classes=cfg.model.num_classes,
@@ -34,7 +34,7 @@ def build(cfg: Distill) -> Trainer:
     )
     return build_supervision(
         cfg,
-        run,
+        share,
         task,
         teacher_flops=forward_flops(teacher.network, teacher.image_size) if teacher else 0.0,
         keep_unmixed=sees_unmixed and teacher is not None,

@@ -7,7 +7,7 @@ from composer import Trainer
 from vitcomposer.callbacks import build_knn_monitor
 from vitcomposer.data.evaluation import build_centre_crops, open_images
 from vitcomposer.schema import Neighbors
-from vitcomposer.tasks import Embedding
+from vitcomposer.tasks import EmbeddingTask
 from vitcomposer.training.evaluate_only import build_measurement
 from vitcomposer.training.network import build_network
 from vitcomposer.training.setup import prepare
@@ -20,13 +20,13 @@ def build(cfg: Neighbors) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare(cfg)
-    size = run.device_eval_batch_size
+    share = prepare(cfg)
+    size = share.device_eval_batch_size
     trunk = build_network(cfg.model, cfg.init)
     check_evaluation_size(cfg, trunk)
-    task = Embedding(trunk)
+    task = EmbeddingTask(trunk)
     crops = partial(build_centre_crops, cfg, mean=cfg.mean, std=cfg.std, device_batch_size=size)
     train = crops(open_images(cfg, "train", batch_size=size), num_samples=cfg.knn.train_samples)
     val = crops(open_images(cfg, "val", batch_size=size))
     monitor = build_knn_monitor(cfg.knn, task, train, val, key="knn")
-    return build_measurement(cfg, run, task=task, data=train, callbacks=[monitor])
+    return build_measurement(cfg, share, task=task, data=train, callbacks=[monitor])

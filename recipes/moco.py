@@ -6,7 +6,7 @@ from vitcomposer.algorithms import MomentumEncoder
 from vitcomposer.errors import require
 from vitcomposer.models import MLPHead
 from vitcomposer.schema.moco import MoCo
-from vitcomposer.tasks import MoCo as Task
+from vitcomposer.tasks import MoCoTask
 from vitcomposer.tasks.moco import freeze_patch_projection
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
@@ -17,13 +17,13 @@ def build(cfg: MoCo) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare_pretraining(cfg)
+    share = prepare_pretraining(cfg)
     task = build_task(cfg)
     pairs = [(task.momentum_trunk, task.trunk), (task.momentum_projector, task.projector)]
-    return build_pretraining(cfg, run, task, [MomentumEncoder(pairs, cfg.loss.momentum)])
+    return build_pretraining(cfg, share, task, [MomentumEncoder(pairs, cfg.loss.momentum)])
 
 
-def build_task(cfg: MoCo) -> Task:
+def build_task(cfg: MoCo) -> MoCoTask:
     """Both trunks, their heads and the loss."""
     head = cfg.head
     trunk, momentum_trunk = (build_trunk(cfg, cfg.model, head.projector_dims, "head.projector_dims") for _ in range(2))
@@ -34,4 +34,4 @@ def build_task(cfg: MoCo) -> Task:
         freeze_patch_projection(trunk)
     projector = MLPHead(head.projector_dims, True, last_batch_norm=True)
     predictor = MLPHead(head.predictor_dims, True, last_batch_norm=True)
-    return Task(trunk, momentum_trunk, projector, predictor, temperature=cfg.loss.temperature)
+    return MoCoTask(trunk, momentum_trunk, projector, predictor, temperature=cfg.loss.temperature)

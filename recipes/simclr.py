@@ -4,7 +4,7 @@ from composer import Trainer
 
 from vitcomposer.models import MLPHead
 from vitcomposer.schema.simclr import SimCLR
-from vitcomposer.tasks import SimCLR as Task
+from vitcomposer.tasks import SimCLRTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
 
@@ -14,11 +14,11 @@ def build(cfg: SimCLR) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare_pretraining(cfg)
-    return build_pretraining(cfg, run, build_task(cfg), [])
+    share = prepare_pretraining(cfg)
+    return build_pretraining(cfg, share, build_task(cfg), [])
 
 
-def build_task(cfg: SimCLR) -> Task:
+def build_task(cfg: SimCLR) -> SimCLRTask:
     """Trunk, head and loss."""
     trunk = build_trunk(cfg, cfg.model, cfg.head.dims)
-    return Task(trunk, MLPHead(cfg.head.dims, cfg.head.batch_norm), temperature=cfg.loss.temperature)
+    return SimCLRTask(trunk, MLPHead(cfg.head.dims, cfg.head.batch_norm), temperature=cfg.loss.temperature)

@@ -3,7 +3,7 @@
 from composer import Trainer
 
 from vitcomposer.schema import Supervised
-from vitcomposer.tasks import Classification
+from vitcomposer.tasks import ClassificationTask
 from vitcomposer.training.network import build_network, starting_point
 from vitcomposer.training.setup import prepare
 from vitcomposer.training.supervised import LOSSES, build_supervision
@@ -15,7 +15,7 @@ def build(cfg: Supervised) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare(cfg)
+    share = prepare(cfg)
     model = build_network(cfg.model, starting_point(cfg))
-    task = Classification(model, loss=LOSSES[cfg.loss], num_classes=cfg.model.num_classes)
-    return build_supervision(cfg, run, task)
+    task = ClassificationTask(model, loss=LOSSES[cfg.loss], num_classes=cfg.model.num_classes)
+    return build_supervision(cfg, share, task)

@@ -6,7 +6,7 @@ from vitcomposer.algorithms import FreezeAtStart
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead
 from vitcomposer.schema.swav import SwAV
-from vitcomposer.tasks import SwAV as Task
+from vitcomposer.tasks import SwAVTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
 
 
@@ -16,13 +16,13 @@ def build(cfg: SwAV) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    run = prepare_pretraining(cfg)
+    share = prepare_pretraining(cfg)
     task = build_task(cfg)
     frozen = FreezeAtStart(lambda: task.head.prototypes, cfg.loss.freeze_prototypes_epochs)
-    return build_pretraining(cfg, run, task, [frozen])
+    return build_pretraining(cfg, share, task, [frozen])
 
 
-def build_task(cfg: SwAV) -> Task:
+def build_task(cfg: SwAV) -> SwAVTask:
     """Trunk, head and loss."""
     loss = SwAVLoss(
         num_crops=cfg.crops.total_num_crops,
@@ -33,7 +33,7 @@ def build_task(cfg: SwAV) -> Task:
         queue_length=cfg.queue_length,
         embedding_dim=cfg.head.dims[-1],
     )
-    return Task(
+    return SwAVTask(
         build_trunk(cfg, cfg.model, cfg.head.dims),
         SwAVHead(cfg.head.dims, cfg.head.batch_norm, cfg.head.num_clusters),
         loss,

@@ -97,7 +97,7 @@ def run(when: str, step: int, rank: int, what: str, file: Path, argv: list[str])
     recipe: Any = RECIPES[config.load(argv[0], argv[1:]).recipe]
     fault, build = Fault(when, step, what, file), recipe.build
     if os.environ.get("RANK", "0") != str(rank):
-        return train.main(argv, told=True)
+        return train.main(argv, report_errors=True)
     if when == "start":
         fault.act()
 
@@ -110,7 +110,7 @@ def run(when: str, step: int, rank: int, what: str, file: Path, argv: list[str])
 
     recipe.build = build_with_fault
     try:
-        return train.main(argv, told=True)
+        return train.main(argv, report_errors=True)
     finally:
         recipe.build = build
 

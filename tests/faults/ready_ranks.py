@@ -47,7 +47,9 @@ def _train(arguments: list[str], notes: str | None) -> None:
         if arguments[0] == "vitcomposer":
             status = cli.main(arguments[1:])
         else:
-            status = train.main(arguments, told=True) if notes is None else watched_run.main([notes, *arguments])
+            status = (
+                train.main(arguments, report_errors=True) if notes is None else watched_run.main([notes, *arguments])
+            )
     except BaseException:
         traceback.print_exc()
     finally:

@@ -359,7 +359,7 @@ def told(argv: list[str]) -> int:
     """As the command does it: what ends the run is printed and not raised."""
     import train
 
-    return train.main(argv, told=True)
+    return train.main(argv, report_errors=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

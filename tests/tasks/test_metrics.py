@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mds.order import PADDING, Layout, arrange
 from vitcomposer.losses import DistillationLoss, soft_target_cross_entropy
-from vitcomposer.tasks import Classification, Distillation, Head, LinearProbe
+from vitcomposer.tasks import ClassificationTask, DistillationTask, Head, LinearProbeTask
 
 CLASSES = 7
 HEADS = [Head("tokens", 1.0, False), Head("tokens", 2.0, True)]
@@ -27,12 +27,12 @@ class Trunk(nn.Module):
 
 
 def classification() -> ComposerModel:
-    return Classification(nn.Identity(), loss=soft_target_cross_entropy, num_classes=CLASSES)
+    return ClassificationTask(nn.Identity(), loss=soft_target_cross_entropy, num_classes=CLASSES)
 
 
 def distillation() -> ComposerModel:
     loss = DistillationLoss(soft_target_cross_entropy, kind="hard", alpha=0.5, temperature=1.0, kl="batch")
-    return Distillation(nn.Identity(), loss=loss, num_classes=CLASSES, teacher=None, sees_unmixed=False)
+    return DistillationTask(nn.Identity(), loss=loss, num_classes=CLASSES, teacher=None, sees_unmixed=False)
 
 
 def batches(images: int, ranks: int, rank: int, per_step: int) -> list[list[tuple[int, bool]]]:
@@ -96,7 +96,7 @@ def test_metrics_of_a_probe_are_means_over_images(ranks: int, monkeypatch: pytes
     labels = torch.randint(CLASSES, (37,), generator=generator)
     measured: dict[str, list[Metric]] = {}
     for rank in range(ranks):
-        task = LinearProbe(Trunk(), HEADS, num_classes=CLASSES)
+        task = LinearProbeTask(Trunk(), HEADS, num_classes=CLASSES)
         for step in batches(37, ranks, rank, 12):
             at = torch.tensor([image for image, _ in step])
             given = torch.where(torch.tensor([padded for _, padded in step]), IGNORE_LABEL, labels[at])

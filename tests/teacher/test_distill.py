@@ -23,7 +23,7 @@ from vitcomposer.data.augment.transforms import TrainTransform
 from vitcomposer.data.batch import split_batch
 from vitcomposer.losses import DistillationLoss, soft_target_cross_entropy
 from vitcomposer.models import build_model
-from vitcomposer.tasks import Distillation
+from vitcomposer.tasks import DistillationTask
 from vitcomposer.teacher.frozen import FrozenTeacher
 from vitcomposer.teacher.network import build_teacher, build_teacher_network
 
@@ -143,13 +143,15 @@ def frozen(network: nn.Module, **changes: Any) -> FrozenTeacher:
     return FrozenTeacher(network, **{**own, **changes})
 
 
-def task_with(teacher: FrozenTeacher | None, **changes: Any) -> Distillation:
+def task_with(teacher: FrozenTeacher | None, **changes: Any) -> DistillationTask:
     torch.manual_seed(0)
     student: Any = build_model("deit_tiny_distilled_patch16", num_classes=CLASSES, image_size=32, **OURS)
     for head in (student.head, student.head_dist):
         nn.init.normal_(head.weight, std=0.1)
     loss = DistillationLoss(soft_target_cross_entropy, kind="soft", alpha=0.3, temperature=2.0, kl="batch")
-    return Distillation(student, loss=loss, num_classes=CLASSES, teacher=teacher, **{"sees_unmixed": False, **changes})
+    return DistillationTask(
+        student, loss=loss, num_classes=CLASSES, teacher=teacher, **{"sees_unmixed": False, **changes}
+    )
 
 
 def new_batch(count: int = 4) -> dict[str, Tensor]:
@@ -158,7 +160,7 @@ def new_batch(count: int = 4) -> dict[str, Tensor]:
     return {"image": image, "target": torch.randn(count, CLASSES, generator=generator).softmax(dim=1)}
 
 
-def gradients(task: Distillation, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(task: DistillationTask, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     task.zero_grad()
     task.train()
     task.loss(task(batch), batch).backward()

@@ -26,7 +26,7 @@ from vitcomposer.callbacks import StepSeed
 from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
 from vitcomposer.schema import Run
-from vitcomposer.tasks import Classification
+from vitcomposer.tasks import ClassificationTask
 from vitcomposer.training.execution import ATTENTION_BACKENDS, GRAPH_LIMIT, attention_order, compile_forward
 
 SIZES = (16, 24, 32, 40)
@@ -75,7 +75,7 @@ def fit(name: str, sizes: tuple[int, ...], *, compiled: bool, evaluate: bool = F
     """One epoch with a batch of each size; returns the losses and the number of graphs after every batch."""
     torch.manual_seed(0)
     model = build_model(name, num_classes=5, image_size=32, patch_size=8, drop_path_rate=0.2, **MODELS[name])
-    task = Classification(model, loss=loss_functions.soft_target_cross_entropy, num_classes=5)
+    task = ClassificationTask(model, loss=loss_functions.soft_target_cross_entropy, num_classes=5)
     if compiled:
         compile_forward(task)
     graphs, curve = GraphsPerStep(), []

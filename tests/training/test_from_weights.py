@@ -20,7 +20,7 @@ from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.features import FrozenFeatures
 from vitcomposer.models.positions import sincos_positions
 from vitcomposer.schema import Init, Model
-from vitcomposer.tasks.probe import Embedding
+from vitcomposer.tasks.probe import EmbeddingTask
 from vitcomposer.teacher.network import build_teacher
 from vitcomposer.training.network import build_network
 
@@ -90,7 +90,7 @@ def test_probe_and_neighbours_see_the_features_of_the_pretrained_network(layout:
     found = FrozenFeatures(trunk, ["lastCLS", "mean"])(images)
     torch.testing.assert_close(found["lastCLS"], expected[:, 0])
     torch.testing.assert_close(found["mean"], expected[:, 1:].mean(dim=1))
-    torch.testing.assert_close(Embedding(trunk).features(images), expected[:, 0])
+    torch.testing.assert_close(EmbeddingTask(trunk).features(images), expected[:, 0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -172,7 +172,7 @@ def test_start_from_a_run_reads_its_model_block(run: Path, part: str, page: str)
     reference = build_model(**{**BLOCK, "num_classes": 0}).eval()
     load_weights(reference, torch.load(run / "checkpoints/latest-rank0.pt")["state"]["model"])
     images = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(Embedding(trunk).features(images), reference(images))
+    torch.testing.assert_close(EmbeddingTask(trunk).features(images), reference(images))
 
 
 def test_fine_tuning_keeps_its_size_and_a_distilled_name(run: Path) -> None:

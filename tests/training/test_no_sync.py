@@ -16,7 +16,7 @@ from vitcomposer.callbacks import NumericsMonitor, Preemption, StepSeed, Through
 from vitcomposer.models import build_model
 from vitcomposer.optim import build_optimizer
 from vitcomposer.schema import Optimizer
-from vitcomposer.tasks import Classification
+from vitcomposer.tasks import ClassificationTask
 
 aten = torch.ops.aten
 READS = {
@@ -89,7 +89,7 @@ def test_step_reads_back_only_what_composer_reads(optimizer: str, clipping: str)
     train = DataSpec(DataLoader(Batches(), batch_size=None))
     numbers = NumericsMonitor(train, seed=0, latest=Path("none"), skip_steps=1)
     trainer = Trainer(
-        model=Classification(model, loss=losses.soft_target_cross_entropy, num_classes=5),
+        model=ClassificationTask(model, loss=losses.soft_target_cross_entropy, num_classes=5),
         train_dataloader=train,
         max_duration="3ba",
         optimizers=built,

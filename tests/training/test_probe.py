@@ -26,7 +26,7 @@ from vitcomposer.data.conversion.subset import write_subset
 from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.features import FrozenFeatures
-from vitcomposer.tasks import Head, LinearProbe
+from vitcomposer.tasks import Head, LinearProbeTask
 
 SMALL: dict[str, Any] = {"depth": 5, "embed_dim": 32, "num_heads": 4}
 NAMES = ["lastCLS", "concatCLS4", "concatCLS2", "mean", "pooled"]
@@ -88,8 +88,8 @@ def test_resnet_has_its_pooled_feature() -> None:
         FrozenFeatures(model, ["mean"])
 
 
-def train(heads: list[Head], steps: int = 6) -> LinearProbe:
-    task = LinearProbe(trunk(drop_path_rate=0.5), heads, num_classes=4).train()
+def train(heads: list[Head], steps: int = 6) -> LinearProbeTask:
+    task = LinearProbeTask(trunk(drop_path_rate=0.5), heads, num_classes=4).train()
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     task.apply_lr_factors(optimizer)
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def test_trunk_stays_as_it_was_in_evaluation_mode() -> None:
 
 
 def test_accuracies_name_every_head_and_the_best() -> None:
-    task = LinearProbe(trunk(), HEADS[:2], num_classes=4)
+    task = LinearProbeTask(trunk(), HEADS[:2], num_classes=4)
     labels = torch.tensor([0, 1, 2, -100])
     right, wrong = torch.eye(4), torch.eye(4).roll(1, 0)
     wrong[0] = right[0]

@@ -141,8 +141,8 @@ class EvaluationEMA(EMA):
             current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             floating = [name for name in average if average[name].is_floating_point()]
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                [of_this_rank(average[name]) for name in floating],
-                [of_this_rank(current[name]) for name in floating],
+                [to_local(average[name]) for name in floating],
+                [to_local(current[name]) for name in floating],
                 1 - self.smoothing,
             )
             for name in average.keys() - set(floating):
@@ -173,7 +173,7 @@ def keep_shares(model: nn.Module) -> None:
             module.reshard()
 
 
-def of_this_rank(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """The share of a tensor that FSDP2 has this rank keep, or the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

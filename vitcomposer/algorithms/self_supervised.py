@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vitcomposer.algorithms.ema import keep_shares, of_this_rank
+from vitcomposer.algorithms.ema import keep_shares, to_local
 from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
 
 
@@ -114,7 +114,7 @@ def _shares(networks: Sequence[nn.Module]) -> list[Tensor]:
     for network in networks:
         keep_shares(network)
     # In every step: FSDP2 puts others in their place at the first forward pass and when a checkpoint is loaded.
-    return [of_this_rank(p) for network in networks for p in network.parameters()]
+    return [to_local(p) for network in networks for p in network.parameters()]
 
 
 def _name_every_parameter(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

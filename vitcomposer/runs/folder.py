@@ -18,7 +18,7 @@ from vitcomposer.errors import ConfigError
 from vitcomposer.runs.checkpoints import has_checkpoints, newest_whole, ranks_and_step, remove
 from vitcomposer.runs.identity import IDENTITY, difference, plain, read_identity
 from vitcomposer.runs.metrics import read_object
-from vitcomposer.runs.remote import bring_back
+from vitcomposer.runs.remote import restore_remote
 from vitcomposer.whole_files import set_aside
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
@@ -125,7 +125,7 @@ def already_finished(cfg: Any) -> bool:
             if cfg.run.remote is not None:
                 here = newest_whole(run_folder(cfg) / "checkpoints").path
                 name = None if here is None else here.name
-                bring_back(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints, here=name)
+                restore_remote(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints, here=name)
             answer[0] = _look_at_run_folder(cfg)
         except ConfigError as error:
             answer[0] = str(error)
@@ -253,7 +253,7 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") ->
     return changed
 
 
-def goes_on(cfg: Any) -> bool:
+def resumes(cfg: Any) -> bool:
     """Whether rank 0 sees a checkpoint that this run goes on from."""
     found = [dist.get_global_rank() == 0 and newest_whole(run_folder(cfg) / "checkpoints").path is not None]
     dist.broadcast_object_list(found, src=0)

@@ -275,7 +275,7 @@ def describe(error: BaseException) -> str:
     return masked(f"{type(error).__name__}: {error}").replace("\n", " ").rstrip(". ")
 
 
-def bring_back(uri: str, folder: Path, *, keep: int, here: str | None) -> None:
+def restore_remote(uri: str, folder: Path, *, keep: int, here: str | None) -> None:
     """At the start of a run: make sure that its store can be used, and go on from there where this machine is behind.
 
     Args:

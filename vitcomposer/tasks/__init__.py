@@ -1,26 +1,26 @@
 """ComposerModels: what is a batch, a loss and a metric for each method."""
 
-from vitcomposer.tasks.classification import Classification
-from vitcomposer.tasks.dino import DINO
-from vitcomposer.tasks.distillation import Distillation
-from vitcomposer.tasks.moco import MoCo
-from vitcomposer.tasks.probe import Embedding, Head, LinearProbe
+from vitcomposer.tasks.classification import ClassificationTask
+from vitcomposer.tasks.dino import DINOTask
+from vitcomposer.tasks.distillation import DistillationTask
+from vitcomposer.tasks.moco import MoCoTask
+from vitcomposer.tasks.probe import EmbeddingTask, Head, LinearProbeTask
 from vitcomposer.tasks.self_supervised import SelfSupervisedTask
-from vitcomposer.tasks.simclr import SimCLR
-from vitcomposer.tasks.swav import SwAV
+from vitcomposer.tasks.simclr import SimCLRTask
+from vitcomposer.tasks.swav import SwAVTask
 from vitcomposer.teacher.frozen import FrozenTeacher, build_frozen_teacher
 
 __all__ = [
-    "DINO",
-    "Classification",
-    "Distillation",
-    "Embedding",
+    "DINOTask",
+    "ClassificationTask",
+    "DistillationTask",
+    "EmbeddingTask",
     "FrozenTeacher",
     "Head",
-    "LinearProbe",
-    "MoCo",
+    "LinearProbeTask",
+    "MoCoTask",
     "SelfSupervisedTask",
-    "SimCLR",
-    "SwAV",
+    "SimCLRTask",
+    "SwAVTask",
     "build_frozen_teacher",
 ]

@@ -19,7 +19,7 @@ from vitcomposer.data.labels import IGNORE_LABEL
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class Classification(ComposerModel):
+class ClassificationTask(ComposerModel):
     """A classifier trained on soft targets and measured by top-1, top-5 and cross-entropy on labels.
 
     A distilled DeiT returns two logits in training. Without a teacher both heads learn from the targets with equal

@@ -22,7 +22,7 @@ from vitcomposer.tasks.self_supervised import (
 Outputs = tuple[Tensor, Tensor]  # logits of the student for all crops, of the teacher for the first two
 
 
-class DINO(SelfSupervisedTask):
+class DINOTask(SelfSupervisedTask):
     """A student learns from all crops what a teacher, the average of its past, says about the first two.
 
     ``teacher_trunk`` and ``teacher_head`` have no gradients; ``algorithms.MomentumEncoder`` moves them. The teacher's

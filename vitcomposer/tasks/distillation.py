@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from vitcomposer.data.batch import MIX_LAM, TEACHER_CLASSES, TEACHER_LOGITS, TEACHER_REST, UNMIXED
 from vitcomposer.losses import DistillationLoss, TeacherAnswers
-from vitcomposer.tasks.classification import Classification
+from vitcomposer.tasks.classification import ClassificationTask
 from vitcomposer.teacher.frozen import FrozenTeacher
 
 
-class Distillation(Classification):
+class DistillationTask(ClassificationTask):
     """A classifier trained by a ``DistillationLoss`` and measured as every other.
 
     Args:

@@ -20,7 +20,7 @@ from vitcomposer.tasks.self_supervised import (
 Outputs = tuple[list[Tensor], list[Tensor]]  # queries and keys of the two views
 
 
-class MoCo(SelfSupervisedTask):
+class MoCoTask(SelfSupervisedTask):
     """The queries of one view find the keys of the other, which a momentum encoder makes, and the other way round.
 
     ``momentum_trunk`` and ``momentum_projector`` have no gradients; ``algorithms.MomentumEncoder`` moves them. Heads

@@ -28,7 +28,7 @@ class Head:
         return f"{self.feature}{'_bn' if self.batch_norm else ''}_lr{self.lr_factor:g}"
 
 
-class LinearProbe(ComposerModel):
+class LinearProbeTask(ComposerModel):
     """Trains all heads on the features of one forward pass of a trunk that stays as it is.
 
     The loss is the sum of the heads' cross-entropies. They share no parameter, so each learns what it would alone.
@@ -87,7 +87,7 @@ class LinearProbe(ComposerModel):
         optimizer.param_groups[:] = groups
 
 
-class Embedding(ComposerModel):
+class EmbeddingTask(ComposerModel):
     """A trunk whose features are measured; nothing is trained."""
 
     def __init__(self, trunk: nn.Module) -> None:

@@ -10,7 +10,7 @@ from vitcomposer.models import MLPHead
 from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, multi_crop_flops
 
 
-class SimCLR(SelfSupervisedTask):
+class SimCLRTask(SelfSupervisedTask):
     """Trunk and projection head; the two views of an image find each other among all images of all ranks."""
 
     def __init__(self, trunk: nn.Module, head: MLPHead, *, temperature: float) -> None:

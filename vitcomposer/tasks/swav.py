@@ -16,7 +16,7 @@ from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode,
 _USAGE_STEPS = 100  # over which the use of the prototypes is averaged
 
 
-class SwAV(SelfSupervisedTask):
+class SwAVTask(SelfSupervisedTask):
     """Trunk, head and the swapped prediction of codes.
 
     Logs ``swav/prototype_usage``: the entropy of how often each prototype of the first set is the nearest one of a crop

@@ -10,12 +10,12 @@ from torch.optim import SGD
 
 from vitcomposer.callbacks import Preemption, Throughput
 from vitcomposer.runs.folder import run_folder
-from vitcomposer.training.setup import Placement
+from vitcomposer.training.setup import BatchShare
 from vitcomposer.training.trainer import build_loggers, build_record
 
 
 def build_measurement(
-    cfg: Any, placement: Placement, *, task: ComposerModel, data: DataSpec, callbacks: Sequence[Callback]
+    cfg: Any, share: BatchShare, *, task: ComposerModel, data: DataSpec, callbacks: Sequence[Callback]
 ) -> Trainer:
     """What ``trainer.fit`` runs the start and the end of, between which the callbacks do their work.
 
@@ -35,7 +35,7 @@ def build_measurement(
         loggers=[record, *build_loggers(cfg, folder)],
         max_duration=cfg.max_duration,
         precision=cfg.precision,
-        device=placement.device,
+        device=share.device,
         seed=cfg.seed,
         deterministic_mode=cfg.run.deterministic,
         run_name=cfg.run.name,

@@ -11,7 +11,7 @@ from vitcomposer.escape import message
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.transformer import ImageTransformer
 from vitcomposer.runs.folder import (
-    goes_on,
+    resumes,
 )
 from vitcomposer.schema import Init, Model
 
@@ -27,7 +27,7 @@ def starting_point(cfg: Any) -> Init:
     rule = "null without init.weights: what does not learn must have been trained"
     starts = init.train_blocks is None or init.weights is not None
     require(starts, "init.train_blocks", rule, init.train_blocks, remedy)
-    return dataclasses.replace(init, weights=None) if goes_on(cfg) else init
+    return dataclasses.replace(init, weights=None) if resumes(cfg) else init
 
 
 def build_network(model: Model, init: Init) -> nn.Module:

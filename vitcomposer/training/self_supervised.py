@@ -20,21 +20,21 @@ from vitcomposer.schema import Model, SelfSupervised
 from vitcomposer.schema.ranks import adjustments
 from vitcomposer.tasks import SelfSupervisedTask
 from vitcomposer.training.network import build_network, starting_point
-from vitcomposer.training.setup import Placement, prepare
+from vitcomposer.training.setup import BatchShare, prepare
 from vitcomposer.training.trainer import build_trainer, check_evaluation_size
 
 
-def prepare_pretraining(cfg: SelfSupervised) -> Placement:
+def prepare_pretraining(cfg: SelfSupervised) -> BatchShare:
     """Start the process group, share the batch out and say what is rounded for it.
 
     Raises:
         ConfigError: A batch that cannot run here.
     """
-    run = prepare(cfg)
+    share = prepare(cfg)
     if dist.get_global_rank() == 0:
-        for line in adjustments(cfg, run.world_size):
+        for line in adjustments(cfg, share.world_size):
             print(line)
-    return run
+    return share
 
 
 def build_trunk(
@@ -61,7 +61,7 @@ def build_trunk(
 
 
 def build_pretraining(
-    cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, algorithms: Sequence[Algorithm]
+    cfg: SelfSupervised, share: BatchShare, task: SelfSupervisedTask, algorithms: Sequence[Algorithm]
 ) -> Trainer:
     """The Trainer of a task.
 
@@ -72,17 +72,17 @@ def build_pretraining(
     _check_compile(cfg, task)
     flops = task.train_flops_per_image(cfg.crops.sizes)
     chosen = build_algorithms(cfg.algorithms, loss=cfg.recipe, precision=cfg.precision, label_smoothing=0.0)
-    train = build_multicrop_dataspec(cfg, device_batch_size=run.device_train_batch_size)
+    train = build_multicrop_dataspec(cfg, device_batch_size=share.device_train_batch_size)
     return build_trainer(
         cfg,
-        run,
+        share,
         task=task,
         train=train,
         evaluators=[],
         optimizer=optim.build_optimizer(task, cfg.optimizer, global_train_batch_size=cfg.global_train_batch_size),
         algorithms=[BeginStep(task), *chosen, *algorithms],
         train_flops_per_image=lambda step: flops,
-        callbacks=_monitors(cfg, run, task, train),
+        callbacks=_monitors(cfg, share, task, train),
         # Heads and losses talk to the other ranks, which no graph can.
         compiled=task.trunks,
     )
@@ -94,10 +94,10 @@ def _check_compile(cfg: SelfSupervised, task: SelfSupervisedTask) -> None:
     require(not (cfg.run.compile and synced), "run.compile", rule, True, "Or set sync_bn=none.")
 
 
-def _monitors(cfg: SelfSupervised, run: Placement, task: SelfSupervisedTask, train: DataSpec) -> list[Callback]:
+def _monitors(cfg: SelfSupervised, share: BatchShare, task: SelfSupervisedTask, train: DataSpec) -> list[Callback]:
     if cfg.monitor is None and cfg.run.attention_interval is None:
         return []
-    size, crops = run.device_eval_batch_size, cfg.crops
+    size, crops = share.device_eval_batch_size, cfg.crops
     val = open_images(cfg, "val", batch_size=size)
     attention = build_attention_monitor(cfg, task.trunk, val, mean=crops.mean, std=crops.std)
     if cfg.monitor is None:

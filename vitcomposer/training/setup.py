@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class BatchShare:
     """What the machine adds to a configuration."""
 
     device: str  # "gpu" or "cpu"
@@ -30,7 +30,7 @@ class Placement:
     device_eval_batch_size: int
 
 
-def prepare(cfg: Any) -> Placement:
+def prepare(cfg: Any) -> BatchShare:
     """Start the process group, seed every generator and share the batch out over the ranks.
 
     Raises:
@@ -52,7 +52,7 @@ def prepare(cfg: Any) -> Placement:
     share = train // ranks
     algorithms = getattr(cfg, "algorithms", {})
     check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
-    return Placement(
+    return BatchShare(
         device=device,
         world_size=ranks,
         device_train_batch_size=share,

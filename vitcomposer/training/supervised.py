@@ -15,9 +15,9 @@ from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops, train_factor
 from vitcomposer.curriculum import Options, Plan, build_plan, check_network, split_options
 from vitcomposer.data.loader import build_dataspec, set_view
 from vitcomposer.schema import Supervised
-from vitcomposer.tasks import Classification
+from vitcomposer.tasks import ClassificationTask
 from vitcomposer.teacher.cache import CachedTeacher
-from vitcomposer.training.setup import Placement
+from vitcomposer.training.setup import BatchShare
 from vitcomposer.training.trainer import build_evaluators, build_trainer, check_evaluation_size
 
 LOSSES = {
@@ -28,8 +28,8 @@ LOSSES = {
 
 def build_supervision(
     cfg: Supervised,
-    run: Placement,
-    task: Classification,
+    share: BatchShare,
+    task: ClassificationTask,
     *,
     teacher_flops: float = 0.0,
     keep_unmixed: bool = False,
@@ -58,18 +58,18 @@ def build_supervision(
         cfg,
         "train",
         seed=cfg.seed,
-        device_batch_size=run.device_train_batch_size,
+        device_batch_size=share.device_train_batch_size,
         keep_unmixed=keep_unmixed,
         teacher=cache,
     )
     plan = _plan_stages(cfg, options, model, train, teacher_flops)
     set_view(train, plan.view)
-    val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=run.device_eval_batch_size)
+    val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=share.device_eval_batch_size)
     val_loader: Any = val.dataloader
     augment = cfg.augment
     return build_trainer(
         cfg,
-        run,
+        share,
         task=task,
         train=train,
         evaluators=build_evaluators(val, task, ema="EMA" in cfg.algorithms, interval=cfg.run.eval_interval),

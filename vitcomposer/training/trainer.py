@@ -47,7 +47,7 @@ from vitcomposer.training.execution import (
     recompute_activations,
     shard_blocks,
 )
-from vitcomposer.training.setup import Placement
+from vitcomposer.training.setup import BatchShare
 
 
 def check_evaluation_size(cfg: Any, network: nn.Module) -> None:
@@ -72,7 +72,7 @@ def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval:
 @own_reader()
 def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     cfg: Any,
-    placement: Placement,
+    share: BatchShare,
     *,
     task: ComposerModel,
     train: DataSpec,
@@ -126,7 +126,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     if dist.get_global_rank() == 0:
         print(
             f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
-            f"{placement.world_size} x {placement.device}, {cfg.precision}, peak lr {peak_lr:.3g}"
+            f"{share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}"
         )
     trainer = Trainer(
         model=task,
@@ -139,8 +139,8 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         loggers=[record, *build_loggers(cfg, folder)],
         max_duration=cfg.max_duration,
         precision=cfg.precision,
-        device=placement.device,
-        device_train_microbatch_size=cfg.run.device_train_microbatch_size or placement.device_train_batch_size,
+        device=share.device,
+        device_train_microbatch_size=cfg.run.device_train_microbatch_size or share.device_train_batch_size,
         parallelism_config=sharding,
         seed=cfg.seed,
         deterministic_mode=cfg.run.deterministic,
