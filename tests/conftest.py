@@ -2,11 +2,13 @@
 
 import atexit
 import gc
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -121,3 +123,27 @@ def trained_run(photo_mds: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     more += ["run.eval_interval=3ep", "run.progress_bar=false", "evaluation.global_batch_size=20"]
     assert run_train([str(ROOT / "yamls/deit_ti.yaml"), *tiny_photo_overrides(photo_mds, runs, "photos"), *more]) == 0
     return runs / "photos"
+
+
+Tell = Callable[[str, str, float], None]
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tell:
+    """``tell(fault, seen, seconds)``: a row of the table, kept when benchmarks/faults.py runs the tests.
+
+    ``seen`` is the line that the run printed, or what it did where a fault is mended in silence; ``seconds`` lie
+    between the fault and the error or, where the run goes on, the first step after it.
+    """
+
+    folders = re.compile(rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/[^/\s'\"`]+")
+
+    def keep(fault: str, seen: str, seconds: float) -> None:
+        seen = folders.sub("...", seen)  # a temporary folder says nothing to a reader
+        row = {"fault": fault, "seen": seen, "seconds": round(seconds, 2), "test": request.node.nodeid}
+        path = os.environ.get("VITCOMPOSER_FAULTS")
+        if path:
+            with open(path, "a", encoding="utf-8") as file:  # one write, so that rows of several workers stay whole
+                file.write(json.dumps(row) + "\n")
+
+    return keep

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import run_train
+from tests.conftest import Tell, run_train
 from tests.faults.small_run import DEIT, STEPS, assert_same, rows, saved, tiny, unbroken
 from tests.faults.test_checkpoints import copy_of
 from vitcomposer import config
@@ -76,7 +76,7 @@ def test_other_configuration_is_refused_beside_a_damaged_file_too(
 
 @pytest.mark.parametrize("pattern", ["one byte above 0x80", "cut at the end of a line", "nested without end"])
 def test_run_goes_on_beside_damage_of_all_small_files(
-    pattern: str, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pattern: str, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Tell
 ) -> None:
     run = copy_of(unbroken, tmp_path)
     shutil.copy(unbroken / "summary.json", run)
@@ -98,6 +98,7 @@ def test_run_goes_on_beside_damage_of_all_small_files(
         str(unbroken.parent), str(tmp_path)
     )
     assert read_identity(run) is not None and (run / "report.html").read_text().endswith("</html>\n")
+    tell(f"damage to all small files of a run, {pattern}", "set aside and said; the bits of an unbroken run", 0.0)
 
 
 WRONG = [

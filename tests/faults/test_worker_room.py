@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Tell
 from vitcomposer import config
 from vitcomposer.data.mds import shared_memory as start
 from vitcomposer.errors import ConfigError
@@ -26,14 +27,15 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 
 def test_workers_whose_batches_do_not_fit_are_refused_with_the_number_that_does(
-    limits: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    limits: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
     monkeypatch.setattr(start, "_free_bytes", lambda: (1 << 20) + 65 * MEGABYTE)
     start.check_worker_room("data.num_workers", 3, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
     with pytest.raises(
         ConfigError, match=r"data.num_workers must be at most 3: /dev/shm has 66 MB free.*got 4.*shm-size"
-    ):
+    ) as error:
         start.check_worker_room("data.num_workers", 4, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
+    tell("/dev/shm holds the batches of three workers, four are wanted", f"error: {error.value}", 0.0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="data.num_workers must be at most 1: .*of 2 ranks"):
         start.check_worker_room("data.num_workers", 3, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
@@ -54,18 +56,23 @@ def test_the_limit_of_open_files_is_raised_as_far_as_needed(
     assert limits.now == (after, hard)
 
 
-def test_too_few_open_files_are_refused(limits: types.SimpleNamespace) -> None:
+def test_too_few_open_files_are_refused(limits: types.SimpleNamespace, tell: Tell) -> None:
     """The loader would wait for data.timeout: the descriptor that carries its batch could not be opened."""
     limits.now = (64, 64)
-    with pytest.raises(ConfigError, match="The limit of open files must be at least 240 here, got 64. Raise it"):
+    with pytest.raises(
+        ConfigError, match="The limit of open files must be at least 240 here, got 64. Raise it"
+    ) as error:
         start.check_worker_room("data.num_workers", 1)
+    tell("ulimit -n 64", f"error: {error.value}", 0.0)
 
 
 def bus_error() -> RuntimeError:
     return RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
 
 
-def test_a_bus_error_names_the_shard_that_was_cut_and_else_shared_memory(photo_mds: Path, tmp_path: Path) -> None:
+def test_a_bus_error_names_the_shard_that_was_cut_and_else_shared_memory(
+    photo_mds: Path, tmp_path: Path, tell: Tell
+) -> None:
     overrides = [f"data.local={tmp_path}", "run.name=x"]
     cfg = config.load(ROOT / "yamls/deit_ti.yaml", overrides)
     for path in (photo_mds / "train").iterdir():
@@ -81,6 +88,7 @@ def test_a_bus_error_names_the_shard_that_was_cut_and_else_shared_memory(photo_m
     assert said and said["status"] == failures.FAILED
     assert f"{shard} has {size // 2:,} bytes, its index says {size:,}" in said["text"]
     assert "/dev/shm" not in said["text"]
+    tell("a shard is cut while a worker reads it", f"error: {said['text']}", 0.0)
 
 
 @pytest.mark.parametrize(
