@@ -1,4 +1,4 @@
-"""What all ranks together know: sums and collections of tensors that cost nothing where there is one rank."""
+"""Sums and collects tensors over all ranks; where there is one rank, at no cost."""
 
 from typing import Any
 

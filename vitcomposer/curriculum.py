@@ -1,4 +1,4 @@
-"""Which image size and which share of the patches each training step sees, and what the run costs for it.
+"""Plans which image size and which share of the patches each training step sees, and counts what the run costs.
 
 ``algorithms.Curriculum`` raises the image size in stages, as EfficientTrain++ does (arXiv:2405.08768): small images
 first, for a given share of the run's compute each. ``algorithms.PatchDropout`` leaves the size and lets the network see

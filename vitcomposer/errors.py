@@ -1,4 +1,4 @@
-"""The form of every configuration error, and how all errors of a configuration come to be reported together."""
+"""Defines every error that a user can see, and collects those of a configuration so that all are reported at once."""
 
 import difflib
 from collections.abc import Collection, Iterator

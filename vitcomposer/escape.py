@@ -1,4 +1,4 @@
-"""Texts that strangers wrote (class names, file names, fields of a file), made harmless for where they are shown."""
+"""Makes texts that strangers wrote (class names, file names, fields of a file) harmless for where they are shown."""
 
 import re
 import unicodedata

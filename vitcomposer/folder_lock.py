@@ -1,4 +1,4 @@
-"""One writer of a folder at a time: a lock file names its process, and one whose process is gone is taken over.
+"""Gives a folder one writer at a time: a lock file names its process, and one whose process is gone is taken over.
 
 On the machine that wrote it, a lock is alive while a process of that number and that start time runs, so neither
 ``kill -9`` nor a number that came to another process keeps anybody out. A lock of another machine, seen on a shared

@@ -1,4 +1,4 @@
-"""JSON files of strangers: of bounded size and depth, in one error."""
+"""Reads JSON files of strangers: of bounded size and depth, with one kind of error."""
 
 import json
 import math

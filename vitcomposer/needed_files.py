@@ -1,4 +1,4 @@
-"""The files that a configuration names and a start needs, looked for before anything heavy is imported."""
+"""Looks for the files that a configuration names and a start needs, before anything heavy is imported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers by name (torch's, then timm's) and the learning-rate schedule."""
+"""Builds parameter groups, optimizers by name (torch's, then timm's) and the learning-rate schedule."""
 
 import inspect
 import math

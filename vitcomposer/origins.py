@@ -1,4 +1,4 @@
-"""Where weights come from: the run or the exported folder that their file lies in, and the network described there."""
+"""Finds where weights come from: the run or the exported folder of their file, and the network described there."""
 
 from collections.abc import Mapping
 from os import PathLike

@@ -1,4 +1,4 @@
-"""How images are read: how many pixels one may have, and which values of more than 8 bits are black and white.
+"""Sets how images are read: how many pixels one may have, and which values of more than 8 bits are black and white.
 
 Both hold for the whole process, as Pillow's own limit does, since an image is decoded far below of what knows the
 options. Loader workers are forked and have what their parent has.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and damaged ones that are set aside instead of in the way."""
+"""Writes files that appear whole or not at all, and sets damaged ones aside."""
 
 import os
 from collections.abc import Iterator

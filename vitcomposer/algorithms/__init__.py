@@ -1,4 +1,4 @@
-"""Composer algorithms: those of Composer that help a ViT, and those it lacks."""
+"""Composer algorithms, which change how a network is trained: Composer's that help a ViT, and those it lacks."""
 
 from vitcomposer.algorithms.build import ALLOWED, build_algorithms, build_stage_algorithms
 from vitcomposer.algorithms.curriculum import Curriculum

@@ -1,4 +1,4 @@
-"""The algorithms of a yaml, built; with the changes that two of Composer's need here.
+"""Builds the algorithms that a yaml names, two of them with mends of Composer's own.
 
 ``ALLOWED`` are the classes of the names that :mod:`vitcomposer.schema.algorithms` lists. Those of its ``STAGED`` are
 ours: they follow a plan of the steps, which a recipe makes before.

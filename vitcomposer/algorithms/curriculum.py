@@ -1,4 +1,4 @@
-"""The resolution curriculum: the loader makes the smaller images, this shows the plan and holds the run to it."""
+"""Trains on small images first: prints the plan of image sizes and holds the run to it; the loader makes the images."""
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger

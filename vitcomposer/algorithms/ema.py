@@ -1,4 +1,4 @@
-"""A moving average of the weights that training, checkpoints and exports never mistake for the weights."""
+"""Keeps a moving average of the weights (EMA) beside them: training, checkpoints and exports never mix the two up."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Gradient clipping as Composer has it, and for each parameter by itself."""
+"""Clips gradients, as Composer does or each parameter's by its own norm."""
 
 import torch
 from composer.algorithms import GradientClipping

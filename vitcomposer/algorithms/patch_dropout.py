@@ -1,4 +1,4 @@
-"""Patch dropout on a schedule: early steps show the network a random part of each image's patches."""
+"""Drops patches on a schedule: early steps show the network a random part of each image's patches."""
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger

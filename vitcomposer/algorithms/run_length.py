@@ -1,4 +1,4 @@
-"""How long a run is, in steps: what every schedule is a function of, beside the step."""
+"""Counts the steps of an epoch and of the whole run, by which every schedule knows how far the run is."""
 
 import math
 

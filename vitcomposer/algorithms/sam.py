@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization that can be resumed."""
+"""Sharpness-aware minimization (SAM) that can be resumed."""
 
 import warnings
 from typing import Any

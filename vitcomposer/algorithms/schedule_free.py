@@ -1,4 +1,4 @@
-"""Schedule-free AdamW has two sets of weights: one it trains at, one it is measured and saved by."""
+"""Switches schedule-free AdamW between the weights that it trains at and those that are measured and saved."""
 
 from typing import Any
 

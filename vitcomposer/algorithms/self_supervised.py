@@ -1,4 +1,4 @@
-"""What happens around the steps of training without labels, each in its place of Composer's loop."""
+"""Algorithms of training without labels: momentum encoder, layers frozen at the start, weight decay by a cosine."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Composer callbacks: what a run shows, what it leaves behind and how it stops."""
+"""Composer callbacks, which watch a run: what it shows, what it leaves in its folder and how it stops."""
 
 from vitcomposer.callbacks.attention import AttentionMonitor, build_attention_monitor
 from vitcomposer.callbacks.bad_images import BadImageCount

@@ -1,4 +1,4 @@
-"""How far attention reaches, and how positional it still is, while a network trains (arXiv:2103.10697, section 4)."""
+"""Logs how far attention reaches and how positional it is while a network trains (arXiv:2103.10697, section 4)."""
 
 from collections.abc import Callable
 from typing import Any

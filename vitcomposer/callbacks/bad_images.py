@@ -1,4 +1,4 @@
-"""What a run could not decode, told once for all ranks."""
+"""Counts the images that a run could not decode, and logs their number once for all ranks."""
 
 import sys
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill or a full disk in the middle of a save cannot tear."""
+"""Saves checkpoints that a kill or a full disk in the middle of a save cannot tear."""
 
 from pathlib import Path
 from typing import Any

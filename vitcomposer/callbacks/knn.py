@@ -1,4 +1,4 @@
-"""How good features are by their nearest neighbours, before, during and after pre-training."""
+"""Measures features by their nearest neighbours (k-NN) before, during and after pre-training."""
 
 import sys
 from collections.abc import Callable, Sequence

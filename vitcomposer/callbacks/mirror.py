@@ -1,4 +1,4 @@
-"""Keep a copy of the run folder on an object store while the run goes on."""
+"""Keeps a copy of the run folder on an object store while the run goes on."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Stop before a loss or a gradient that is no number spoils a run, and say which layer it came from."""
+"""Stops the run at the first non-finite loss or gradient, before a weight moves, and names the layer."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""Stop on SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint, so that the same command goes on from there."""
+"""Stops the run on SIGTERM, SIGUSR1 or Ctrl-C with a checkpoint, so that the same command resumes it."""
 
 import functools
 import logging

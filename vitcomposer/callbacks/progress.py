@@ -1,4 +1,4 @@
-"""One line that says how far a run is: a bar on a terminal, a printed line now and then in a log file."""
+"""Shows how far a run is: a bar on a terminal, a printed line now and then in a log file."""
 
 import contextlib
 import math

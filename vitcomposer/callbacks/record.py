@@ -1,4 +1,4 @@
-"""What a run leaves behind in its folder: its configuration, environment, class names, metrics and summary."""
+"""Writes what a run leaves in its folder: configuration, environment, class names, metrics and summary."""
 
 import errno
 import json

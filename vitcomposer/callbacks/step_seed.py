@@ -1,4 +1,4 @@
-"""Random numbers of a step that depend on the step alone."""
+"""Seeds the random numbers of each step by the step alone, so that a resumed run draws the same ones."""
 
 import random
 

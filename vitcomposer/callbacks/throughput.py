@@ -1,4 +1,4 @@
-"""How fast a run trains: images per second, time lost waiting for data, and the share of the device's peak."""
+"""Measures how fast a run trains: images per second, time lost waiting for data, share of the device's peak (MFU)."""
 
 import time
 from collections import deque

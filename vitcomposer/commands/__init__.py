@@ -1,1 +1,1 @@
-"""One file per verb of ``vitcomposer``."""
+"""The commands of ``vitcomposer``, one file each."""

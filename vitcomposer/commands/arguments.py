@@ -1,4 +1,4 @@
-"""``key=value`` at any place of a command line, before, between and after the options of a command."""
+"""Parses command lines in which ``key=value`` may stand before, between and after the options of a command."""
 
 import argparse
 import os

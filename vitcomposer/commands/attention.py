@@ -1,4 +1,4 @@
-"""``vitcomposer attention``: pictures of where a trained transformer looks.
+"""``vitcomposer attention``: draws where a trained transformer looks.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

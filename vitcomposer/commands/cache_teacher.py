@@ -1,4 +1,4 @@
-"""``vitcomposer cache-teacher``: a teacher's answers, once for all students and all epochs.
+"""``vitcomposer cache-teacher``: stores a teacher's answers once, for all students and all epochs.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

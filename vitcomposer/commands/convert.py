@@ -1,4 +1,4 @@
-"""``vitcomposer convert``: images to MDS shards, on one machine or in parts on many.
+"""``vitcomposer convert``: writes images as MDS shards, on one machine or in parts on many.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

@@ -1,4 +1,4 @@
-"""``vitcomposer eval``: top-1 and what is behind it, of a trained classifier on one or several data sets.
+"""``vitcomposer eval``: measures a trained classifier on one or several data sets, as a whole and class by class.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

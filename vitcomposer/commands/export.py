@@ -1,4 +1,4 @@
-"""``vitcomposer export``: a trained model as files that leave the house, each checked against the network.
+"""``vitcomposer export``: writes a trained model for timm, ONNX and torch.export, each compared with the network.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

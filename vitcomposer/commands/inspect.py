@@ -1,4 +1,4 @@
-"""``vitcomposer inspect``: what a data set holds."""
+"""``vitcomposer inspect``: shows what a data set holds, and finds what is broken in it."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""``vitcomposer launch``: the file with which SLURM, Kubernetes, SkyPilot or a shell starts a recipe on many GPUs."""
+"""``vitcomposer launch``: writes the file with which SLURM, Kubernetes, SkyPilot or a shell starts a recipe."""
 
 import argparse
 import re

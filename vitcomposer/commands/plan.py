@@ -1,4 +1,4 @@
-"""``vitcomposer plan``: what a recipe costs on given GPUs, without a GPU and without the data.
+"""``vitcomposer plan``: estimates the hours and memory of a recipe on given GPUs, without a GPU and without the data.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

@@ -1,4 +1,4 @@
-"""``vitcomposer predict``: the most probable classes of images, as CSV or JSON lines.
+"""``vitcomposer predict``: writes the most probable classes of images, as CSV or JSON lines.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

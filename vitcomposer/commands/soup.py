@@ -1,4 +1,4 @@
-"""``vitcomposer soup``: the mean of several models' weights as one model, at the cost of one (arXiv:2203.05482).
+"""``vitcomposer soup``: averages the weights of several models into one, at the cost of one (arXiv:2203.05482).
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """

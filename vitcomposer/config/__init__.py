@@ -1,4 +1,4 @@
-"""From a yaml and ``key=value`` overrides to a frozen dataclass."""
+"""Reads a yaml and ``key=value`` overrides into a frozen dataclass, or reports every key that cannot be used."""
 
 from vitcomposer.config.load import ENVIRONMENT, load, to_yaml
 from vitcomposer.errors import ConfigError

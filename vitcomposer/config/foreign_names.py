@@ -1,4 +1,4 @@
-"""What the settings of VISSL and the arguments of DeiT and timm are called here."""
+"""Knows what the settings of VISSL and the arguments of DeiT and timm are called here, to say so where one is typed."""
 
 # VISSL's, without the leading config.; its values of an epoch, a step and a process are not ours.
 _VISSL = {

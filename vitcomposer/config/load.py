@@ -1,4 +1,4 @@
-"""From a yaml and ``key=value`` overrides to a frozen dataclass. The only file that knows OmegaConf.
+"""Reads a yaml and ``key=value`` overrides into a frozen dataclass. The only file that knows OmegaConf.
 
 OmegaConf answers references (``${model.image_size}``) and writes a configuration; what a value means is decided by the
 type of its field (:mod:`vitcomposer.config.values`), so that a text keeps its letters and every error is reported.

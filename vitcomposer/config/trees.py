@@ -1,4 +1,4 @@
-"""Yaml and ``key=value`` as trees of text. What a scalar means is decided by the type of its key, never by its looks.
+"""Parses yaml and ``key=value`` into trees of text: the type of its key decides what a scalar means, never its looks.
 
 YAML 1.1 reads 010 as 8, 12:30 as 750, no as false and 1e5 as text; a name of a run is none of these.
 """

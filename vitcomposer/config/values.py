@@ -1,4 +1,4 @@
-"""From a tree of text to frozen dataclasses: each value by the type of its field, every problem noted."""
+"""Turns a tree of text into frozen dataclasses: each value by the type of its field, every problem noted."""
 
 import difflib
 import math

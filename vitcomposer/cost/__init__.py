@@ -1,1 +1,1 @@
-"""What a run costs: FLOPs, hours on a GPU, speed of the input; behind ``plan`` and ``bench``."""
+"""Computes what a run costs: FLOPs, hours on a GPU, speed of the input, for ``plan`` and ``bench``."""

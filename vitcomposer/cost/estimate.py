@@ -1,4 +1,4 @@
-"""What a recipe costs on given GPUs, without a GPU and without the data: the figures of ``vitcomposer plan``.
+"""Estimates what a recipe costs on given GPUs, without a GPU and without the data: the figures of ``vitcomposer plan``.
 
 FLOPs are counted and steps are those of the run; every other figure says what it comes from, a measurement in
 ``benchmarks/results`` or an estimate. Composer is not imported.

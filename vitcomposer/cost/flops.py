@@ -1,4 +1,4 @@
-"""What a network costs and what a device could do: FLOPs of one image, peaks by device name, and a roofline of both."""
+"""Counts the FLOPs of a network, for one image forward and for a training step."""
 
 import copy
 from collections.abc import Sequence

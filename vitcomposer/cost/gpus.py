@@ -1,4 +1,4 @@
-"""What GPUs can do: peak FLOP/s, memory and bandwidth, and the share that kernels reach."""
+"""Lists what GPUs can do: peak FLOP/s, memory and bandwidth, and the share of them that kernels reach."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The time of a step from its FLOPs and the bytes that it moves, where nothing was measured."""
+"""Estimates the time of a step from its FLOPs and the bytes that it moves (a roofline), where nothing was measured."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Every key of a sample and of a batch, and what cuts a batch into parts."""
+"""Names every key of a sample and of a batch, and splits batches into microbatches."""
 
 from typing import Any, Protocol
 

@@ -1,4 +1,4 @@
-"""Memory for the images of a batch, used again and again by a loader worker.
+"""Keeps the memory of a loader worker's batches in use, so that none is made anew for each batch.
 
 A worker hands its batches over in shared memory. Taken anew for each batch, all its pages are made by faults in the
 worker and mapped by faults in the main process, here 0.2 of 1.1 ms an image. So a worker keeps its buffers, the main

@@ -1,4 +1,4 @@
-"""Boxes: which pixels of an image are used, erased or replaced. All are (top, left, height, width)."""
+"""Draws boxes: which pixels of an image are used, erased or replaced. All are (top, left, height, width)."""
 
 import math
 import random

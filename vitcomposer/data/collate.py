@@ -1,8 +1,8 @@
-"""Samples of the reader to a batch of tensors, in the loader worker: decode, crop, resize, and every draw.
+"""Makes a batch of tensors of samples, in the loader worker: decode, crop, resize, and every random draw.
 
-What was drawn for an image's colours and geometry is a short program (``data.ops``), run here or on the device. A
-sample's draws depend on (seed, epoch, sample_id, copy) alone and a batch's mixing on the same of its first sample,
-so a run is the same with any number of workers and after a resume.
+What was drawn for an image's colours and geometry is a short program (``data.augment.programs``), run here or on the
+device. A sample's draws depend on (seed, epoch, sample_id, copy) alone and a batch's mixing on the same of its first
+sample, so a run is the same with any number of workers and after a resume.
 """
 
 import random

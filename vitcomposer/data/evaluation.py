@@ -1,4 +1,4 @@
-"""Centre crops of chosen samples of a data set, for features: beside training, and without moving its order on."""
+"""Loads centre crops of chosen samples, to take features of them beside training without moving its order on."""
 
 from collections.abc import Iterator
 from typing import Any

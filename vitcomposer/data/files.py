@@ -1,4 +1,4 @@
-"""Images that nobody has checked: read and cropped in loader workers; the broken ones are named and left out."""
+"""Reads image files that nobody has checked, in loader workers; the broken ones are named and left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""``@kernel``: compile a function with numba and keep the machine code on disk, for exactly these sources.
+"""Compiles functions with numba (``@kernel``) and keeps the machine code on disk, for exactly these sources.
 
 numba's own cache looks at the file of the called function alone: after a change in a file that it calls into, it would
 run the old code. Here the place of the cache is a hash of every kernel file, so that a change starts afresh.

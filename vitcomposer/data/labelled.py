@@ -1,4 +1,4 @@
-"""Labelled data sets to measure a model on, MDS or one folder per class, and what their classes are to the model."""
+"""Opens labelled data sets to measure a model on, MDS or one folder per class, and matches their classes to its own."""
 
 import json
 import os

@@ -1,3 +1,3 @@
-"""The label of a sample that is only there to give every rank the same number of samples."""
+"""The label of samples that only give every rank the same number of samples; metrics leave them out."""
 
 IGNORE_LABEL = -100  # torch's cross-entropy and torchmetrics (ignore_index) leave it out

@@ -1,4 +1,4 @@
-"""From the blocks of a yaml to the loader that Composer's Trainer takes."""
+"""Builds the loader of images with labels that Composer's Trainer takes, from the blocks of a yaml."""
 
 from collections.abc import Callable
 from dataclasses import replace

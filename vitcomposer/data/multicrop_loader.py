@@ -1,4 +1,4 @@
-"""From the blocks of a yaml without labels to the loader that Composer's Trainer takes."""
+"""Builds the loader of images without labels that Composer's Trainer takes, from the blocks of a yaml."""
 
 from composer.core import DataSpec
 from composer.utils import dist

@@ -1,4 +1,4 @@
-"""The keys of all random draws: from seed, epoch and sample, never from worker or rank."""
+"""Derives the keys of all random draws from seed, epoch and sample, never from worker or rank."""
 
 _MASK64 = (1 << 64) - 1
 _SAMPLE, _MIXING = 0, 1  # separate streams: the first sample of a batch must not share its numbers with the mixing

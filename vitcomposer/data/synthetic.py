@@ -1,4 +1,4 @@
-"""Samples without a data set: for a smoke run, or for the speed of everything but the disk."""
+"""Makes samples without a data set: for a smoke run, or for the speed of everything but the disk."""
 
 from collections.abc import Iterator
 from io import BytesIO

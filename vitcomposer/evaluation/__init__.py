@@ -1,1 +1,1 @@
-"""Measures trained models."""
+"""Measures trained models: accuracy, confused classes, nearest neighbours, and where attention looks."""

@@ -1,4 +1,4 @@
-"""How good classifiers are on labelled images: one decode of each image for all of them."""
+"""Measures the accuracy of classifiers on labelled images: one decode of each image for all of them."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The pictures of ``vitcomposer attention``, drawn by matplotlib without a display."""
+"""Draws the pictures of ``vitcomposer attention`` by matplotlib, without a display."""
 
 from collections.abc import Sequence
 

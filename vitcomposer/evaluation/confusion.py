@@ -1,4 +1,4 @@
-"""Which classes a model takes for which: a table and a picture."""
+"""Shows which classes a model takes for which, as a table and a picture."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours of features that lie on all ranks (Wu et al., arXiv:1805.01978, section 3.4)."""
+"""Classifies by weighted nearest neighbours among the features of all ranks (arXiv:1805.01978, section 3.4)."""
 
 from collections.abc import Iterator, Sequence
 

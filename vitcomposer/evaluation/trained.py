@@ -1,4 +1,4 @@
-"""Trained classifiers from wherever they lie: a run folder, a checkpoint in one, an exported folder, a yaml."""
+"""Loads trained classifiers from wherever they lie: a run folder, a checkpoint, an exported folder, a yaml."""
 
 import dataclasses
 import sys

@@ -1,1 +1,1 @@
-"""Writes trained models for other programs."""
+"""Writes trained models for other programs: timm, ONNX and ``torch.export``."""

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was measured at, how to use it. Nothing that is not known."""
+"""Writes the README.md of an exported model: what it is, what it was measured at, how to use it."""
 
 import json
 from collections.abc import Mapping, Sequence

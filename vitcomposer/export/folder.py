@@ -1,4 +1,4 @@
-"""The folder of an exported model: its files, each compared with the network."""
+"""Writes the folder of an exported model, and compares each of its files with the network."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Trained networks as graphs that run without this code: ONNX and ``torch.export``, for any number of images."""
+"""Writes trained networks as graphs that run without this code: ONNX and ``torch.export``, for any number of images."""
 
 import copy
 import json

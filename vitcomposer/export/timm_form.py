@@ -1,4 +1,4 @@
-"""A network of ours as one of timm's: name and arguments there, so that ``timm.create_model`` builds and fills it."""
+"""Translates a network of ours into timm's name and arguments, so that ``timm.create_model`` builds and fills it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Writes the launch files of schedulers and shells."""
+"""Writes the files with which schedulers and shells start a run."""

@@ -1,4 +1,4 @@
-"""A run as objects of Kubernetes: an Indexed Job with its Service, a JobSet, a PyTorchJob."""
+"""Describes a run as objects of Kubernetes: an Indexed Job with its Service, a JobSet, a PyTorchJob."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What starts one run on several machines: a command for each node, a SLURM script, a SkyPilot task."""
+"""Writes what starts one run on several machines: a command for each node, a SLURM script, a SkyPilot task."""
 
 import shlex
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a network is trained to make small, as functions and modules of tensors alone."""
+"""Losses of all methods, as functions and modules of tensors alone."""
 
 from vitcomposer.losses.contrastive import info_nce, moco_contrastive
 from vitcomposer.losses.dino import DINOLoss

@@ -1,4 +1,4 @@
-"""The cross-entropy that SwAV and DINO share: what one view should be is learned by all other views."""
+"""Cross-entropy between views, for SwAV and DINO: the target of one view is learned by all other views of the image."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""DINO (arXiv:2104.14294): the student's crops learn the centred and sharpened output of the teacher."""
+"""DINO's loss (arXiv:2104.14294): the student's crops learn the centred and sharpened output of the teacher."""
 
 import torch
 from torch import Tensor, nn

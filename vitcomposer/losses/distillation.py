@@ -1,4 +1,4 @@
-"""Learning from labels and a teacher: DeiT (arXiv:2012.12877, section 4)."""
+"""Distillation losses, from labels and a teacher: DeiT (arXiv:2012.12877, section 4)."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""SwAV (arXiv:2006.09882): the codes of one crop, predicted from every other crop of the image.
+"""SwAV's loss (arXiv:2006.09882): the codes of one crop, predicted from every other crop of the image.
 
 Written from the equations; the official code is under a non-commercial licence and was not used.
 

@@ -1,4 +1,4 @@
-"""Networks by name: ``build_model``, ``model_names`` and ``load_weights``."""
+"""Builds networks by name and fills them: ``build_model``, ``model_names`` and ``load_weights``."""
 
 from dataclasses import fields, replace
 from typing import Any

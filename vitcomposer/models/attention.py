@@ -1,4 +1,4 @@
-"""Where a vision transformer looks: attention maps of its blocks, how far they reach, gates and rollout.
+"""Computes where a vision transformer looks: attention maps of its blocks, how far they reach, gates and rollout.
 
 Shapes: B batch, h heads, N tokens, P prefix tokens (class, distillation), R x C grid of patches, N = P + R C.
 """

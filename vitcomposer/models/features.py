@@ -1,4 +1,4 @@
-"""Features of a frozen trunk by name, several from one forward pass.
+"""Takes features of a frozen trunk by name, several from one forward pass.
 
 Names, after VISSL's: ``lastCLS`` is the class token after the last block, ``concatCLS<n>`` those of the last n blocks
 side by side (DINO's evaluation of ViT-S takes 4, arXiv:2104.14294, appendix), ``mean`` the mean of the patch tokens

@@ -1,4 +1,4 @@
-"""How the weights of a vision transformer start, as the code behind each paper does it: ``model.weight_init``.
+"""Initializes the weights of a vision transformer as the code behind each paper does: ``model.weight_init``.
 
     tensor                  deit                 big_vision                    moco3
     queries, keys, values   N(0, 0.02^2)         uniform, Xavier, each alone   uniform, Xavier, each alone

@@ -1,4 +1,4 @@
-"""A classifier that costs nothing, for measuring everything around the network."""
+"""A classifier by the mean colour, which costs nothing, for measuring everything around the network."""
 
 from torch import Tensor, nn
 

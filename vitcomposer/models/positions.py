@@ -1,4 +1,4 @@
-"""Where a patch is: absolute position embeddings and the relative positions of ConViT.
+"""Tells a network where a patch is: absolute position embeddings and the relative positions of ConViT.
 
 Shapes: N = rows * columns patches in row-major order, D width, P rows of class and distillation tokens.
 """

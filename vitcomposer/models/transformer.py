@@ -1,4 +1,4 @@
-"""What ViT, DeiT and ConViT share: sizes and their checks, patches and positions, pooling and head, what learns.
+"""The base of ViT, DeiT and ConViT: sizes and their checks, patches and positions, pooling and head, what learns.
 
 Shapes: B batch, H W pixels, N patches, P prefix tokens (class, distillation), D width.
 Module and parameter names are timm's, so weights move both ways.

@@ -1,1 +1,1 @@
-"""The folder of one run: configuration, checkpoints, metrics, report."""
+"""Reads and writes the folder of one run: configuration, checkpoints, metrics, report."""

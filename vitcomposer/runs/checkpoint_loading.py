@@ -1,4 +1,4 @@
-"""Composer goes on from what our reader makes of a checkpoint: no byte of the file reaches Python's pickle.
+"""Has Composer resume from what our own reader makes of a checkpoint: no byte of the file reaches Python's pickle.
 
 Composer loads with ``torch.load(weights_only=False)``, and the index of a folder of shares with ``pickle.load``. A look
 at the file beforehand would be a look at other bytes than those loaded, if somebody exchanges it between.

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: each appears whole or not at all, and the newest whole one is found again."""
+"""Writes and finds the checkpoints of a run: each appears whole or not at all, and a run resumes from the newest."""
 
 import json
 import os

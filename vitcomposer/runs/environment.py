@@ -1,4 +1,4 @@
-"""What a run ran on: versions, git commit, hardware."""
+"""Records what a run ran on: versions, git commit, hardware."""
 
 import contextlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""How a run ends before its time: one line that names the fault and the remedy, and all ranks at an end with it.
+"""Turns a fatal error into one line that names the cause and the remedy, and stops all ranks.
 
 A rank that fails tells the others through the store by which the process group found itself; where nobody knows a
 cause, they name the rank that is silent.

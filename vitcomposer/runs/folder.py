@@ -1,4 +1,4 @@
-"""The folder of one run: whether it holds this run, how far it is, and the checkpoint that it goes on from."""
+"""Opens the folder of a run: whether it holds this run, how far it is, and the checkpoint that it is resumed from."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""What makes a run this run: its configuration and the images that it began with, kept beside its checkpoints.
+"""Records what makes a run this run: its configuration and the images that it began with, beside its checkpoints.
 
 ``identity.json`` holds both with a digest, so that a damaged ``config.yaml`` keeps no run from going on, and other
 images under the same path are noticed.

@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and the other small files of a run, read whatever a disk or an editor has made of them.
+"""Reads ``metrics.jsonl`` and the other small files of a run, whatever a disk or an editor has made of them.
 
 No Composer is needed to read them.
 """

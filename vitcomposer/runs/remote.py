@@ -1,4 +1,4 @@
-"""A copy of a run folder on an object store: what is new goes up, and the newest whole checkpoint comes back."""
+"""Keeps a copy of a run folder on an object store: what is new goes up, and the newest whole checkpoint comes back."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""From the run folder of a run to its pictures and one self-contained report.html."""
+"""Draws the metrics of a run as pictures and one self-contained report.html."""
 
 import base64
 import html

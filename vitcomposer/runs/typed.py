@@ -1,4 +1,4 @@
-"""The command that was typed, so that a run can say how it goes on."""
+"""Remembers the command that was typed, so that a run can say how it is resumed."""
 
 import os
 import shlex

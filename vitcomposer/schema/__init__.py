@@ -1,4 +1,4 @@
-"""The shape of a yaml: frozen dataclasses, one per block and one per recipe.
+"""Defines the keys of a yaml: frozen dataclasses, one per block and one per recipe.
 
 A field that decides accuracy has no default, so a yaml is the method section of a paper on one page. Mechanics
 (workers, logging, caching) have defaults. Ranges of one block are checked in its ``__post_init__``; what needs two

@@ -1,4 +1,4 @@
-"""Which algorithms the block ``algorithms`` may name, with which arguments: known without Composer.
+"""Lists the algorithms that a yaml may name, with their arguments, without importing Composer.
 
 Every public algorithm of Composer stands in exactly one of two tables: ``ARGUMENTS``, shown by a test to work on a ViT
 with our batches, or ``REJECTED``, with the reason and what to use instead.

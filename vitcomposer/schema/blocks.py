@@ -1,4 +1,4 @@
-"""The blocks of a yaml that several recipes share."""
+"""The keys of the blocks that the yamls of several recipes share, such as ``data`` and ``optimizer``."""
 
 import re
 from dataclasses import dataclass, field

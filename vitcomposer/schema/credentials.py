@@ -1,4 +1,4 @@
-"""What looks like a credential, by its name or by itself: no file of a run and no launch file may carry one."""
+"""Recognizes credentials, by their name or by themselves: no file of a run and no launch file may carry one."""
 
 import os
 import re

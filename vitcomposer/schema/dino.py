@@ -1,4 +1,4 @@
-"""The yaml of DINO."""
+"""The keys of a yaml of the recipe ``dino``."""
 
 from dataclasses import dataclass
 from typing import Literal

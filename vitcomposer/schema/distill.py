@@ -1,4 +1,4 @@
-"""The yaml of the recipe ``distill``: that of ``supervised``, a teacher and what is learned from it."""
+"""The keys of a yaml of the recipe ``distill``: those of ``supervised``, a teacher and what is learned from it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

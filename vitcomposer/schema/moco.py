@@ -1,4 +1,4 @@
-"""The yaml of MoCo-v3."""
+"""The keys of a yaml of the recipe ``moco`` (MoCo-v3)."""
 
 from dataclasses import dataclass
 from typing import Literal

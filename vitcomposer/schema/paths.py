@@ -1,4 +1,4 @@
-"""The home folder in a path, for every key of a yaml and every argument of a command."""
+"""Expands the home folder in a path, for every key of a yaml and every argument of a command."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The yamls that evaluate features: of the recipes ``probe`` and ``knn``, and of the k-NN monitor in pre-training."""
+"""The keys of yamls that evaluate features: recipes ``probe`` and ``knn``, and the k-NN monitor in pre-training."""
 
 from dataclasses import dataclass, field
 from typing import Literal

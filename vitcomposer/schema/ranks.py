@@ -1,4 +1,4 @@
-"""What a number of ranks makes of a configuration: which batches they can share, and what is rounded for them."""
+"""Checks which batches a number of ranks can share, and says what is rounded for them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The yamls that train a trunk without labels: of the recipes ``swav``, ``simclr``, ``moco`` and ``dino``."""
+"""The keys that all recipes without labels share: ``swav``, ``simclr``, ``moco`` and ``dino``."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The yaml of SimCLR."""
+"""The keys of a yaml of the recipe ``simclr``."""
 
 from dataclasses import dataclass
 from typing import Literal

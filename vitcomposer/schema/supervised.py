@@ -1,4 +1,4 @@
-"""The yaml of the recipe ``supervised``."""
+"""The keys of a yaml of the recipe ``supervised``."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The yaml of SwAV."""
+"""The keys of a yaml of the recipe ``swav``."""
 
 from dataclasses import dataclass
 from typing import Literal

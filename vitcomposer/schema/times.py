@@ -1,4 +1,4 @@
-"""Composer's time strings, in the units that make sense for images, and what every recipe with steps checks."""
+"""Parses Composer's time strings (300ep, 500ba), and checks the schedule of every recipe with steps."""
 
 import math
 import re

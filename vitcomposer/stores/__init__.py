@@ -1,1 +1,1 @@
-"""Object stores: addresses, objects, downloads."""
+"""Reads and writes object stores such as S3: addresses, objects, downloads."""

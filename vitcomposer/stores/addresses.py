@@ -1,4 +1,4 @@
-"""Addresses of object stores, and messages without the secrets in them."""
+"""Checks addresses of object stores, and keeps the secrets in them out of messages."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Files from an object store to this disk: each try is counted and told of, each error says what to do."""
+"""Downloads files from an object store: each try is counted and reported, each error says what to do."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Where a converted data set lives: a local folder or ``s3://bucket/prefix``, behind the same five operations.
+"""Reads and writes a converted data set in a local folder or at ``s3://bucket/prefix``, by the same five operations.
 
 Names are ``/``-separated and relative to the root. A name holds either nothing or a complete object, never a part of
 one, which is what makes a conversion that was killed safe to continue.

@@ -1,4 +1,4 @@
-"""ComposerModels: what is a batch, a loss and a metric for each method."""
+"""Says for each method what is a batch, a loss and a metric, as Composer's Trainer wants it (ComposerModel)."""
 
 from vitcomposer.tasks.classification import ClassificationTask
 from vitcomposer.tasks.dino import DINOTask

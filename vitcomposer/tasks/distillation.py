@@ -1,6 +1,6 @@
 """A classifier that learns from labels and from a teacher (DeiT, arXiv:2012.12877), as a ComposerModel.
 
-Beside what ``Classification`` needs, a batch holds ``unmixed`` where the teacher sees each image by itself, or the
+Beside what ``ClassificationTask`` needs, a batch holds ``unmixed`` where the teacher sees each image by itself, or the
 answers of a cache: ``teacher_classes``, ``teacher_logits`` and ``teacher_rest``, see ``losses.TeacherAnswers``.
 """
 

@@ -1,4 +1,4 @@
-"""What the tasks without labels share: a trunk, crops in groups, and how far the run is.
+"""The base of the tasks without labels: a trunk, crops in groups, and how far the run is.
 
 A batch comes from data.MultiCrop: ``crops``, one float32 (count * B, 3, S, S) per group of crops, crop-major.
 """

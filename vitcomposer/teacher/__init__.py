@@ -1,1 +1,1 @@
-"""The teacher of distillation and its stored answers."""
+"""Asks the teacher of a distillation for its answers, or looks up those that were stored."""

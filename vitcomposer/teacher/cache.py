@@ -1,4 +1,4 @@
-"""The teacher's answers to fixed views of every image, looked up by the loader instead of asked from a teacher.
+"""Looks up a teacher's stored answers to fixed views of every image, in the loader, instead of running the teacher.
 
 A cache holds K crop-sets of a training split, written by ``vitcomposer cache-teacher``. The view of a sample in set s
 is the one that an ordinary run with the cache's seed draws in epoch s: it is drawn again when it is needed, and what is

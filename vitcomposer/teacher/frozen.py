@@ -1,4 +1,4 @@
-"""The frozen teacher that answers beside the student."""
+"""Runs the frozen teacher of a distillation beside the student."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Trained classifiers to learn from: ours and timm's, filled from a file to the last tensor and frozen."""
+"""Builds trained classifiers to learn from, ours and timm's, filled from a file to the last tensor and frozen."""
 
 from os import PathLike
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rows of a teacher cache as MDS shards: of each view who it is of, how it was cut, and the teacher's answer.
+"""Stores the rows of a teacher cache in MDS shards: which image and view, how it was cut, and the teacher's answer.
 
 All columns have a fixed size, so a shard is its head and one array. Streaming's MDSWriter makes the same bytes; it is
 not used because it takes 90 us of the main process for a row, a tenth of what a GPU's teacher takes for the image.

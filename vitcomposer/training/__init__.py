@@ -1,1 +1,1 @@
-"""From checked parts to a ``composer.Trainer``, and its run."""
+"""Puts network, data, optimizer and algorithms together into a ``composer.Trainer``, and runs it."""

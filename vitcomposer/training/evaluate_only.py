@@ -1,4 +1,4 @@
-"""A Trainer that takes no step: for recipes that look at a network and train nothing."""
+"""Builds a Trainer that takes no step, for recipes that look at a network and train nothing."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""How a run computes its numbers, never which: compiled, with which attention kernel, on shares of the weights."""
+"""Sets how a run computes its numbers, never which: compiled, with which attention kernel, on shares of the weights."""
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""Runs a Trainer to its end, and lets go of what it held."""
+"""Runs a Trainer to its end, and frees what it held."""
 
 import atexit
 from typing import Any

@@ -1,4 +1,4 @@
-"""The network that training starts from, with its weights."""
+"""Builds the network that training starts from, with its weights."""
 
 import dataclasses
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""Around the task of a recipe without labels: its trunk, crops, optimizer, k-NN monitor and Trainer."""
+"""Builds what recipes without labels have around their task: trunk, crops, optimizer, k-NN monitor and Trainer."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Starts the ranks, seeds them and shares the batch out."""
+"""Starts the ranks, seeds them and shares the batch out over them."""
 
 import ctypes
 import dataclasses

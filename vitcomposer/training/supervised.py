@@ -1,4 +1,4 @@
-"""Around the task of a recipe with labels: checks, data, stages, optimizer, evaluations and Trainer."""
+"""Builds what recipes with labels have around their task: data, stages, optimizer, evaluations and Trainer."""
 
 from collections.abc import Sequence
 from typing import Any, cast

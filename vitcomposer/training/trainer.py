@@ -1,4 +1,4 @@
-"""From checked parts to a composer.Trainer: the one place that calls it, and the run folder it resumes from."""
+"""Builds the composer.Trainer of every recipe, the one place that does, and resumes it from its run folder."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,1 +1,1 @@
-"""What is drawn for and done to the pixels of training images, on the CPU and on the device."""
+"""Draws and applies the augmentations of training images, on the CPU and on the device."""

@@ -1,4 +1,4 @@
-"""Views of one image: several boxes from one decode, each resized into its place."""
+"""Cuts several views out of one decode of an image, each resized into its place in the batch."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Which operations change one training image, drawn as a program: RandAugment, 3-Augment, jitter, colour distortion."""
+"""Draws which operations change an image, as a program: RandAugment, 3-Augment, jitter, colour distortion."""
 
 import math
 import random

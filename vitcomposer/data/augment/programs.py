@@ -1,4 +1,4 @@
-"""Augmentation programs: what is done to the pixels of one image, drawn before it is done.
+"""Runs augmentation programs: lists of operations on the pixels of one image, drawn before they are done.
 
 A program is ``codes`` int8 (L,) and ``values`` float32 (L,), applied in order; IDENTITY fills it up. Its arithmetic is
 that of the per-image references on Pillow images, on the processor (:func:`apply_program`) as in batches on the device

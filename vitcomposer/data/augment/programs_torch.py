@@ -1,4 +1,4 @@
-"""Augmentation programs of a whole batch in torch, with the pixels of :func:`apply_program`.
+"""Runs the augmentation programs of a whole batch in torch, with the pixels of :func:`apply_program`.
 
 The host knows every code and value. It sorts the images of a layer into groups of one operation, so the device works
 on whole groups whose sizes need no look at the data, and nothing synchronises. What decides a pixel is integer

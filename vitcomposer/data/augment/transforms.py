@@ -1,4 +1,4 @@
-"""What happens to whole batches on the device: colours and geometry, normalise, erase, mix, and the soft targets.
+"""Finishes whole batches on the device: colours and geometry, normalise, erase, mix, and the soft targets.
 
 The order is timm's: its loader augments, normalises and erases, its training loop mixes. Nothing here is random and
 nothing looks at a value: the loader worker drew every box, share and seed, so the device never waits for the host and a

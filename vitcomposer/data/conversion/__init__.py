@@ -1,1 +1,1 @@
-"""From folders and lists of images to MDS shards."""
+"""Writes folders and lists of images as MDS shards: what ``vitcomposer convert`` does."""

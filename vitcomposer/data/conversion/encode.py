@@ -1,4 +1,4 @@
-"""What a conversion stores for one image: its bytes as they are, made seekable, made smaller, or as raw pixels.
+"""Encodes an image as it is to be stored: its bytes as they are, made seekable, made smaller, or as raw pixels.
 
 Whatever is decoded here is RGB as torchvision's ``pil_loader`` has it: EXIF orientation is ignored. JPEG is written
 with 4:2:0 chroma at every quality: nearly all photographs come that way, and it is what decodes fastest.

@@ -1,4 +1,4 @@
-"""Which folder of a data set is training, which is validation, and where the folders of the classes are.
+"""Finds which folder of a data set is training, which is validation, and where the folders of the classes are.
 
 A folder is a split where its name is one of the usual ones, in any case, and a folder for training lies beside one for
 validation or test. A folder that holds nothing but one folder is a wrapper and gone through.

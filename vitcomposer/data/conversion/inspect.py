@@ -1,4 +1,4 @@
-"""What a data set on disk or in a bucket holds, and whether its files are what its index says.
+"""Shows what a data set on disk or in a bucket holds, and whether its files are what its index says.
 
 Everything is read with our own few lines, not with Streaming: an index from a stranger can name files outside its
 folder and columns that run code, and must be looked at before anything acts on it.

@@ -1,4 +1,4 @@
-"""Images that a conversion leaves out as they cannot be decoded: how many a split may have, and the list of them.
+"""Lists the images that a conversion leaves out as they cannot be decoded, and bounds their number.
 
 The list is one file for all splits, so that a later call for another split keeps what it finds there::
 

@@ -1,4 +1,4 @@
-"""One data set made by several machines that have nothing in common but the place it is written to.
+"""Makes one data set on several machines that have nothing in common but the place it is written to.
 
 A share is every n-th part of the one plan (conversion.plan); the command line calls it a part. Whoever makes
 a share writes its marker last, and the merge needs nothing but markers::

@@ -1,4 +1,4 @@
-"""What a conversion is going to do, and the record of it that a later call compares itself with.
+"""Plans which image goes into which shard, and records it so that a later call continues the same conversion.
 
 A split's images are shuffled and cut into parts from their sizes alone, before anything is read. A part is the unit of
 work: one task makes it, and a done-marker says that it is stored.

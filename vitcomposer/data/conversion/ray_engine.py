@@ -1,4 +1,4 @@
-"""A conversion on a Ray cluster, or on a local Ray: one task per share, then the merge."""
+"""Converts on a Ray cluster, or on a local Ray: one task per share, then the merge."""
 
 import os
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Where the images of a conversion come from: class folders, a list of files, torchvision, scikit-learn's digits.
+"""Lists the images of a conversion: of class folders, a list of files, torchvision, scikit-learn's digits.
 
 A source knows its splits as lists of :class:`Item` and gives the encoded bytes of one item. Bytes of files are handed
 on as they are; images that only exist as arrays become PNG, which loses nothing.

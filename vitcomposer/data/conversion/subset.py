@@ -1,4 +1,4 @@
-"""A class-balanced part of a split as a split of its own, for low-shot evaluation with any recipe.
+"""Writes a class-balanced part of a split as a split of its own, for low-shot evaluation with any recipe.
 
 Rows are copied byte by byte, whatever their columns, so a model sees the very samples of the whole split.
 """

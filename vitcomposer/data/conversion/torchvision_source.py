@@ -1,4 +1,4 @@
-"""The classification data sets of torchvision as a source of a conversion.
+"""Takes the images of a conversion from the classification data sets of torchvision.
 
 Where torchvision keeps image files, their bytes are taken as they are; where it has arrays, the images become PNG.
 """

@@ -1,4 +1,4 @@
-"""Write image data sets as MDS shards, in parallel and in pieces that a second call can continue.
+"""Writes image data sets as MDS shards, in parallel and in parts, so that a second call continues a killed one.
 
 One task makes one part of the plan (conversion.plan), which is one shard or a few: it reads, checks and
 stores every image and then the done-marker. So the result does not depend on the number of workers, and after a crash

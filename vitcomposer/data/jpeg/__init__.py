@@ -1,1 +1,1 @@
-"""Bytes to pixels and back."""
+"""Decodes images to pixels, whole or only the part that a crop needs, resizes them, and makes JPEGs seekable."""

@@ -1,4 +1,4 @@
-"""Encoded image bytes to RGB pixels, and one antialiased resize of a box of them.
+"""Decodes images of any format that is read to RGB pixels, and resizes a box of them with antialiasing.
 
 Of a seekable JPEG only the box is decoded (jpeg.region); libjpeg-turbo decodes every other JPEG, down to
 the box's last row; Pillow decodes the rest and has the last word on what counts as broken. The pixels are those of

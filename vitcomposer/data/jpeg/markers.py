@@ -1,4 +1,4 @@
-"""The marker segments of a JPEG file (ITU-T T.81, Annex B), read without decoding anything.
+"""Reads the marker segments of a JPEG file (ITU-T T.81, Annex B) without decoding anything.
 
 Only the index of a seekable JPEG is ours: an APP11 segment right after SOI that lists the bytes of every restart
 segment (vitcomposer.data.jpeg.seekable writes it).

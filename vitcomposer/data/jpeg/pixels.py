@@ -1,4 +1,4 @@
-"""Pictures as Pillow opens them, to 8 bits: one rule for convert, training, predict, eval and attention.
+"""Opens pictures with Pillow and brings them to 8 bits: one rule for convert, training, predict, eval and attention.
 
 =====================================  ====================================================================
 one channel of 16 bits                 value / 257, rounded (12 bits in TIFF: value * 255 / 4095); ``--range``

@@ -1,4 +1,4 @@
-"""Images as raw rows of RGB pixels, and which formats of encoded ones are read."""
+"""Stores and reads images as raw rows of RGB pixels, and knows which formats of encoded ones are read."""
 
 import struct
 from io import BytesIO

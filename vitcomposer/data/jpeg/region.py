@@ -1,4 +1,4 @@
-"""Region decode: of a seekable JPEG only the segments that a box touches, exactly as libjpeg-turbo decodes them."""
+"""Decodes of a seekable JPEG only the segments that a box touches, exactly as libjpeg-turbo decodes them."""
 
 import threading
 from typing import Any

@@ -1,4 +1,4 @@
-"""Antialiased resize of uint8 RGB, bit for bit ``PIL.Image.resize``, in about the time of torch's approximate one."""
+"""Resizes uint8 RGB images, antialiased and bit for bit as ``PIL.Image.resize``, in about the time of torch's."""
 
 import math
 import threading

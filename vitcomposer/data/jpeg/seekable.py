@@ -1,4 +1,4 @@
-"""Seekable JPEG: the same coefficients in restart segments of a few MCUs, with an index of their lengths in front.
+"""Makes JPEGs seekable: the same coefficients in short restart segments, with an index of their lengths in front.
 
 The file stays an ordinary baseline JPEG that every decoder turns into the same pixels. What it gains is that a reader
 finds the segments that a box touches without decoding those before it. It is written losslessly: the bits of the

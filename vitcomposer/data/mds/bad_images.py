@@ -1,4 +1,4 @@
-"""How many images of a split cannot be decoded, counted over the loader processes of a rank."""
+"""Counts the images of a split that cannot be decoded, over the loader processes of a rank."""
 
 import logging
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Room for shards in a cache with a limit, taken before they are downloaded.
+"""Makes room for shards in a cache with a limit before they are downloaded.
 
 Streaming looks at the limit before a download and counts its bytes after it: a node's cache may exceed the limit by a
 shard for each process and thread that downloads, and a run ends where they leave no shard to evict.

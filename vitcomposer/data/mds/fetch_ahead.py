@@ -1,4 +1,4 @@
-"""Shards of the coming samples, prepared beside the decoding."""
+"""Fetches the shards of coming samples while the samples before them are decoded."""
 
 import threading
 from collections.abc import Callable

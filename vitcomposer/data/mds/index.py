@@ -1,4 +1,4 @@
-"""The shape of an index.json of MDS: what is read from it has the type and the range that its readers rely on."""
+"""Checks an ``index.json`` of MDS: what is read from it has the type and the range that its readers rely on."""
 
 from pathlib import Path
 from typing import Any

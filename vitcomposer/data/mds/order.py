@@ -1,4 +1,4 @@
-"""Which sample goes where in an epoch: a pure function of the data set, the epoch and the shape of the run.
+"""Decides which sample goes where in an epoch: a pure function of the data set, the epoch and the shape of the run.
 
 A virtual id is ``sample_id + num_samples * copy``, so that one integer carries a sample and its view through
 Streaming, which knows only integers.

@@ -1,4 +1,4 @@
-"""Rows of MDS shards on this node: shards are mapped into memory and samples are slices of the map.
+"""Reads the rows of MDS shards on this node: shards are mapped into memory and samples are slices of the map.
 
 Python's own ``mmap`` keeps a file descriptor open for each map until version 3.13, and a shuffle block spans hundreds
 to thousands of shards, more than the usual limit of 1,024 descriptors: the map is made by libc's mmap here, which

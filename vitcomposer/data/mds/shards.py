@@ -1,4 +1,4 @@
-"""MDS shards: the index is checked before anything is read, each shard before its first sample is."""
+"""Opens MDS shards: the index is checked before anything is read, each shard before its first sample is."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""How the runs of one machine set up their data sets without disturbing each other, and what killed ones leave."""
+"""Keeps the runs of one machine apart in shared memory, clears what killed ones left, and checks that there is room."""
 
 import atexit
 import fcntl

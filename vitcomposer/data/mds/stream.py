@@ -1,4 +1,4 @@
-"""Training and evaluation samples from MDS shards, on disk or on an object store."""
+"""Streams training and evaluation samples from MDS shards, on disk or on an object store."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Compressed shards become as large as their index says, and no byte larger: 67 kB of zstd can hold gigabytes."""
+"""Unpacks compressed shards to the size that their index says, and no byte more: 67 kB of zstd can hold gigabytes."""
 
 import bz2
 import zlib

@@ -1,4 +1,4 @@
-"""What a file of weights says about the network it was trained as, and whether a model is that network.
+"""Reads what a file of weights says about the network it was trained as, and whether a model is that network.
 
 Tensors do not show how many heads they were trained with, how their features were pooled, or which fixed positions they
 saw. Another number of heads loads to the last tensor and computes something else.

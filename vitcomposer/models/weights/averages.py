@@ -1,4 +1,4 @@
-"""Which weights a checkpoint of a run holds, and which of them to take. No Composer is needed.
+"""Finds which weights a checkpoint of a run holds, and which of them to take. No Composer is needed.
 
 They are those that are trained (``raw``), their moving average (``ema``), or both.
 """

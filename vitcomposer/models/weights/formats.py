@@ -1,4 +1,4 @@
-"""Checkpoint files of others and of our own: read without running code in them, their tensors by the names of a model.
+"""Reads checkpoint files of others and of our own, without running code in them, and names tensors as a model does.
 
 Layouts are flat state dicts (timm, ConViT, SwAV), ``{"model": ...}`` (DeiT, DeiT III), ``{"state_dict": ...}`` (timm
 training, MoCo-v3), ``{"teacher": ..., "student": ...}`` (DINO), ``{"classy_state_dict": ...}`` (VISSL) and Composer's

@@ -1,4 +1,4 @@
-"""Weights from files of others and of our own into a model: positions resized, heads replaced, everything reported."""
+"""Loads weights from files of others and of our own into a model: positions resized, heads replaced, all reported."""
 
 import math
 import re
@@ -108,7 +108,7 @@ def load_weights(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not safe or not readable, too little of it matches, a shape differs that cannot be
             adapted, the source has more blocks, biases or scales than the model, or it says that it is of another
-            architecture: see ``models.architecture``.
+            architecture: see ``models.weights.architecture``.
     """
     path = origin if isinstance(source, Mapping) else source
     name = str(path) if path is not None else "state dict"

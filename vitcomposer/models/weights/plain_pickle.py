@@ -1,4 +1,4 @@
-"""Pickles read as data: the opcodes are interpreted here, and no name in a file is ever looked up or called.
+"""Reads pickles as data: the opcodes are interpreted here, and no name in a file is ever looked up or called.
 
 A pickle is a program (Python's ``pickletools`` describes each opcode). Here it may build numbers, texts and containers;
 a name ("GLOBAL module.name") has to be in the table that the caller gives, of values and of makers that check what they

@@ -1,4 +1,4 @@
-"""Checkpoints of which every rank wrote a share: folders in torch's distributed format, read without running code.
+"""Reads checkpoints of which every rank wrote a share: folders in torch's distributed format, without running code.
 
 ``.metadata`` is a pickle that says where each tensor's pieces and each other value lie in the files of the ranks; every
 piece and every value is a torch file by itself. ``digests.json`` has a digest of each file, as the ranks wrote them.

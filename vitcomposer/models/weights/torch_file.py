@@ -1,4 +1,4 @@
-"""Torch files read without running anything in them, and without torch's own reader: zip archives and older ones.
+"""Reads torch files without running anything in them, and without torch's own reader: zip archives and older ones.
 
 Every byte that counts is compared with a checksum, every tensor lies within the bytes of its record, and memory stays
 below about twice the file. What ``torch.save`` has written since version 1.6 is a zip archive: ``data.pkl`` with the

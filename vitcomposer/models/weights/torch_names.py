@@ -1,4 +1,4 @@
-"""What a torch file may hold beside numbers, texts and containers, made here from arguments that are checked here.
+"""Makes what a torch file may hold beside numbers, texts and containers, from arguments that are checked here.
 
 The names are those that ``torch.save`` writes for tensors, and what Composer (clock, random state), DeiT and their like
 (arguments) store beside the weights.

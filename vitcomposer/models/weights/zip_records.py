@@ -1,4 +1,4 @@
-"""The records of a torch file: an uncompressed zip archive, read by one strict meaning of its directory.
+"""Reads the records of a torch file: an uncompressed zip archive, read by one strict meaning of its directory.
 
 The format is PKWARE's APPNOTE 6.3.10. What torch never writes is refused: compression, records that overlap or share a
 name, a directory that says something else than the records' own headers, bytes after the end. So a byte that is read
