@@ -243,16 +243,54 @@ def is_set(page: typing.Any, key: str) -> bool:
     return True
 
 
-def test_readme_names_what_exists() -> None:
+PAGES = [ROOT / "README.md", ROOT / "yamls/README.md", ROOT / "recipes/RECORDS.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+def test_readme_is_short_and_its_targets_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) < 150
+    code = re.findall(r"^```bash\n(.*?)^```", readme, re.M | re.S)
+    assert [line for block in code for line in block.splitlines() if len(line) > 100] == []
     targets = set(re.findall(r"^([a-z_]+):", (ROOT / "Makefile").read_text(), re.M)) | {p.stem for p in YAMLS}
     for target in re.findall(r"^make ([a-z0-9_]+)", readme, re.M):
         assert target in targets, f"README calls make {target}"
-    for path in re.findall(r"\b(?:yamls|recipes|vitcomposer|benchmarks|tests)/[\w./]+\w", readme):
-        assert (ROOT / path).exists(), f"README names {path}"
-    for page in YAMLS:
-        assert f"yamls/{page.name}" in readme, f"README's table lacks {page.name}"
+    section = readme.partition("\n## The code\n")[2].partition("\n## ")[0]
+    assert len(section.strip().splitlines()) <= 10 and "(docs/architecture.md)" in section
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_names_what_exists(page: Path) -> None:
+    """Its relative links lead to files; paths, tests and modules that it names are there."""
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
+        assert "://" in link or (page.parent / link).exists(), f"a link leads to {link}"
+    for path in re.findall(r"\b(?:yamls|recipes|vitcomposer|benchmarks|tests)/[\w./]+\w", text):
+        assert (ROOT / path).exists(), f"it names {path}"
+    for name in re.findall(r"\bfrom (vitcomposer[\w.]*) import\b", text):
+        assert is_module(name), f"it imports {name}"
+    named = set(re.findall(r"\btest_\w+", text))
+    if named:
+        there = {path.stem for path in ROOT.glob("tests/**/test_*.py")}
+        there |= {
+            name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+        }
+        assert named <= there
+
+
+def test_architecture_page_has_every_part_and_the_layers() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    parts = [path for path in ROOT.glob("vitcomposer/*") if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    parts += [path.parent for path in ROOT.glob("vitcomposer/*/*/__init__.py")]
+    for name in sorted(path.name + "/" * path.is_dir() for path in parts if path.name != "__init__.py"):
+        assert re.search(rf"^ *{re.escape(name)} |\b{re.escape(name)} is ", page, re.M), f"its tree lacks {name}"
+    tree = page.partition("```\ntrain.py")[2].partition("```")[0]
+    folders = re.findall(r"^  (  )?([a-z_]+)/ ", tree, re.M)
+    assert {name for _, name in folders} == {path.name for path in parts if path.is_dir()}
+    rows: dict[int, list[str]] = {}
+    for module, number in LAYERS.items():
+        rows.setdefault(number, []).append(module.removeprefix("vitcomposer."))
+    layers = "\n".join("  ".join(sorted(rows[number])) for number in sorted(rows, reverse=True))
+    assert f"```\n{layers}\n```" in page, f"docs/architecture.md must have the layers:\n{layers}"
 
 
 def test_every_pin_has_the_hashes_that_set_up_requires() -> None:
