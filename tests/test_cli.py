@@ -172,7 +172,7 @@ def test_keys_stand_anywhere_on_every_command(
     module: str, argv: list[str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[argparse.Namespace] = []
-    monkeypatch.setattr(f"vitcomposer.{module}._run", lambda args: seen.append(args) or 0)
+    monkeypatch.setattr(f"vitcomposer.commands.{module}._run", lambda args: seen.append(args) or 0)
     assert main(argv) == 0
     assert seen[0].overrides == [KEY, OTHER]
     assert {name: getattr(seen[0], name) for name in expected} == expected

@@ -5,19 +5,18 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from streaming.base.format.mds.encodings import mds_decode
+from PIL import Image
 
 from vitcomposer.data.jpeg.markers import ARITHMETIC, frame_marker
 from vitcomposer.data.jpeg.pixels import check_pixels, is_deep
 
 Encoded = bytes | memoryview
-_RAW = struct.Struct("<4sIII")
 
 RAW_MAGIC = b"\x00RAW"
 _PIXELS_PER_BYTE = 512  # of Huffman-coded data, at most: a bit for each block of 64
 _RAW_HEAD = struct.Struct("<4s3I")  # magic, height, width, zero; then height * width * 3 bytes, row by row, RGB
 
-_PIL_HEAD = struct.Struct("<3I")
+_PIL_HEAD = struct.Struct("<3I")  # width, height, length of the mode: what MDS writes before mode and pixels
 
 
 def raw_sample(pil: memoryview) -> bytes:
@@ -26,18 +25,19 @@ def raw_sample(pil: memoryview) -> bytes:
         return RAW_MAGIC
     width, height, mode_size = _PIL_HEAD.unpack_from(pil)
     pixels: bytes | memoryview = pil[_PIL_HEAD.size + mode_size :]
-    if bytes(pil[_PIL_HEAD.size : _PIL_HEAD.size + mode_size]) != b"RGB":
+    mode = bytes(pil[_PIL_HEAD.size : _PIL_HEAD.size + mode_size])
+    if mode != b"RGB":
         if width * height > 8 * len(pixels):  # a bit a pixel is the least, and Pillow would make room for all of them
             pixels = b""
         else:
             try:
-                image = mds_decode("pil", bytes(pil))
+                image = Image.frombytes(mode.decode(), (width, height), bytes(pixels))
                 if is_deep(image):
                     return _as_tiff(image)
                 pixels = image.convert("RGB").tobytes()
             except (ValueError, KeyError):  # another length than the mode has, or no mode
                 pixels = b""
-    return b"".join((struct.pack("<4s3I", RAW_MAGIC, height, width, 0), pixels))
+    return b"".join((_RAW_HEAD.pack(RAW_MAGIC, height, width, 0), pixels))
 
 
 def check_jpeg_size(height: int, width: int, jpeg: bytes | memoryview) -> None:
@@ -60,20 +60,21 @@ def read_raw_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _is_raw(encoded: Encoded) -> bool:
-    return encoded[:4] == b"\x00RAW"
+    return encoded[:4] == RAW_MAGIC
 
 
 def _raw_pixels(encoded: Encoded) -> np.ndarray:
     """The pixels of a raw sample where they lie."""
-    if len(encoded) < _RAW.size:
-        raise ValueError(f"a raw sample starts with {_RAW.size} bytes, got {len(encoded)}. The shard is damaged.")
-    _, height, width, zero = _RAW.unpack_from(encoded)
-    if zero or not height or not width or len(encoded) != _RAW.size + height * width * 3:
+    if len(encoded) < _RAW_HEAD.size:
+        raise ValueError(f"a raw sample starts with {_RAW_HEAD.size} bytes, got {len(encoded)}. The shard is damaged.")
+    _, height, width, zero = _RAW_HEAD.unpack_from(encoded)
+    size = _RAW_HEAD.size + height * width * 3
+    if zero or not height or not width or len(encoded) != size:
         raise ValueError(
-            f"a raw sample of {height}x{width} must have {_RAW.size + height * width * 3} bytes and a zero before its "
-            f"pixels, got {len(encoded)} and {zero}. The shard is damaged: convert it again."
+            f"a raw sample of {height}x{width} must have {size} bytes and a zero before its pixels, got {len(encoded)} "
+            f"and {zero}. The shard is damaged: convert it again."
         )
-    return np.frombuffer(encoded, np.uint8, offset=_RAW.size).reshape(height, width, 3)
+    return np.frombuffer(encoded, np.uint8, offset=_RAW_HEAD.size).reshape(height, width, 3)
 
 
 def _as_tiff(image: Any) -> bytes:
