@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import random
 import re
+import shlex
 import tomllib
 import typing
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vitcomposer import config
+from vitcomposer import cli, config
 from vitcomposer.data.augment.policies import RandAugment
 from vitcomposer.schema import CONFIGS, pages
 
@@ -275,6 +276,37 @@ def test_page_names_what_exists(page: Path) -> None:
             name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
         }
         assert named <= there
+
+
+class Parsed(Exception):
+    """A command line was understood."""
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each command of ours in a page's blocks of bash."""
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    ours = r"(vitcomposer|composer|torchrun|make \w+ .*=)"
+    return [shlex.split(line, comments=True) for line in lines if re.match(ours, line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are parsed, and keys belong to the yaml that they are given to."""
+
+    def stop(_: object) -> None:
+        raise Parsed
+
+    monkeypatch.setattr(cli, "reading", stop)
+    for command in commands_of(page):
+        if "vitcomposer" in command:
+            with pytest.raises(Parsed):
+                cli.main(command[command.index("vitcomposer") + 1 :])
+        recipe = [word for word in command if word.endswith(".yaml") and word.startswith("yamls/")]
+        recipe += [f"yamls/{command[1]}.yaml"] if command[0] == "make" else []
+        overrides = [word for word in command if re.match(r"[a-z_.]+=", word)]
+        if recipe:
+            config.load(ROOT / recipe[0], overrides)
 
 
 def test_architecture_page_has_every_part_and_the_layers() -> None:
