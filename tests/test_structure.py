@@ -112,6 +112,13 @@ def test_file_is_under_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_first_line_of_a_module_says_what_it_does(path: Path) -> None:
+    """In one line, so that ``head -1`` of all files is a guide to them."""
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    assert len(first.split()) >= 5 and (first[-1] in ".:" or path.name == "train.py")
+
+
 def test_train_is_under_60_lines() -> None:
     assert len((ROOT / "train.py").read_text().splitlines()) < 60
 
