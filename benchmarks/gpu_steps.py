@@ -116,7 +116,7 @@ def candidate(
         crops: (count, size) of every group of views of one image; one group of one is ordinary training.
         whole: Compile the whole forward pass, as `run.compile` does; else one block for all, a tenth of the time.
     """
-    flops = TRAIN_FACTOR * multi_crop_flops(model, [count for count, _ in crops], [size for _, size in crops])
+    flops = TRAIN_FACTOR * multi_crop_flops(model, [size for count, size in crops for _ in range(count)])
     if not whole:
         for block in model.get_submodule("blocks").children():
             block.compile(dynamic=False, backend=scale.backend)

@@ -12,7 +12,7 @@ from composer.loggers import Logger
 from torch import Tensor, nn
 
 from vitcomposer import config, losses, optim
-from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops
+from vitcomposer.cost.flops import train_flops
 from vitcomposer.tasks import ClassificationTask
 from vitcomposer.training.network import build_network
 from vitcomposer.training.setup import prepare
@@ -51,7 +51,7 @@ class TrainerSteps:
         self.targets = F.one_hot(labels, cfg.model.num_classes).float()
         batches = [{"image": images, "label": labels, "target": self.targets}] * 1000
         self._clock = StepClock()
-        train_flops = TRAIN_FACTOR * forward_flops(network, cfg.model.image_size)
+        flops = train_flops(network, cfg.model.image_size)
         self._trainer: Trainer = build_trainer(
             cfg,
             share,
@@ -60,7 +60,7 @@ class TrainerSteps:
             evaluators=[],
             optimizer=optim.build_optimizer(network, cfg.optimizer, global_train_batch_size=batch),
             algorithms=[],
-            train_flops_per_image=lambda step: train_flops,
+            train_flops_per_image=lambda step: flops,
             callbacks=[self._clock],
         )
         self.run(2)

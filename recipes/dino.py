@@ -6,7 +6,7 @@ from composer import Trainer
 
 from vitcomposer.algorithms import CosineWeightDecay, FreezeAtStart, MomentumEncoder
 from vitcomposer.losses import DINOLoss
-from vitcomposer.models import DINOHead
+from vitcomposer.models.heads import build_dino_head
 from vitcomposer.schema.dino import DINO
 from vitcomposer.tasks import DINOTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
@@ -33,7 +33,7 @@ def build_task(cfg: DINO) -> DINOTask:
     """Student, teacher and loss."""
     trunk = build_trunk(cfg, cfg.model)
     width = getattr(trunk, "num_features")  # noqa: B009 (nn.Module says it may be a tensor)
-    head = DINOHead(width, cfg.head.out_dim, norm_last_layer=cfg.head.norm_last_layer, batch_norm=cfg.head.batch_norm)
+    head = build_dino_head(cfg, width)
     loss = DINOLoss(
         cfg.head.out_dim,
         student_temperature=cfg.loss.student_temperature,

@@ -4,7 +4,7 @@ from composer import Trainer
 
 from vitcomposer.algorithms import MomentumEncoder
 from vitcomposer.errors import require
-from vitcomposer.models import MLPHead
+from vitcomposer.models.heads import build_moco_heads
 from vitcomposer.schema.moco import MoCo
 from vitcomposer.tasks import MoCoTask
 from vitcomposer.tasks.moco import freeze_patch_projection
@@ -25,13 +25,11 @@ def build(cfg: MoCo) -> Trainer:
 
 def build_task(cfg: MoCo) -> MoCoTask:
     """Both trunks, their heads and the loss."""
-    head = cfg.head
-    trunk, momentum_trunk = (build_trunk(cfg, cfg.model, head.projector_dims, "head.projector_dims") for _ in range(2))
+    dims = cfg.head.projector_dims
+    trunk, momentum_trunk = (build_trunk(cfg, cfg.model, dims, "head.projector_dims") for _ in range(2))
     if cfg.loss.freeze_patch_projection:
         has_patches = hasattr(trunk, "patch_embed")
         remedy = "Set it to false."
         require(has_patches, "loss.freeze_patch_projection", f"false with {cfg.model.name}", True, remedy)
         freeze_patch_projection(trunk)
-    projector = MLPHead(head.projector_dims, True, last_batch_norm=True)
-    predictor = MLPHead(head.predictor_dims, True, last_batch_norm=True)
-    return MoCoTask(trunk, momentum_trunk, projector, predictor, temperature=cfg.loss.temperature)
+    return MoCoTask(trunk, momentum_trunk, *build_moco_heads(cfg), temperature=cfg.loss.temperature)

@@ -2,7 +2,7 @@
 
 from composer import Trainer
 
-from vitcomposer.models import MLPHead
+from vitcomposer.models.heads import build_simclr_head
 from vitcomposer.schema.simclr import SimCLR
 from vitcomposer.tasks import SimCLRTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
@@ -21,4 +21,4 @@ def build(cfg: SimCLR) -> Trainer:
 def build_task(cfg: SimCLR) -> SimCLRTask:
     """Trunk, head and loss."""
     trunk = build_trunk(cfg, cfg.model, cfg.head.dims)
-    return SimCLRTask(trunk, MLPHead(cfg.head.dims, cfg.head.batch_norm), temperature=cfg.loss.temperature)
+    return SimCLRTask(trunk, build_simclr_head(cfg), temperature=cfg.loss.temperature)

@@ -4,7 +4,7 @@ from composer import Trainer
 
 from vitcomposer.algorithms import FreezeAtStart
 from vitcomposer.losses import SwAVLoss
-from vitcomposer.models import SwAVHead
+from vitcomposer.models.heads import build_swav_head
 from vitcomposer.schema.swav import SwAV
 from vitcomposer.tasks import SwAVTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
@@ -35,7 +35,7 @@ def build_task(cfg: SwAV) -> SwAVTask:
     )
     return SwAVTask(
         build_trunk(cfg, cfg.model, cfg.head.dims),
-        SwAVHead(cfg.head.dims, cfg.head.batch_norm, cfg.head.num_clusters),
+        build_swav_head(cfg),
         loss,
         freeze_prototypes_epochs=cfg.loss.freeze_prototypes_epochs,
         hard_assignment_epochs=cfg.loss.hard_assignment_epochs,

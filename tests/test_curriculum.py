@@ -20,7 +20,7 @@ from tests.launch.test_launch import BIN, DEIT, launch
 from tests.training.test_train import losses, weights
 from vitcomposer import config
 from vitcomposer.algorithms import build_algorithms
-from vitcomposer.cost.flops import forward_flops
+from vitcomposer.cost.flops import forward_flops, train_flops
 from vitcomposer.curriculum import Curriculum, Plan, build_plan, check_network, split_options
 from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.policies import RandAugment
@@ -50,7 +50,7 @@ def plan_of(steps: int, sizes=SIZES, shares=SHARES, flops=lambda size: size**2, 
         max_duration=f"{steps}ba",
         steps_per_epoch=10,
         images_per_step=8,
-        forward_flops=lambda network, size: flops(size),
+        train_flops=lambda network, size: 3 * flops(size),
     )
 
 
@@ -67,7 +67,7 @@ def test_published_schedule_has_the_accounting_of_its_paper():
         max_duration="469ep",
         steps_per_epoch=1251,
         images_per_step=1024,
-        forward_flops=lambda network, size: FLOPS[size],
+        train_flops=lambda network, size: 3 * FLOPS[size],
     )
     assert plan.epochs == 469
     assert plan.equal_compute_epochs == pytest.approx(469 / (0.2 / 0.176 + 0.4 / 0.493 + 0.2 / 0.721 + 0.2), rel=1e-5)
@@ -85,7 +85,7 @@ def test_published_schedule_with_the_flops_of_our_network():
         max_duration="469ep",
         steps_per_epoch=1251,
         images_per_step=1024,
-        forward_flops=forward_flops,
+        train_flops=train_flops,
     )
     ratios = [stage.train_flops_per_image / plan.full_flops for stage in plan.stages]
     assert ratios == pytest.approx(list(FLOPS.values()), abs=6e-4)
@@ -152,7 +152,7 @@ def test_yaml_has_the_size_strength_and_learning_rate_of_the_study_at_each_tenth
         max_duration=cfg.max_duration,
         steps_per_epoch=steps_per_epoch,
         images_per_step=cfg.global_train_batch_size,
-        forward_flops=forward_flops,
+        train_flops=train_flops,
     )
     begins = [next(step for step in range(plan.steps) if plan.compute_share(step + 0.5) >= i / 10) for i in range(10)]
     sizes = [plan.stage_of(step).image_size for step in begins]
@@ -193,7 +193,7 @@ def test_duration_keeps_the_meaning_it_has_for_composer(duration, steps):
         max_duration=duration,
         steps_per_epoch=10,
         images_per_step=8,
-        forward_flops=lambda network, size: 5,
+        train_flops=lambda network, size: 15,
     )
     assert (plan.steps, len(plan.stages), plan.train_flops_per_image(0), plan.view(3)) == (steps, 1, 15, (32, 1.0))
     assert plan.equal_compute_epochs == plan.epochs

@@ -1,4 +1,8 @@
-"""Sums and collects tensors over all ranks; where there is one rank, at no cost."""
+"""Sums and collects tensors over all ranks; where there is one rank, at no cost.
+
+All ranks of the group have to call the functions, in the same order: a rank that leaves one out is waited for. W is the
+number of ranks of the group.
+"""
 
 from typing import Any
 
@@ -22,10 +26,11 @@ def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Every rank's ``tensor``, of one shape, as (ranks, *shape), without gradient."""
+    """Every rank's ``tensor``, of one shape, as (W, *shape), without gradient."""
     _, world_size = rank_and_world_size(group)
     if world_size == 1:
         return tensor.detach()[None]
+    # One flat buffer: a list of outputs would be copied together once more.
     flat = tensor.new_empty(world_size * tensor.numel())
     dist.all_gather_into_tensor(flat, tensor.detach().reshape(-1), group=group)
     return flat.view(world_size, *tensor.shape)
@@ -52,6 +57,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # (W, *shape): summed over the ranks, row r is what all of them made of the tensor of rank r.
         # A copy, since autograd may hand the same tensor to other functions.
         gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)

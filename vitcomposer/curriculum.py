@@ -244,7 +244,7 @@ def build_plan(
     max_duration: str,
     steps_per_epoch: int,
     images_per_step: int,
-    forward_flops: Callable[..., float],
+    train_flops: Callable[..., float],
 ) -> Plan:
     """The stages of a run, with what an image costs in each.
 
@@ -253,23 +253,23 @@ def build_plan(
 
     Args:
         max_duration: A whole number of ep, ba or sp; a batch that is begun is finished.
-        forward_flops: ``flops.forward_flops``; a training image costs three times as much.
+        train_flops: ``flops.train_flops``, or with what else a training image costs.
 
     Raises:
         ConfigError: Fewer steps than stages need.
     """
     value, unit = int(float(max_duration[:-2])), max_duration[-2:]
     steps = {"ep": value * steps_per_epoch, "ba": value, "sp": -(-value // images_per_step)}[unit]
-    full = 3 * forward_flops(network, image_size)
+    full = train_flops(network, image_size)
     if options is None:
         parts: list[tuple[int, int, int | None, float]] = [(steps, image_size, None, full)]
     elif isinstance(options, Curriculum):
-        flops = [3 * forward_flops(network, size) for size in options.image_sizes]
+        flops = [train_flops(network, size) for size in options.image_sizes]
         weights = [share / f for share, f in zip(options.compute, flops, strict=True)]
         counts = _share_out(steps, weights)
         parts = [(n, size, None, f) for n, size, f in zip(counts, options.image_sizes, flops, strict=True)]
     else:
-        parts = _levels(options, network, image_size, steps, forward_flops)
+        parts = _levels(options, network, image_size, steps, train_flops)
     rule, remedy = f"long enough for a step of each of the {len(parts)} stages", "Train longer or use fewer stages."
     require(all(part[0] > 0 for part in parts), "max_duration", rule, f"{steps} steps", remedy)
     stages, first = [], 0
@@ -288,14 +288,14 @@ def build_plan(
 
 
 def _levels(
-    options: PatchDropout, network: nn.Module, image_size: int, steps: int, forward_flops: Callable[..., float]
+    options: PatchDropout, network: nn.Module, image_size: int, steps: int, train_flops: Callable[..., float]
 ) -> list[tuple[int, int, int | None, float]]:
     patches = (image_size // int(getattr(network, "patch_size", 1))) ** 2
     ends = [round(share * steps) for share in options.until]
     levels = []
     for rate, begin, end in zip(options.keep_rates, [0, *ends], ends, strict=False):
         kept = max(1, round(rate * patches))
-        flops = 3 * forward_flops(network, image_size, patch_keep_rate=kept / patches)
+        flops = train_flops(network, image_size, patch_keep_rate=kept / patches)
         levels.append((end - begin, image_size, kept if kept < patches else None, flops))
     return levels
 

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import run_train, tiny_photo_overrides
 from tests.launch.test_launch import DEIT
 from tests.training.test_train import losses, weights
-from vitcomposer.cost.flops import forward_flops
+from vitcomposer.cost.flops import forward_flops, train_flops
 from vitcomposer.curriculum import Plan, build_plan, check_network, split_options
 from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model
@@ -28,7 +28,7 @@ def plan_of(steps: int, network, image_size: int = 32, **given) -> Plan:
         max_duration=f"{steps}ba",
         steps_per_epoch=10,
         images_per_step=8,
-        forward_flops=forward_flops,
+        train_flops=train_flops,
     )
 
 

@@ -161,7 +161,7 @@ def networks() -> dict[str, Network]:
 
 def test_crops_cost_the_sum_of_their_sizes(networks: dict[str, Network], tmp_path: Path) -> None:
     for name, gigaflops in (("vit_small_patch16", 84), ("vit_base_patch16", 326)):
-        once = flops.multi_crop_flops(networks[name].module, [2, 6], [224, 96])
+        once = flops.multi_crop_flops(networks[name].module, [224] * 2 + [96] * 6)
         assert 3 * once == pytest.approx(gigaflops * 1e9, rel=0.01)
     speed = Speed(networks["vit_small_patch16"], "h200", "amp_bf16", tmp_path)
     large, small = speed.seconds(View(1, 224, 1.0)), speed.seconds(View(1, 96, 1.0))

@@ -12,8 +12,7 @@ from vitcomposer.cli import main
 from vitcomposer.commands.soup import check_same, greedy, last_checkpoints, mean_of
 from vitcomposer.evaluation.trained import Trained, load_trained
 from vitcomposer.export.folder import write_folder
-from vitcomposer.export.graph import build_network_of
-from vitcomposer.models import load_weights
+from vitcomposer.models import build_model, load_weights
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Model
 
 
@@ -21,7 +20,7 @@ def member(source: str, *, seed: int = 0, scale: float = 1.0, **options: object)
     given = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4, "drop_path_rate": 0.0, **options}
     model = Model(name="deit_tiny_patch16", num_classes=len(PHOTOS), image_size=32, **given)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    network = build_network_of(model)
+    network = build_model(**model.options())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -46,7 +45,7 @@ def test_soup_keeps_whole_numbers_and_leaves_its_members_alone() -> None:
     model = Model(name="resnet18", num_classes=3, image_size=32, drop_path_rate=0.0)
     members = []
     for count in (2, 5):
-        network = build_network_of(model)
+        network = build_model(**model.options())
         network.bn1.num_batches_tracked.fill_(count)
         network.bn1.running_mean.fill_(count)
         members.append(dataclasses.replace(member(str(count)), network=network, model=model))
@@ -93,7 +92,7 @@ def test_greedy_soup_on_real_images_is_never_below_the_best_model(
     score = measure({"soup": soup.network}, open_labelled(str(photo_folder), soup, batch_size=48, workers=0))["soup"]
     assert score.top1 >= best
     assert "arXiv:2203.05482" in (Path(out) / "README.md").read_text()
-    report = load_weights(build_network_of(soup.model), Path(out) / "model.safetensors", min_matched=1.0)
+    report = load_weights(build_model(**soup.model.options()), Path(out) / "model.safetensors", min_matched=1.0)
     assert not report.missing and not report.replaced_heads
 
 

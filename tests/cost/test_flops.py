@@ -6,10 +6,10 @@ import timm
 import torch
 from torch import nn
 
-from vitcomposer.cost.flops import forward_flops, multi_crop_flops
+from vitcomposer.cost.flops import forward_flops, head_flops, multi_crop_flops, train_flops
 from vitcomposer.cost.gpus import GPUS, peak_flops
 from vitcomposer.cost.roofline import forward_work
-from vitcomposer.models import build_model
+from vitcomposer.models import DINOHead, SwAVHead, build_model
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -72,7 +72,21 @@ def test_convit_cannot_drop_patches() -> None:
 def test_multi_crop_is_the_sum_of_its_crops() -> None:
     model = build("vit_tiny_patch16", depth=2)
     sizes = {size: forward_flops(model, size) for size in (224, 96)}
-    assert multi_crop_flops(model, [2, 6], [224, 96]) == 2 * sizes[224] + 6 * sizes[96]
+    assert multi_crop_flops(model, [224] * 2 + [96] * 6) == 2 * sizes[224] + 6 * sizes[96]
+
+
+def test_heads_cost_one_product_with_each_of_their_matrices() -> None:
+    swav, dino = SwAVHead((8, 16, 4), True, (3, 5)), DINOHead(8, 10, norm_last_layer=False)
+    assert head_flops(swav) == 2 * (8 * 16 + 16 * 4 + 4 * 3 + 4 * 5)
+    assert head_flops(dino) == 2 * (8 * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 10)
+    trunk = build("vit_tiny_patch16", depth=1)
+    assert multi_crop_flops(trunk, [32, 32], [swav]) == 2 * (forward_flops(trunk, 32) + head_flops(swav))
+
+
+def test_training_step_costs_a_backward_pass_through_the_blocks_that_learn() -> None:
+    model = build("vit_tiny_patch16", depth=4)
+    factors = [train_flops(model, 32, train_blocks=blocks) / forward_flops(model, 32) for blocks in (None, 4, 2, 0)]
+    assert factors == [3, 3, 2, 1]
 
 
 def test_work_counts_tokens_and_layers() -> None:

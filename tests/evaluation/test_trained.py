@@ -4,7 +4,6 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def test_exported_folder_is_the_model_that_was_exported(trained_run: Path, tmp_p
     trained = load_trained(trained_run)
     ours = {
         "version": __version__,
-        "model": {key: value for key, value in asdict(trained.model).items() if value is not None},
+        "model": trained.model.options(),
         "evaluation": {"image_size": 32, "crop_ratio": 0.875, "interpolation": "bicubic"},
         "mean": trained.mean,
         "std": trained.std,

@@ -17,7 +17,7 @@ from vitcomposer import folder_lock
 from vitcomposer.cli import main
 from vitcomposer.evaluation.trained import Trained, load_trained
 from vitcomposer.export.folder import write_folder
-from vitcomposer.export.graph import build_network_of, check_onnx
+from vitcomposer.export.graph import check_onnx
 from vitcomposer.models import build_model
 from vitcomposer.schema import IMAGENET_MEAN, IMAGENET_STD, Model
 
@@ -29,7 +29,7 @@ def tiny(name: str, *, image_size: int | None = None, **options: object) -> Trai
     if name.startswith("convit"):
         options = {"local_up_to_layer": 1, **options}
     model = Model(name=name, num_classes=5, image_size=32, drop_path_rate=0.0, **options)  # type: ignore[arg-type]
-    network = build_network_of(model)
+    network = build_model(**model.options())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():

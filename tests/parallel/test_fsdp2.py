@@ -1,6 +1,5 @@
 """Twenty steps on two ranks with shares of the weights and with all of them, by recipe: losses, exports, moments."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +189,6 @@ def test_export_of_a_sharded_run_is_that_of_a_whole_one(runs: Runs, tmp_path: Pa
 @pytest.mark.parametrize("runs", ["swav"], indirect=True)
 def test_trunk_of_a_sharded_run_without_labels_fills_a_plain_network(runs: Runs) -> None:
     cfg = config.load(runs.shared / "config.yaml")
-    options = {key: value for key, value in dataclasses.asdict(cfg.model).items() if value is not None}
-    network = build_model(options.pop("name"), **options)
+    network = build_model(**cfg.model.options())
     report = load_weights(network, runs.shared / "checkpoints/latest-rank0.pt")
     assert not report.missing and report.matched == 1

@@ -134,10 +134,10 @@ def _facts(trained: "Trained") -> dict[str, Any]:
 
 def mean_of(members: "Sequence[Trained]") -> "Trained":
     """A model with the mean of the weights, summed in float64; whole numbers are those of the first member."""
-    from vitcomposer.export.graph import build_network_of
+    from vitcomposer.models import build_model
 
     states = [member.network.state_dict() for member in members]
-    network = build_network_of(members[0].model)
+    network = build_model(**members[0].model.options())
     network.load_state_dict({name: _mean([state[name] for state in states]) for name in states[0]})
     return dataclasses.replace(
         members[0],

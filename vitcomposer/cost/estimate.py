@@ -7,22 +7,21 @@ FLOPs are counted and steps are those of the run; every other figure says what i
 import json
 import math
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from vitcomposer import curriculum
 from vitcomposer.cost import flops, roofline
 from vitcomposer.cost.gpus import GPUS, gpu_of_device
 from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.models import build_model
-from vitcomposer.models.heads import DINO_BOTTLENECK_DIM, DINO_HIDDEN_DIM
+from vitcomposer.models.heads import build_dino_head, build_moco_heads, build_simclr_head, build_swav_head
 from vitcomposer.models.transformer import num_recomputed
-from vitcomposer.schema.dino import DINO
-from vitcomposer.schema.moco import MoCo
+from vitcomposer.schema import DINO, MoCo, Model, SelfSupervised, SimCLR, SwAV
 from vitcomposer.teacher.network import build_teacher_network
 
 ROOFLINE = "roofline estimate, not measured"
@@ -67,15 +66,16 @@ class Network:
         self.family = "convit" if hasattr(getattr(module, "config", None), "local_up_to_layer") else "vit"
         self._known: dict[tuple[int, float], int] = {}
 
-    def forward_flops(self, module: Any, image_size: int, *, patch_keep_rate: float = 1.0) -> int:
-        """`flops.forward_flops` of ``module``, which is this network."""
+    def forward_flops(self, image_size: int, *, patch_keep_rate: float = 1.0) -> int:
+        """`flops.forward_flops` of this network."""
         key = image_size, patch_keep_rate
         if key not in self._known:
-            self._known[key] = flops.forward_flops(module, image_size, patch_keep_rate=patch_keep_rate)
+            self._known[key] = flops.forward_flops(self.module, image_size, patch_keep_rate=patch_keep_rate)
         return self._known[key]
 
     def train_flops(self, view: View) -> int:
-        once = self.forward_flops(self.module, view.image_size, patch_keep_rate=view.patch_keep_rate)
+        """Of all the view's crops, where the whole network learns."""
+        once = self.forward_flops(view.image_size, patch_keep_rate=view.patch_keep_rate)
         return flops.TRAIN_FACTOR * view.count * once
 
     def work(self, view: View) -> roofline.Work | None:
@@ -191,17 +191,15 @@ def _row_of(gpu: str) -> str:
     return row
 
 
-def build_without_storage(model: Any) -> Any:
+def build_without_storage(model: Model) -> Any:
     """The network of the block ``model``, whose tensors have shapes alone.
 
     Raises:
         ConfigError: A name, an option or a size that no network has.
     """
-    # Where the weights come from changes no cost.
-    options = {key: value for key, value in asdict(model).items() if value is not None and key != "weights"}
     try:
         with torch.device("meta"):
-            return build_model(options.pop("name"), **options)
+            return build_model(**model.options())
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -220,18 +218,14 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
     curriculum.check_network(options, network.module, image_size=size, rand_augment=rand_augment)
 
     def of_all_crops(module: Any, image_size: int) -> float:
-        learning, averaged = _head_flops(cfg, module.num_features)
-        heads = cfg.crops.total_num_crops * learning
-        once = flops.multi_crop_flops(module, cfg.crops.num_crops, cfg.crops.size_crops) + heads
-        if not hasattr(cfg.loss, "momentum"):
-            return once
-        # A momentum encoder sees the first two crops, forward alone: what is counted here is that of training.
-        return once + 2 * (network.forward_flops(module, cfg.crops.sizes[0]) + averaged) / flops.TRAIN_FACTOR
+        learning, averaged = _heads(cfg, module.num_features)
+        trained = flops.TRAIN_FACTOR * flops.multi_crop_flops(module, cfg.crops.sizes, learning)
+        # A momentum encoder sees the first two crops, forward alone.
+        return trained + (flops.multi_crop_flops(module, cfg.crops.sizes[:2], averaged) if averaged else 0)
 
     def with_teacher(module: Any, image_size: int, **kept: float) -> float:
-        # What is counted here is multiplied by TRAIN_FACTOR, but a teacher runs forward alone, at its own size.
-        student = network.forward_flops(module, image_size, **kept) * flops.train_factor(module, cfg.init.train_blocks)
-        return (student + _teacher_flops(cfg)) / flops.TRAIN_FACTOR
+        student = flops.train_factor(module, cfg.init.train_blocks) * network.forward_flops(image_size, **kept)
+        return student + _teacher_flops(cfg)  # which runs forward alone, at its own size
 
     count: Any = with_teacher if crops is None else of_all_crops
     return curriculum.build_plan(
@@ -241,7 +235,7 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
         max_duration=cfg.max_duration,
         steps_per_epoch=steps_per_epoch,
         images_per_step=cfg.global_train_batch_size,
-        forward_flops=count,
+        train_flops=count,
     )
 
 
@@ -261,20 +255,18 @@ def _teacher_flops(cfg: Any) -> int:
     return flops.forward_flops(network, size)
 
 
-def _head_flops(cfg: Any, width: int) -> tuple[int, int]:
-    """Of one crop's features through the heads that learn, and through those that a momentum encoder has."""
-    head = cfg.head
-    if isinstance(cfg, DINO):
-        learning = averaged = [(width, DINO_HIDDEN_DIM, DINO_HIDDEN_DIM, DINO_BOTTLENECK_DIM, head.out_dim)]
-    elif isinstance(cfg, MoCo):
-        learning, averaged = [head.projector_dims, head.predictor_dims], [head.projector_dims]
-    else:
-        prototypes = [(head.dims[-1], count) for count in getattr(head, "num_clusters", [])]
-        learning, averaged = [head.dims, *prototypes], []
-    of_learning, of_averaged = (
-        sum(2 * a * b for dims in heads for a, b in pairwise(dims)) for heads in (learning, averaged)
-    )
-    return of_learning, of_averaged
+def _heads(cfg: SelfSupervised, width: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The heads that learn, and those of them that a momentum encoder has too; without storage."""
+    with torch.device("meta"):
+        if isinstance(cfg, DINO):
+            head = build_dino_head(cfg, width)
+            return [head], [head]
+        if isinstance(cfg, MoCo):
+            projector, predictor = build_moco_heads(cfg)
+            return [projector, predictor], [projector]
+        if isinstance(cfg, SwAV):
+            return [build_swav_head(cfg)], []
+        return [build_simclr_head(cast(SimCLR, cfg))], []
 
 
 def _views(cfg: Any, stage: curriculum.Stage, module: Any) -> list[View]:
@@ -338,7 +330,7 @@ def _memory(cfg: Any, network: Network, views: list[list[View]], *, gpus: int) -
     works = [[(view.count, network.work(view)) for view in stage] for stage in views]
     kept = _kept_activations(cfg, network)
     held = [kept * sum(n * work.activation_bytes for n, work in stage if work) for stage in works]
-    copies = ("EMA" in cfg.algorithms) + hasattr(cfg.loss, "momentum")
+    copies = ("EMA" in cfg.algorithms) + isinstance(cfg, DINO | MoCo)
     parts: dict[str, float | None] = {
         "weights": 4 * network.parameters,
         "gradients": (8 if gpus > 1 else 4) * network.parameters,  # DDP reduces them in buckets of its own

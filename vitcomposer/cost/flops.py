@@ -9,14 +9,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-TRAIN_FACTOR = 3  # a training step: the backward pass computes the gradients of inputs and of weights
+from vitcomposer.models.heads import WeightNormLinear
+
+# Forward passes that a training step costs: the backward pass multiplies once for the gradient of a layer's input and
+# once for that of its weights.
+TRAIN_FACTOR = 3
 
 
 def forward_flops(model: nn.Module, image_size: int, *, patch_keep_rate: float = 1.0) -> int:
     """FLOPs (2 x multiply-adds) of one image through ``model`` in the forward pass.
 
-    A training step costs ``TRAIN_FACTOR`` times as much. Matrix products and convolutions count, elementwise work
-    doesn't. The model is neither run nor changed: a copy without storage on the meta device is, in evaluation mode.
+    Matrix products and convolutions count, elementwise work doesn't. The model is neither run nor changed: a copy
+    without storage on the meta device is, in evaluation mode.
 
     Args:
         image_size: Pixels; the input is (1, 3, image_size, image_size).
@@ -38,6 +42,18 @@ def forward_flops(model: nn.Module, image_size: int, *, patch_keep_rate: float =
     return counter.get_total_flops()
 
 
+def train_flops(
+    model: nn.Module, image_size: int, *, patch_keep_rate: float = 1.0, train_blocks: int | None = None
+) -> float:
+    """FLOPs of one image through ``model`` in a training step: forward and backward pass.
+
+    Args:
+        image_size, patch_keep_rate: As of :func:`forward_flops`, and what it raises.
+        train_blocks: As of :func:`train_factor`.
+    """
+    return forward_flops(model, image_size, patch_keep_rate=patch_keep_rate) * train_factor(model, train_blocks)
+
+
 def train_factor(model: nn.Module, train_blocks: int | None) -> float:
     """What a training image costs in forward passes, where the last ``train_blocks`` blocks learn; None is all of them.
 
@@ -48,9 +64,22 @@ def train_factor(model: nn.Module, train_blocks: int | None) -> float:
     return 1 + (TRAIN_FACTOR - 1) * train_blocks / len(cast(nn.ModuleList, model.blocks))
 
 
-def multi_crop_flops(trunk: nn.Module, num_crops: Sequence[int], size_crops: Sequence[int]) -> int:
-    """Forward FLOPs of all crops of one image: ``num_crops[g]`` of ``size_crops[g]`` pixels in every group g."""
-    return sum(n * forward_flops(trunk, size) for n, size in zip(num_crops, size_crops, strict=True))
+def multi_crop_flops(trunk: nn.Module, crop_sizes: Sequence[int], heads: Sequence[nn.Module] = ()) -> int:
+    """Forward FLOPs of one image's crops through a trunk and the heads after it.
+
+    Args:
+        crop_sizes: Pixels of every crop.
+        heads: Each of them sees every crop once.
+    """
+    of_trunk = sum(forward_flops(trunk, size) * crop_sizes.count(size) for size in set(crop_sizes))
+    return of_trunk + len(crop_sizes) * sum(map(head_flops, heads))
+
+
+def head_flops(head: nn.Module) -> int:
+    """Forward FLOPs of one crop's features through a projection head: one product with each of its weight matrices."""
+    weights = [layer.weight for layer in head.modules() if isinstance(layer, nn.Linear)]
+    weights += [layer.direction for layer in head.modules() if isinstance(layer, WeightNormLinear)]
+    return sum(2 * weight.numel() for weight in weights)
 
 
 def _patches(model: nn.Module, image_size: int, keep_rate: float) -> int:

@@ -1,6 +1,5 @@
 """Loads trained classifiers from wherever they lie: a run folder, a checkpoint, an exported folder, a yaml."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,11 +109,10 @@ _MISSING = {
 
 def _build(saved: _Saved, kind: str) -> Trained:
     source = saved.facts["source"]
-    options = {key: value for key, value in dataclasses.asdict(saved.model).items() if value is not None}
     # A network that is a little too large is told what it lacks; one that is far too large would never be built.
     most_weights = 4 * sum(tensor.numel() for tensor in model_tensors(saved.weights[kind])[0].values()) + _SMALL_NETWORK
     try:
-        network = build_model(options.pop("name"), most_weights=most_weights, **options)
+        network = build_model(**saved.model.options(), most_weights=most_weights)
         report = load_weights(network, saved.weights[kind], min_matched=1, origin=saved.file)
     except ValueError as error:
         raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from error

@@ -135,10 +135,9 @@ def _page(trained: "Trained", form: "TimmForm | None") -> dict[str, Any]:
         }
     if trained.class_names is not None:
         page["label_names"] = list(trained.class_names)
-    model = {key: value for key, value in dataclasses.asdict(trained.model).items() if value is not None}
     page["vitcomposer"] = {
         "version": __version__,
-        "model": model,
+        "model": trained.model.options(),
         "evaluation": {"image_size": size, "crop_ratio": trained.crop_ratio, "interpolation": trained.interpolation},
         "mean": list(trained.mean),
         "std": list(trained.std),
@@ -188,11 +187,11 @@ def _write_files(trained: "Trained", formats: Sequence[str], folder: Path, page:
 
 def _with_mean_logits(trained: "Trained") -> "nn.Module":
     """The network as timm combines its heads."""
-    from vitcomposer.export.graph import build_network_of
+    from vitcomposer.models import build_model
 
     if trained.model.combine_heads != "probabilities":
         return trained.network
-    network = build_network_of(dataclasses.replace(trained.model, combine_heads="logits"))
+    network = build_model(**dataclasses.replace(trained.model, combine_heads="logits").options())
     network.load_state_dict(trained.network.state_dict())
     return network.eval()
 

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def settle(network: nn.Module, model: Model, image_size: int) -> tuple[nn.Module
     model = replace(model, image_size=image_size)
     if computed:
         model = replace(model, position_embedding="learned")
-    settled = build_network_of(model)
+    settled = build_model(**model.options())
     state = network.state_dict()
     if isinstance(network, ImageTransformer) and isinstance(settled, ImageTransformer):
         own = network.num_position_rows
@@ -50,12 +50,6 @@ def settle(network: nn.Module, model: Model, image_size: int) -> tuple[nn.Module
         state["pos_embed"] = torch.cat((zeros, positions), dim=1)
     settled.load_state_dict(state)
     return settled.eval(), model
-
-
-def build_network_of(model: Model) -> nn.Module:
-    """A new network of the ``model`` block."""
-    options = {key: value for key, value in asdict(model).items() if value is not None}
-    return build_model(options.pop("name"), **options)
 
 
 def check_onnx(network: nn.Module) -> None:

@@ -33,7 +33,7 @@ class TeacherAnswers(NamedTuple):
 
 
 class DistillationLoss(nn.Module):
-    """``(1 - alpha) * label loss + alpha * teacher loss``.
+    """``(1 - alpha) * label loss + alpha * teacher loss``: eq. 2 of the paper for soft, eq. 3 for hard.
 
     hard: cross-entropy with the teacher's best class. soft: ``temperature ** 2`` times the divergence of the student's
     from the teacher's distribution, both at that temperature, ``KL(teacher, student)``.
@@ -84,16 +84,18 @@ class DistillationLoss(nn.Module):
     def _hard(self, logits: Tensor, answers: TeacherAnswers, lam: Tensor | None) -> Tensor:
         logits, best = _at_least_float32(logits), _best_class(answers)
         if lam is None:
-            return F.cross_entropy(logits, best)
-        one_hot = best[:, None] == torch.arange(logits.shape[1], device=logits.device)
+            return F.cross_entropy(logits, best)  # eq. 3
+        one_hot = best[:, None] == torch.arange(logits.shape[1], device=logits.device)  # (B, K)
         return soft_target_cross_entropy(logits, _mix(one_hot.to(logits.dtype), lam))
 
     def _soft(self, logits: Tensor, answers: TeacherAnswers, lam: Tensor | None) -> Tensor:
         logits = _at_least_float32(logits)
-        probabilities = (_all_logits(answers, logits.shape[1], logits.dtype) / self.temperature).softmax(dim=1)
+        taught = _all_logits(answers, logits.shape[1], logits.dtype)  # (B, K)
+        probabilities = (taught / self.temperature).softmax(dim=1)
         if lam is not None:
             probabilities = _mix(probabilities, lam)
         divergence = F.kl_div((logits / self.temperature).log_softmax(dim=1), probabilities, reduction="sum")
+        # Gradients of the divergence shrink with temperature ** 2, which the factor makes up for (eq. 2).
         count = logits.shape[0] if self.kl == "batch" else logits.numel()
         return divergence * (self.temperature**2 / count)
 
@@ -106,13 +108,15 @@ def _best_class(answers: TeacherAnswers) -> Tensor:
 
 def _all_logits(answers: TeacherAnswers, num_classes: int, dtype: torch.dtype) -> Tensor:
     """(B, K), with what is left spread evenly over the classes that are not stored."""
-    stored = answers.logits.to(dtype)
+    stored = answers.logits.to(dtype)  # (B, k)
     others = num_classes - stored.shape[1]
+    # (B,): n equal logits have the log-sum-exp of one of them plus log n.
     each = answers.rest.to(dtype) - math.log(max(others, 1))
     return each[:, None].expand(-1, num_classes).scatter(1, answers.classes.long(), stored)
 
 
 def _mix(targets: Tensor, lam: Tensor) -> Tensor:
+    # Targets (B, K); the partner of image b is image B - 1 - b, as in the mixing of images and labels.
     return targets * lam[:, None] + targets.flip(0) * (1 - lam[:, None])
 
 

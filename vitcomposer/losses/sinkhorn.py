@@ -24,12 +24,13 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
         (B, K) in float32, or float64 for float64 scores. Every row sums to 1; the sums over all samples of all ranks
         are equal in the limit of many iterations.
     """
-    log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, K)
     # The largest entry of every prototype becomes exp(0). That scales rows alone, as the first step below does anyway.
     log_codes = log_codes - all_reduce(log_codes.amax(dim=0), dist.ReduceOp.MAX)
     for _ in range(iterations):
         # At most the number of samples and, here and in every later step, at least 1 / K: a column is only ever
         # scaled up after its prototype had its full share. So this neither overflows nor becomes 0.
-        share = all_reduce(log_codes.exp().sum(dim=0))
+        share = all_reduce(log_codes.exp().sum(dim=0))  # (K,)
+        # First every prototype to one share, then every sample to 1: the diagonal scalings of eq. 5.
         log_codes = (log_codes - share.log()).log_softmax(dim=1)
     return log_codes.exp()

@@ -13,6 +13,7 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     The loss of DeiT (arXiv:2012.12877) after mixup, CutMix and label smoothing, all of which are in ``targets``.
     """
+    # With targets of its input's shape torch's cross-entropy takes them for distributions, not for class numbers.
     return F.cross_entropy(_at_least_float32(logits), _at_least_float32(targets))
 
 

@@ -2,7 +2,8 @@
 
 Written from the equations; the official code is under a non-commercial licence and was not used.
 
-Shapes: B images of this rank, V crops of each, A of them with codes, D width of the embedding, K prototypes.
+Shapes: B images of this rank, W ranks, V crops of an image, A of them with codes, D width of the embedding, K
+prototypes, L queue_length.
 """
 
 from collections.abc import Sequence
@@ -18,10 +19,10 @@ from vitcomposer.losses.sinkhorn import sinkhorn
 class SwAVLoss(nn.Module):
     """``1 / |A| sum_a 1 / (V - 1) sum_(v != a) mean_b -sum_k q_a log softmax(s_v / temperature)_k``.
 
-    The codes ``q_a`` are :func:`sinkhorn` of the scores ``s_a`` over all ranks. With a queue, its embeddings meet the
-    present prototypes and take part in the codes. The queue holds those of all ranks and every rank has the same one,
-    in the buffer ``queue`` (A, queue_length, D), newest first: a checkpoint has all of it, and the number of ranks does
-    not matter.
+    Eq. 2 of the paper, with every other crop as in its section 3.2. The codes ``q_a`` are :func:`sinkhorn` of the
+    scores ``s_a`` over all ranks. With a queue, its embeddings meet the present prototypes and take part in the codes.
+    The queue holds those of all ranks and every rank has the same one, in the buffer ``queue`` (A, queue_length, D),
+    newest first: a checkpoint has all of it, and the number of ranks does not matter.
 
     Args:
         num_crops: V.
@@ -106,7 +107,7 @@ class SwAVLoss(nn.Module):
                 self._codes(by_crop[crop], None if queued is None else queued[index], weight, hard)
                 for index, crop in enumerate(self.crops_for_assign)
             ]
-        )
+        )  # (A, B, K)
         return cross_view_entropy(codes, by_crop / self.temperature, self.crops_for_assign)
 
     @torch.no_grad()
@@ -115,18 +116,19 @@ class SwAVLoss(nn.Module):
         if queued is not None:
             # Scores of cosines in half precision are too coarse to be divided by epsilon.
             with torch.autocast(scores.device.type, enabled=False):
-                scores = torch.cat((scores, queued.to(scores.dtype) @ weight.to(scores.dtype).T))
+                scores = torch.cat((scores, queued.to(scores.dtype) @ weight.to(scores.dtype).T))  # (B + L / W, K)
+        # Entries of the queue only help to spread the samples over the prototypes: their codes are not learned from.
         codes = sinkhorn(scores, epsilon=self.epsilon, iterations=self.iterations)[:count]
         return torch.zeros_like(codes).scatter_(1, codes.argmax(dim=1, keepdim=True), 1.0) if hard else codes
 
     def _queue_share(self) -> Tensor:
         """This rank's part of the queue: every entry is counted by one rank."""
         rank, world_size = rank_and_world_size()
-        return self.queue[:, rank::world_size]
+        return self.queue[:, rank::world_size]  # (A, L / W, D)
 
     @torch.no_grad()
     def _enqueue(self, embeddings: Tensor) -> None:
-        by_crop = embeddings.detach().to(self.queue.dtype).view(self.num_crops, -1, embeddings.shape[-1])
-        newest = gather(torch.stack([by_crop[crop] for crop in self.crops_for_assign]))  # (ranks, A, B, D)
-        newest = newest.transpose(0, 1).flatten(1, 2)
+        by_crop = embeddings.detach().to(self.queue.dtype).view(self.num_crops, -1, embeddings.shape[-1])  # (V, B, D)
+        newest = gather(torch.stack([by_crop[crop] for crop in self.crops_for_assign]))  # (W, A, B, D)
+        newest = newest.transpose(0, 1).flatten(1, 2)  # (A, W * B, D)
         self.queue.copy_(torch.cat((newest, self.queue), dim=1)[:, : self.queue_length])

@@ -82,7 +82,7 @@ def attention_map(attention: Any, x: Tensor, *offsets: Tensor) -> Tensor:
     else:
         query, key, _ = attention.qkv(x).chunk(3, dim=-1)
         query, key = split_heads(query, attention.num_heads), split_heads(key, attention.num_heads)
-        found = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+        found = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)  # (B, h, N, N)
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
@@ -93,8 +93,8 @@ def nonlocality(attention: BlockAttention) -> Tensor:
     and distillation token is at no distance and adds nothing.
     """
     first = attention.num_prefix_tokens
-    patches = attention.map[:, :, first:, first:]
-    distance = patch_distances(attention.grid, like=patches)
+    patches = attention.map[:, :, first:, first:]  # (B, h, R C, R C)
+    distance = patch_distances(attention.grid, like=patches)  # (R C, R C)
     return torch.einsum("bhij,ij->h", patches, distance) / (patches.shape[0] * patches.shape[2])
 
 
@@ -102,7 +102,7 @@ def patch_distances(grid: Grid, *, like: Tensor) -> Tensor:
     """Euclidean distances (R C, R C) between patches, in patches, on the device and in the dtype of ``like``."""
     rows, columns = (axis_offsets(size, device=like.device, dtype=like.dtype).square() for size in grid)
     squares = rows[:, None, :, None] + columns[None, :, None, :]  # (R, C, R, C)
-    return squares.sqrt().flatten(2).flatten(0, 1)
+    return squares.sqrt().flatten(2).flatten(0, 1)  # (R C, R C)
 
 
 def positional_attention(network: ImageTransformer, grid: Grid) -> list[Tensor]:
@@ -127,11 +127,12 @@ def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
     """
     rolled = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device).expand(len(maps[0]), -1, -1)
     for found in maps:
-        joined = found.shape[-1] - rolled.shape[-1]
+        joined = found.shape[-1] - rolled.shape[-1]  # rolled is (B, N, N) of the N of the block before
         if joined:
             own = torch.eye(found.shape[-1], dtype=found.dtype, device=found.device).repeat(len(found), 1, 1)
             own[:, joined:, joined:] = rolled
             rolled = own
+        # The residual connection passes each token on to itself: half attention, half identity.
         rolled = (found.mean(dim=1) @ rolled + rolled) / 2
     return rolled
 

@@ -40,12 +40,14 @@ class SyncBatchNorm(_BatchNorm):
             output = FusedSyncBatchNorm.apply(input, self.weight, self.bias, *running, group, world_size)
             assert isinstance(output, Tensor)
             return output
+        # Means of many values in half precision would lose most of them to rounding.
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         mean, variance, count = self._statistics(x)
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            # The running variance is the unbiased one, as torch's.
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
-        shape = (1, -1) + (1,) * (x.ndim - 2)
+        shape = (1, -1) + (1,) * (x.ndim - 2)  # (1, C, 1, 1) for images, (1, C) for features
         x = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             x = x * self.weight.view(shape) + self.bias.view(shape)
@@ -56,12 +58,14 @@ class SyncBatchNorm(_BatchNorm):
         dims = [0, *range(2, x.ndim)]
         variance, mean = torch.var_mean(x, dim=dims, correction=0)
         count = mean.new_full((1,), x.numel() // x.shape[1])
+        # One exchange for all three; ranks may have different numbers of values. (W, C), (W, C) and (W, 1).
         means, variances, counts = gather_with_gradient(torch.cat((mean, variance, count)), self.process_group).split(
             [len(mean), len(mean), 1], dim=1
         )
         total = counts.sum()
         share = counts / total
         mean = (share * means).sum(dim=0)
+        # Variance of all: the mean of the ranks' variances and the variance of their means, weighted by their counts.
         # Sums of squares would lose the digits of a variance that is small beside the mean.
         return mean, (share * (variances + (means - mean).square())).sum(dim=0), total
 

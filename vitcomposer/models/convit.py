@@ -88,7 +88,7 @@ class GPSA(nn.Module):
             rows: ``positions.axis_offsets`` of the R rows of patches, (R, R).
             columns: The same of the C columns, (C, C).
         """
-        value = self.v(x)
+        value = self.v(x)  # (B, N, D)
         if self.training and self.attn_drop.p > 0.0:
             # One dropout mask covers the sum of content and position, so the sum cannot be split.
             attention = self.attn_drop(self.attention_map(x, rows, columns))
@@ -100,17 +100,17 @@ class GPSA(nn.Module):
     def attention_map(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Attention A (B, h, N, N) of tokens (B, N, D), for analysis and for attention dropout."""
         query, key = self._query_key(x)
-        content = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+        content = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)  # (B, h, N, N)
         gate = self._gate()
         # The paper divides A by its row sum. Rows of both softmaxes sum to 1 and so does a convex combination of them:
         # the division is the identity, in the gradient too (it is orthogonal to what a softmax can change).
-        return (1.0 - gate) * content + gate * self.positional_attention(rows, columns)
+        return (1.0 - gate) * content + gate * self.positional_attention(rows, columns)  # eq. 7
 
     def positional_attention(self, rows: Tensor, columns: Tensor) -> Tensor:
         """P (h, N, N) of the whole grid."""
         by_row, by_column = self.positional_factors(rows, columns)
         product = by_row[:, :, None, :, None] * by_column[:, None, :, None, :]  # (h, R, C, R, C)
-        return product.flatten(3).flatten(1, 2)
+        return product.flatten(3).flatten(1, 2)  # (h, R C, R C), row-major as the patches are
 
     def positional_factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax over rows (h, R, R) and over columns (h, C, C) in the dtype of the offsets, float32 or wider.
@@ -119,8 +119,8 @@ class GPSA(nn.Module):
         product stay out of autocast, and fuse with the softmax.
         """
         column_weight, row_weight, square_weight = (w.view(-1, 1, 1) for w in self.pos_proj.weight.unbind(dim=1))
-        row_score = row_weight * rows + square_weight * rows.square()
-        column_score = column_weight * columns + square_weight * columns.square()
+        row_score = row_weight * rows + square_weight * rows.square()  # (h, R, R)
+        column_score = column_weight * columns + square_weight * columns.square()  # (h, C, C)
         # The softmax cancels the bias; it is added so that no parameter is left without a gradient under DDP.
         row_score = row_score + self.pos_proj.bias.view(-1, 1, 1)
         # Far patches weigh less than the smallest normal float32, and a CPU multiplies such numbers ten times slower.
@@ -137,28 +137,30 @@ class GPSA(nn.Module):
         side = math.isqrt(self.num_heads)
         center = (side - 1) / 2
         heads = torch.arange(self.num_heads, device=self.pos_proj.weight.device)
-        row_offset, column_offset = heads % side - center, heads // side - center
-        weight = torch.stack((2 * column_offset, 2 * row_offset, -torch.ones_like(row_offset)), dim=1)
+        row_offset, column_offset = heads % side - center, heads // side - center  # delta of each head, (h,)
+        # -alpha |d - delta|^2 = alpha (2 delta d - |d|^2) and a constant, which the softmax cancels.
+        weight = torch.stack((2 * column_offset, 2 * row_offset, -torch.ones_like(row_offset)), dim=1)  # (h, 3)
         self.pos_proj.weight.copy_(locality_strength * weight)
         nn.init.zeros_(self.pos_proj.bias)
         nn.init.eye_(self.v.weight)
         nn.init.ones_(self.gating_param)
 
     def _split_attention(self, x: Tensor, value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        # (1 - s) SDPA + s P V, the right side of the class's equation.
         content = F.scaled_dot_product_attention(*self._query_key(x), split_heads(value, self.num_heads))
         content = content.transpose(1, 2)  # (B, N, h, K), as the kernel lays it out
         gate = self._gate()
         by_row, by_column = self.positional_factors(rows, columns)
         # The gate goes into the smallest factor. In place, since a sum of its own would be one more pass over memory.
         positional = apply_along_grid((gate * by_row).to(value.dtype), by_column.to(value.dtype), value)
-        return ((1.0 - gate[:, 0]).to(content.dtype) * content).add_(positional).flatten(2)
+        return ((1.0 - gate[:, 0]).to(content.dtype) * content).add_(positional).flatten(2)  # (B, N, D)
 
     def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         query, key = self.qk(x).chunk(2, dim=-1)
         return split_heads(query, self.num_heads), split_heads(key, self.num_heads)
 
     def _gate(self) -> Tensor:
-        return self.gating_param.sigmoid().view(self.num_heads, 1, 1)
+        return self.gating_param.sigmoid().view(self.num_heads, 1, 1)  # s, for maps (B, h, N, N)
 
 
 def apply_along_grid(by_row: Tensor, by_column: Tensor, value: Tensor) -> Tensor:
@@ -173,9 +175,9 @@ def apply_along_grid(by_row: Tensor, by_column: Tensor, value: Tensor) -> Tensor
     heads, rows, columns = by_row.shape[0], by_row.shape[1], by_column.shape[1]
     batch, tokens, width = value.shape
     x = value.view(batch, rows, columns, heads, width // heads).permute(3, 1, 2, 0, 4)  # (h, R, C, B, K)
-    x = torch.bmm(by_row, x.reshape(heads, rows, -1))
+    x = torch.bmm(by_row, x.reshape(heads, rows, -1))  # (h, R, C B K)
     by_column = by_column.unsqueeze(1).expand(-1, rows, -1, -1).flatten(0, 1)  # (h R, C, C)
-    x = torch.bmm(by_column, x.view(heads * rows, columns, -1))
+    x = torch.bmm(by_column, x.view(heads * rows, columns, -1))  # (h R, C, B K)
     return x.view(heads, tokens, batch, width // heads).permute(2, 1, 0, 3)
 
 
@@ -233,14 +235,15 @@ class ConViT(ImageTransformer):
                     module.local_init(self.config.locality_strength)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x, grid = self.patch_embed(x)
+        x, grid = self.patch_embed(x)  # (B, N, D)
         x = self.pos_drop(x + self._positions(grid))
+        # Half precision is too coarse for squared offsets, see ``GPSA.positional_factors``.
         dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)
         rows, columns = (axis_offsets(size, device=x.device, dtype=dtype) for size in grid)
         local = self.config.local_up_to_layer
         for block in self.blocks[:local]:
             x = block(x, rows, columns)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, 1 + N, D)
         for block in self.blocks[local:]:
             x = block(x)
         return self.norm(x)

@@ -41,6 +41,7 @@ class FrozenFeatures(nn.Module):
         self._outputs: list[Tensor] = []
         if max(self._blocks.values()) > 1:
             blocks: Any = trunk.blocks
+            # The last block's class token is in what the trunk returns, behind its final norm.
             for block in blocks[-max(self._blocks.values()) : -1]:
                 block.register_forward_hook(lambda _module, _inputs, output: self._outputs.append(output))
 
@@ -51,8 +52,8 @@ class FrozenFeatures(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         trunk: Any = self.trunk
         self._outputs.clear()
-        tokens = trunk.forward_features(images)
-        class_tokens = [trunk.norm(output[:, 0]) for output in self._outputs]
+        tokens = trunk.forward_features(images)  # (B, P + N, D), or (B, D, rows, columns) of a ResNet
+        class_tokens = [trunk.norm(output[:, 0]) for output in self._outputs]  # (B, D) of each earlier block
         self._outputs.clear()
         found = {}
         for name, blocks in self._blocks.items():
@@ -62,7 +63,7 @@ class FrozenFeatures(nn.Module):
                 found[name] = tokens[:, trunk.num_prefix_tokens :].mean(dim=1)
             else:
                 earlier = class_tokens[len(class_tokens) - blocks + 1 :]
-                found[name] = torch.cat((*earlier, tokens[:, 0]), dim=1)
+                found[name] = torch.cat((*earlier, tokens[:, 0]), dim=1)  # (B, blocks * D)
         return {name: feature.float() for name, feature in found.items()}
 
 

@@ -10,6 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from vitcomposer.models.initialization import INIT_STD
 from vitcomposer.models.transformer import check_choice
+from vitcomposer.schema.dino import DINO
+from vitcomposer.schema.moco import MoCo
+from vitcomposer.schema.simclr import SimCLR
+from vitcomposer.schema.swav import SwAV
 
 Activation = Literal["relu", "gelu"]
 # The width of DINO's hidden layers and of the unit vectors before its last layer, in all of its published runs.
@@ -88,7 +92,7 @@ class SwAVHead(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Embeddings (B, D) of length 1, and the scores (B, K) of every set: cosines."""
-        projected = self.projection(features)
+        projected = self.projection(features)  # (B, D)
         # Codes divide the scores by epsilon = 0.05: half precision would change them by more than 5 %.
         with torch.autocast(features.device.type, enabled=False):
             embeddings = _unit(projected)
@@ -127,7 +131,7 @@ class DINOHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, K) of features (B, in_dim)."""
-        return self.last_layer(_unit(self.projection(features)))
+        return self.last_layer(_unit(self.projection(features)))  # (B, bottleneck) to (B, K)
 
 
 class WeightNormLinear(nn.Module):
@@ -143,8 +147,29 @@ class WeightNormLinear(nn.Module):
         self.length = nn.Parameter(torch.ones(out_dim, 1)) if learn_length else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = F.normalize(self.direction, dim=1)
+        weight = F.normalize(self.direction, dim=1)  # eq. 2 of the paper: w = g v / |v|
         return F.linear(x, weight if self.length is None else weight * self.length)
+
+
+def build_swav_head(cfg: SwAV) -> SwAVHead:
+    """The head of a yaml."""
+    return SwAVHead(cfg.head.dims, cfg.head.batch_norm, cfg.head.num_clusters)
+
+
+def build_simclr_head(cfg: SimCLR) -> MLPHead:
+    """The head of a yaml."""
+    return MLPHead(cfg.head.dims, cfg.head.batch_norm)
+
+
+def build_moco_heads(cfg: MoCo) -> tuple[MLPHead, MLPHead]:
+    """Projector and predictor of a yaml, with batch norm after every layer (arXiv:2104.02057, section 4)."""
+    projector = MLPHead(cfg.head.projector_dims, True, last_batch_norm=True)
+    return projector, MLPHead(cfg.head.predictor_dims, True, last_batch_norm=True)
+
+
+def build_dino_head(cfg: DINO, width: int) -> DINOHead:
+    """The head of a yaml, for features of this width."""
+    return DINOHead(width, cfg.head.out_dim, norm_last_layer=cfg.head.norm_last_layer, batch_norm=cfg.head.batch_norm)
 
 
 def _unit(x: Tensor) -> Tensor:

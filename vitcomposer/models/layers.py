@@ -61,7 +61,7 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
-        scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)  # (B, 1, 1)
         return x * scale
 
     def extra_repr(self) -> str:
@@ -82,7 +82,7 @@ def add_on_subset(x: Tensor, branch: Callable[[Tensor], Tensor], kept: int) -> T
 
     Every sample is equally likely, so the expectation is ``x + branch(x)`` for a branch that treats samples separately.
     """
-    index = torch.rand(x.shape[0], device=x.device).argsort()[:kept]
+    index = torch.rand(x.shape[0], device=x.device).argsort()[:kept]  # (kept,), different samples
     return x.index_add(0, index, branch(x.index_select(0, index)).to(x.dtype), alpha=x.shape[0] / kept)
 
 
@@ -125,7 +125,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear, with dropout after both linear layers as in ViT."""
+    """(B, N, D) to (B, N, D): linear, GELU, linear, with dropout after both linear layers as in ViT."""
 
     def __init__(self, embed_dim: int, hidden_dim: int, drop_rate: float = 0.0) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection for query, key and value."""
+    """Multi-head self-attention, (B, N, D) to (B, N, D), with one fused projection for query, key and value."""
 
     def __init__(
         self, embed_dim: int, num_heads: int, *, qkv_bias: bool, drop_rate: float = 0.0, attn_drop_rate: float = 0.0
@@ -152,10 +152,11 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Each (B, h, N, K), of one product (B, N, 3 D).
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.attn_drop_rate if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # (B, h, N, K)
-        return self.proj_drop(self.proj(merge_heads(x)))
+        return self.proj_drop(self.proj(merge_heads(x)))  # (B, N, D)
 
 
 class Block(nn.Module):

@@ -20,4 +20,4 @@ class MeanColor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W) of any size."""
-        return self.head(images[..., ::16, ::16].mean((2, 3)))
+        return self.head(images[..., ::16, ::16].mean((2, 3)))  # (B, 3) to (B, num_classes)

@@ -32,7 +32,7 @@ def resize_positions(positions: Tensor, *, old_grid: Grid, new_grid: Grid, num_p
     image = image.reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     patches = image.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, new N, D)
-    return torch.cat((prefix, patches), dim=1) if num_prefix_rows else patches
+    return torch.cat((prefix, patches), dim=1) if num_prefix_rows else patches  # (1, P + new N, D)
 
 
 def sincos_positions(grid: Grid, embed_dim: int, kind: str = "sincos", *, temperature: float = 10000.0) -> Tensor:
@@ -73,5 +73,5 @@ def axis_offsets(size: int, *, device: torch.device, dtype: torch.dtype) -> Tens
     Returns:
         (size, size), indexed [query, key].
     """
-    position = torch.arange(size, device=device, dtype=dtype)
+    position = torch.arange(size, device=device, dtype=dtype)  # key j minus query i stands at [i, j]
     return position.unsqueeze(0) - position.unsqueeze(1)

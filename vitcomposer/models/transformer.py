@@ -79,6 +79,7 @@ class TransformerConfig:
 
     def least_weights(self, num_classes: int) -> int:
         """How many numbers the matrices of patches, blocks and head have: without positions, tokens and biases."""
+        # Queries, keys, values and projection are 4 D x D; the MLP is two matrices.
         block = 4 * self.embed_dim**2 + 2 * self.embed_dim * int(self.embed_dim * self.mlp_ratio)
         return self.depth * block + self.embed_dim * (3 * self.patch_size**2 + num_classes)
 
@@ -182,9 +183,12 @@ class ImageTransformer(nn.Module):
 
         Args:
             pre_logits: Stop at the pooled features (B, D).
+
+        Returns:
+            Logits, pooled features, or in training of a distilled model the logits of both heads.
         """
         use_token = self.config.pool == "token"
-        pooled = tokens[:, 0] if use_token else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        pooled = tokens[:, 0] if use_token else tokens[:, self.num_prefix_tokens :].mean(dim=1)  # (B, D)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:

@@ -110,11 +110,11 @@ class VisionTransformer(ImageTransformer):
 
         N is ``num_patches_kept`` under patch dropout.
         """
-        x, grid = self.patch_embed(x)
-        positions = self._positions(grid)
+        x, grid = self.patch_embed(x)  # (B, N, D)
+        positions = self._positions(grid)  # (1, N, D), or (1, P + N, D) where prefix tokens have a position
         tokens = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         if self.num_position_rows:
-            x = torch.cat((*tokens, x), dim=1) + positions
+            x = torch.cat((*tokens, x), dim=1) + positions  # (B, P + N, D)
         else:
             x = torch.cat((*tokens, x + positions), dim=1)
         return self.pos_drop(self._drop_patches(x))
@@ -125,9 +125,9 @@ class VisionTransformer(ImageTransformer):
         if not self.training or kept is None or kept >= tokens - prefix:
             return x
         # The order of the patches is lost, which attention does not see: their positions are in them.
-        index = prefix + torch.rand(batch, tokens - prefix, device=x.device).argsort(dim=1)[:, :kept]
-        index = torch.cat((torch.arange(prefix, device=x.device).expand(batch, -1), index), dim=1)
-        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
+        index = prefix + torch.rand(batch, tokens - prefix, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
+        index = torch.cat((torch.arange(prefix, device=x.device).expand(batch, -1), index), dim=1)  # (B, P + kept)
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, width))  # (B, P + kept, D)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -152,7 +152,7 @@ class DistilledVisionTransformer(VisionTransformer):
         Args:
             pre_logits: Return the mean (B, D) of the two tokens instead.
         """
-        cls_token, dist_token = tokens[:, 0], tokens[:, 1]
+        cls_token, dist_token = tokens[:, 0], tokens[:, 1]  # (B, D) each
         if pre_logits:
             return (cls_token + dist_token) / 2
         logits, dist_logits = self.head(cls_token), self.head_dist(dist_token)
@@ -160,7 +160,7 @@ class DistilledVisionTransformer(VisionTransformer):
             return logits, dist_logits
         if self.config.combine_heads == "probabilities" and self.num_classes:
             # logaddexp would be shorter, but ONNX has no such operator.
-            both = torch.stack((logits.log_softmax(dim=-1), dist_logits.log_softmax(dim=-1)))
+            both = torch.stack((logits.log_softmax(dim=-1), dist_logits.log_softmax(dim=-1)))  # (2, B, K)
             return both.logsumexp(dim=0) - math.log(2)
         return (logits + dist_logits) / 2
 

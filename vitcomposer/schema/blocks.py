@@ -1,7 +1,7 @@
 """The keys of the blocks that the yamls of several recipes share, such as ``data`` and ``optimizer``."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vitcomposer.errors import require, require_within
@@ -81,6 +81,10 @@ class Model:
         for name, (low, high) in _MODEL_RANGES.items():
             remedy = "Use 224." if name == "image_size" else "null keeps the published value."
             require_within(f"model.{name}", getattr(self, name), low, high, remedy)
+
+    def options(self) -> dict[str, Any]:
+        """What the block sets, as the arguments of ``models.build_model``: a field that is null is left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops
 from vitcomposer.losses import DINOLoss
 from vitcomposer.losses.dino import GLOBAL_CROPS
 from vitcomposer.models import DINOHead
-from vitcomposer.tasks.self_supervised import (
-    CROPS,
-    SelfSupervisedTask,
-    encode,
-    first_size,
-    frozen_copy,
-    multi_crop_flops,
-)
+from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, first_size, frozen_copy
 
 Outputs = tuple[Tensor, Tensor]  # logits of the student for all crops, of the teacher for the first two
 
@@ -80,6 +74,7 @@ class DINOTask(SelfSupervisedTask):
         return self.objective(*outputs, self._temperature)
 
     def train_flops_per_image(self, crop_sizes: Sequence[int]) -> float:
-        student = multi_crop_flops(nn.Sequential(self.trunk, self.head), crop_sizes)
-        teacher = nn.Sequential(self.teacher_trunk, self.teacher_head)
-        return 3 * student + multi_crop_flops(teacher, crop_sizes[:GLOBAL_CROPS])
+        student = multi_crop_flops(self.trunk, crop_sizes, [self.head])
+        # The teacher runs forward alone, on the global crops.
+        teacher = multi_crop_flops(self.teacher_trunk, crop_sizes[:GLOBAL_CROPS], [self.teacher_head])
+        return TRAIN_FACTOR * student + teacher

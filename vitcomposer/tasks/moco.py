@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops
 from vitcomposer.losses import moco_contrastive
 from vitcomposer.models import MLPHead
-from vitcomposer.tasks.self_supervised import (
-    CROPS,
-    SelfSupervisedTask,
-    encode,
-    frozen_copy,
-    multi_crop_flops,
-)
+from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, frozen_copy
 
 Outputs = tuple[list[Tensor], list[Tensor]]  # queries and keys of the two views
 
@@ -55,9 +50,9 @@ class MoCoTask(SelfSupervisedTask):
         return first + moco_contrastive(query_1, key_0, temperature=self.temperature)
 
     def train_flops_per_image(self, crop_sizes: Sequence[int]) -> float:
-        student = nn.Sequential(self.trunk, self.projector, self.predictor)
-        keys = nn.Sequential(self.momentum_trunk, self.momentum_projector)
-        return 3 * multi_crop_flops(student, crop_sizes) + multi_crop_flops(keys, crop_sizes)
+        queries = multi_crop_flops(self.trunk, crop_sizes, [self.projector, self.predictor])
+        # The momentum encoder runs forward alone.
+        return TRAIN_FACTOR * queries + multi_crop_flops(self.momentum_trunk, crop_sizes, [self.momentum_projector])
 
 
 def freeze_patch_projection(trunk: nn.Module) -> None:

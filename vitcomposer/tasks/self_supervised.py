@@ -12,10 +12,9 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from vitcomposer.cost.flops import forward_flops
 from vitcomposer.data.batch import CROPS
 
-__all__ = ["CROPS", "SelfSupervisedTask", "encode", "first_size", "frozen_copy", "multi_crop_flops"]
+__all__ = ["CROPS", "SelfSupervisedTask", "encode", "first_size", "frozen_copy"]
 
 
 class SelfSupervisedTask(ComposerModel):
@@ -77,8 +76,3 @@ def frozen_copy(average: nn.Module, source: nn.Module) -> nn.Module:
     """``average`` with the weights of ``source`` and without gradients: a momentum encoder or teacher at its start."""
     average.load_state_dict(source.state_dict())
     return average.requires_grad_(False)
-
-
-def multi_crop_flops(network: nn.Module, crop_sizes: Sequence[int]) -> float:
-    """FLOPs of the forward passes of one image's crops."""
-    return float(sum(forward_flops(network, size) * crop_sizes.count(size) for size in set(crop_sizes)))

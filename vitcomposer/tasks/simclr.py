@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops
 from vitcomposer.losses import info_nce
 from vitcomposer.models import MLPHead
-from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, multi_crop_flops
+from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode
 
 
 class SimCLRTask(SelfSupervisedTask):
@@ -25,4 +26,4 @@ class SimCLRTask(SelfSupervisedTask):
         return info_nce(*outputs.chunk(2), temperature=self.temperature)
 
     def train_flops_per_image(self, crop_sizes: Sequence[int]) -> float:
-        return 3 * multi_crop_flops(nn.Sequential(self.trunk, self.head), crop_sizes)
+        return TRAIN_FACTOR * multi_crop_flops(self.trunk, crop_sizes, [self.head])

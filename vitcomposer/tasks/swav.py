@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vitcomposer.collectives import all_reduce
+from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops
 from vitcomposer.losses import SwAVLoss
 from vitcomposer.models import SwAVHead
-from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode, multi_crop_flops
+from vitcomposer.tasks.self_supervised import CROPS, SelfSupervisedTask, encode
 
 _USAGE_STEPS = 100  # over which the use of the prototypes is averaged
 
@@ -70,9 +71,7 @@ class SwAVTask(SelfSupervisedTask):
         return self.objective(scores, embeddings, prototypes, use_queue=self._use_queue, hard=self._hard)
 
     def train_flops_per_image(self, crop_sizes: Sequence[int]) -> float:
-        embedding = multi_crop_flops(nn.Sequential(self.trunk, self.head.projection), crop_sizes)
-        scores = sum(2 * weight.numel() for weight in self.head.prototypes)
-        return 3 * (embedding + len(crop_sizes) * scores)
+        return TRAIN_FACTOR * multi_crop_flops(self.trunk, crop_sizes, [self.head])
 
     @torch.no_grad()
     def _log_usage(self, scores: Tensor) -> None:

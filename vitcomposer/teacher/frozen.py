@@ -39,10 +39,10 @@ class FrozenTeacher:
         self.network = network.eval().requires_grad_(False)
         self.image_size = image_size
         self._dtype = _AUTOCAST[precision]
-        # (x * student_std + student_mean - mean) / std as one product and one sum.
+        # (x * student_std + student_mean - mean) / std as one product and one sum, in float64 so as to round once.
         own, theirs = torch.tensor([mean, std]).double(), torch.tensor([student_mean, student_std]).double()
         self._is_same = (mean, std) == (student_mean, student_std)
-        self._scale = (theirs[1] / own[1]).float().view(3, 1, 1)
+        self._scale = (theirs[1] / own[1]).float().view(3, 1, 1)  # of (B, 3, H, W)
         self._shift = ((theirs[0] - own[0]) / own[1]).float().view(3, 1, 1)
         self._device: torch.device | None = None
 
@@ -53,10 +53,10 @@ class FrozenTeacher:
             self._move(images.device)
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
             logits = self.network(self.prepare(images))
-        return TeacherAnswers.of_logits(logits.float())
+        return TeacherAnswers.of_logits(logits.float())  # logits (B, K)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """The images in the teacher's normalisation and size, float32."""
+        """Images (B, 3, H, W) of the student in the teacher's normalisation, (B, 3, image_size, image_size) float32."""
         if not self._is_same:
             images = torch.addcmul(self._shift, images, self._scale)
         size = (self.image_size, self.image_size)

@@ -37,9 +37,8 @@ def build_network(model: Model, init: Init) -> nn.Module:
         ConfigError: A name, an option or a size that no network has; weights that cannot be read or do not fit; blocks
             that it does not have.
     """
-    options = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
     try:
-        network = build_model(options.pop("name"), **options)
+        network = build_model(**model.options())
         report = load_weights(network, init.weights, min_matched=init.min_matched) if init.weights else None
         if init.train_blocks is not None:
             _freeze(network, init.train_blocks, model.name)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from vitcomposer import losses, optim
 from vitcomposer.algorithms import build_algorithms, build_stage_algorithms
 from vitcomposer.callbacks import build_attention_monitor
-from vitcomposer.cost.flops import TRAIN_FACTOR, forward_flops, train_factor
+from vitcomposer.cost.flops import train_flops
 from vitcomposer.curriculum import Options, Plan, build_plan, check_network, split_options
 from vitcomposer.data.loader import build_dataspec, set_view
 from vitcomposer.schema import Supervised
@@ -87,10 +87,8 @@ def _plan_stages(
 ) -> Plan:
     """What each step of the run sees and costs; the length of the loader is that of an epoch."""
 
-    def flops(network: nn.Module, image_size: int, **kept: float) -> float:
-        # What is counted here is multiplied by TRAIN_FACTOR, but a teacher runs forward alone.
-        student = forward_flops(network, image_size, **kept) * train_factor(network, cfg.init.train_blocks)
-        return (student + teacher_flops) / TRAIN_FACTOR
+    def with_teacher(network: nn.Module, image_size: int, **kept: float) -> float:
+        return train_flops(network, image_size, train_blocks=cfg.init.train_blocks, **kept) + teacher_flops
 
     return build_plan(
         options,
@@ -99,5 +97,5 @@ def _plan_stages(
         max_duration=cfg.max_duration,
         steps_per_epoch=len(cast(DataLoader, train.dataloader)),
         images_per_step=cfg.global_train_batch_size,
-        forward_flops=flops,
+        train_flops=with_teacher,
     )
