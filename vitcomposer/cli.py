@@ -21,8 +21,8 @@ from vitcomposer.commands import (
     predict,
     soup,
 )
+from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.escape import message
-from vitcomposer.reading import Reading, reading
 from vitcomposer.schema import expand_home
 
 if TYPE_CHECKING:

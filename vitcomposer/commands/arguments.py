@@ -1,9 +1,12 @@
-"""Parses command lines in which ``key=value`` may stand before, between and after the options of a command."""
+"""Parses what several commands take: ``key=value`` at any place of the command line, and how images are read."""
 
 import argparse
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
+
+from vitcomposer.data.jpeg import MAX_PIXELS, Reading
 
 _OVERRIDE = re.compile(r"\+?[A-Za-z_][\w-]*(\.[\w-]+)*(\[-?\d+\])?=", re.ASCII)
 _LISTS = ("inputs", "images", "checkpoints")  # arguments of any number that may swallow one
@@ -32,3 +35,21 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 def is_override(word: str) -> bool:
     """Whether a word of a command line changes a key of a yaml."""
     return _OVERRIDE.match(word) is not None and not os.path.exists(word)
+
+
+def add_reading(parser: Any) -> None:
+    """Add the options of :class:`Reading` to a command."""
+    add_max_pixels(parser)
+    help_text = "black and white of images of 16 or 32 bits or floats (default: all of 16 bits, the others are refused)"
+    parser.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help_text)
+
+
+def add_max_pixels(parser: Any) -> None:
+    """Add the limit alone."""
+    help_text = "refuse images with more pixels by their headers (default: %(default)s)"
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=help_text)
+
+
+def given_reading(args: argparse.Namespace) -> Reading:
+    """What :func:`add_reading` was given."""
+    return Reading(args.max_pixels, tuple(args.range) if args.range else None)

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.commands.arguments import add_reading, given_reading
+from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
-from vitcomposer.reading import add_reading, given_reading, set_reading
 from vitcomposer.schema import Neighbors, Probe, SelfSupervised
 from vitcomposer.whole_files import whole_file
 

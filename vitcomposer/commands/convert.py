@@ -8,8 +8,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.commands.arguments import add_reading, given_reading
 from vitcomposer.errors import require
-from vitcomposer.reading import add_reading, given_reading
 
 if TYPE_CHECKING:
     from vitcomposer.data.conversion.sources import Source

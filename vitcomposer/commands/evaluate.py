@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.commands.arguments import add_reading, given_reading
+from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
-from vitcomposer.reading import add_reading, given_reading, set_reading
 from vitcomposer.whole_files import write_whole
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.commands.arguments import add_max_pixels
+from vitcomposer.data.jpeg import Reading, set_reading
 from vitcomposer.escape import for_terminal
-from vitcomposer.reading import Reading, add_max_pixels, set_reading
 
 if TYPE_CHECKING:
     from vitcomposer.data.conversion.inspect import SplitReport

@@ -6,7 +6,7 @@ import random
 import torch
 from torch import Tensor
 
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+from vitcomposer.data.jpeg import Box
 
 NO_BOX: Box = (0, 0, 0, 0)
 

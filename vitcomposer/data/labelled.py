@@ -10,11 +10,11 @@ from pathlib import Path
 from vitcomposer.data.conversion.folder_splits import Labelled, class_folder, find_copies, find_layout
 from vitcomposer.data.conversion.folders import NOTES, Report, scan_classes, subfolders
 from vitcomposer.data.files import ImageFiles, ImageSet
+from vitcomposer.data.jpeg import current_reading
 from vitcomposer.data.loader import open_dataset
 from vitcomposer.data.mds.shards import CLASS_NAMES, INDEX, read_class_names
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.errors import ShardError, did_you_mean
-from vitcomposer.reading import current
 from vitcomposer.schema import Data
 
 REAL_IMAGES = 50_000  # of ImageNet's validation split
@@ -60,7 +60,7 @@ def open_split(folder: str, batch_size: int) -> ImageSet:
 
 
 def _open_mds(name: str, data: Data, batch_size: int) -> ImageSet:
-    data = replace(data, max_pixels=current().max_pixels)
+    data = replace(data, max_pixels=current_reading().max_pixels)
     assert data.local is not None
     try:
         images = open_dataset(data, "val", num_classes=0, batch_size=batch_size, seed=0)

@@ -18,6 +18,7 @@ from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.transforms import EvalTransform, TrainTransform
 from vitcomposer.data.batch import Batch, Sample, split_batch
 from vitcomposer.data.collate import EvalCollate, TrainCollate, Views
+from vitcomposer.data.jpeg import current_reading, set_reading
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.shared_memory import (
@@ -29,7 +30,6 @@ from vitcomposer.data.mds.shared_memory import (
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.errors import ConfigError, ShardError, require
-from vitcomposer.reading import current, set_reading
 from vitcomposer.schema import Data, Probe, Supervised
 
 Split = Literal["train", "val"]
@@ -220,7 +220,7 @@ def open_dataset(
     Raises:
         ShardError: Data that cannot be found.
     """
-    set_reading(replace(current(), max_pixels=data.max_pixels))
+    set_reading(replace(current_reading(), max_pixels=data.max_pixels))
     train = split == "train"
     if data.source == "synthetic":
         return SyntheticImages(

@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from vitcomposer.data.jpeg import MAX_PIXELS
 from vitcomposer.errors import require, require_within
 from vitcomposer.schema.times import check_interval
 
@@ -12,7 +13,6 @@ MAX_SECONDS = 1e6  # eleven days; timers of the system take no endless numbers
 MAX_BATCH = 10**7  # images
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 1 << 27  # 134,217,728, such as 16,384 x 8,192; one takes 1 to 2 GB while it is decoded
 
 
 def require_plain_address(key: str, address: str | None) -> None:

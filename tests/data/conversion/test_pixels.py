@@ -21,10 +21,10 @@ from vitcomposer.data.conversion.folders import read_file
 from vitcomposer.data.conversion.sources import FolderSource
 from vitcomposer.data.conversion.write import convert
 from vitcomposer.data.files import crop_loader
+from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.jpeg.raw import raw_sample
 from vitcomposer.data.labelled import open_labelled_images
-from vitcomposer.reading import Reading, reading
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 _R, _G, _B = np.float32(19595 / 65536), np.float32(38470 / 65536), np.float32(7471 / 65536)
 _HALF = np.float32(0.5)

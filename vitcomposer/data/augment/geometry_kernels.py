@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 _HALF = np.float32(0.5)
 _ZERO, _FULL = np.float32(0), np.float32(255)

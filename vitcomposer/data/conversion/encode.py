@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from vitcomposer.data.jpeg import MAX_PIXELS, Reading
 from vitcomposer.data.jpeg.markers import INDEX_MAGIC, Markers, parse_markers, without_index
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image, scaling
 from vitcomposer.data.jpeg.raw import _RAW_HEAD, RAW_MAGIC, check_jpeg_size
-from vitcomposer.reading import MAX_PIXELS, Reading
 
 _T = TypeVar("_T")
 
@@ -109,7 +109,7 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
     Raises:
         ValueError: The reason why it cannot be decoded.
 
-    It is read as ``vitcomposer.reading`` says; ``options.reading`` is what a conversion sets there.
+    It is read as ``vitcomposer.data.jpeg`` says; ``options.reading`` is what a conversion sets there.
     """
     picture = _Picture(data)
     picture.decode()  # first, and for every way of storing: what training refuses, no split may hold

@@ -24,8 +24,8 @@ from vitcomposer.data.conversion.folders import (
     is_image,
     subfolders,
 )
+from vitcomposer.data.jpeg import current_reading
 from vitcomposer.escape import for_terminal
-from vitcomposer.reading import current
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -144,7 +144,7 @@ def _digests(root: Path, groups: list[list[Labelled]], whole: bool) -> dict[Labe
 
 
 def _digest(path: Path, size: int, whole: bool) -> str:
-    if size > current().max_bytes:
+    if size > current_reading().max_bytes:
         return os.fspath(path)  # reading it will be refused
     try:
         with open(path, "rb", buffering=0) as file:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vitcomposer.data.jpeg import current_reading
 from vitcomposer.escape import for_terminal
-from vitcomposer.reading import current
 
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm avif jp2 tga"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
@@ -114,10 +114,10 @@ def read_file(path: str | Path) -> bytes:
         raise
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device, no file")
-    if status.st_size > current().max_bytes:
+    if status.st_size > current_reading().max_bytes:
         raise ValueError(
-            f"it has {status.st_size:,} bytes, more than the largest image that is read ({current().max_bytes:,}). If "
-            "it is sound, raise --max-pixels"
+            f"it has {status.st_size:,} bytes, more than the largest image that is read "
+            f"({current_reading().max_bytes:,}). If it is sound, raise --max-pixels"
         )
     return Path(path).read_bytes()
 

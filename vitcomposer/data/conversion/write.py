@@ -39,7 +39,7 @@ from vitcomposer.data.conversion.left_out import (
 from vitcomposer.data.conversion.plan import Part, check_room, plan_split, read_json, to_json
 from vitcomposer.data.conversion.shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.conversion.sources import Source, check_same_classes
-from vitcomposer.reading import reading
+from vitcomposer.data.jpeg import reading
 from vitcomposer.stores.objects import LocalStore, Store, open_store
 
 Progress = Callable[[int, int], None]

@@ -19,7 +19,7 @@ from vitcomposer.data.jpeg.huffman_kernels import (
     put,
     put_dc,
 )
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 
 class Order(NamedTuple):

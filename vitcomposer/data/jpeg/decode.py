@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitcomposer.data.boxes import Box
+from vitcomposer.data.jpeg import Box
 from vitcomposer.data.jpeg.markers import INDEX_MAGIC, scan_end
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image
 from vitcomposer.data.jpeg.raw import Encoded, _is_raw, _raw_pixels, check_jpeg_size

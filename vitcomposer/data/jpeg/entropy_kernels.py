@@ -17,8 +17,8 @@ from vitcomposer.data.jpeg.header_kernels import (
     ZIGZAG,
     entry_of,
 )
+from vitcomposer.data.jpeg.kernel import kernel
 from vitcomposer.data.jpeg.pixel_kernels import TILE
-from vitcomposer.data.kernel import kernel
 
 I64, U64, U32 = np.int64, np.uint64, np.uint32
 

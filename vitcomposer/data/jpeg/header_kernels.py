@@ -5,7 +5,7 @@ Nothing here trusts a byte of the file: what is not plain baseline JPEG is refus
 
 import numpy as np
 
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 I64, U64, U32 = np.int64, np.uint64, np.uint32
 

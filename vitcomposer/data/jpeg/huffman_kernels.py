@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 WINDOW = 12  # bits that one look-up sees; longer codes take a slow path
 PADDING = 512  # bytes: the most that one block can take, 64 x 31 bits, and two words

@@ -8,7 +8,7 @@ used twice.
 
 import numpy as np
 
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 I16, I32, U64 = np.int16, np.int32, np.uint64
 

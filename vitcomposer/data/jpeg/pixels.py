@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vitcomposer.reading import current
-from vitcomposer.schema import MAX_PIXELS
+from vitcomposer.data.jpeg import MAX_PIXELS, current_reading
 
 _FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA"}
 UNKNOWN_FORMAT = "no image format that Pillow knows"
@@ -41,13 +40,13 @@ def check_pixels(width: int, height: int) -> None:
     Raises:
         ValueError: More pixels than ``Reading.max_pixels``.
     """
-    if width * height > current().max_pixels:
+    if width * height > current_reading().max_pixels:
         raise ValueError(f"its header says {width:,} x {height:,} pixels, {_above()}")
 
 
 def _above() -> str:
     return (
-        f"and at most {current().max_pixels:,} are read. If it is sound, raise --max-pixels (in training "
+        f"and at most {current_reading().max_pixels:,} are read. If it is sound, raise --max-pixels (in training "
         "data.max_pixels)"
     )
 
@@ -60,7 +59,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
     """
     check_pixels(*_webp_canvas(data))
     # Pillow warns of more than this, and refuses twice as many before it gives us the size.
-    Image.MAX_IMAGE_PIXELS = max(current().max_pixels, MAX_PIXELS)
+    Image.MAX_IMAGE_PIXELS = max(current_reading().max_pixels, MAX_PIXELS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a large image (too large is an error), odd EXIF blocks and palettes
@@ -104,8 +103,8 @@ def scaling(image: Image.Image) -> str | None:
     """
     if not is_deep(image):
         return None
-    if current().value_range is not None:
-        low, high = current().value_range or (0, 0)
+    if current_reading().value_range is not None:
+        low, high = current_reading().value_range or (0, 0)
         return f"{_depth(image)}, {low:g} to {high:g} scaled to 8 bits"
     white = _white(image)
     if white is None:
@@ -131,7 +130,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")  # of transparency, which is ignored
             return image if image.mode in ("L", "RGB") else image.convert("RGB")
     scaling(image)
-    low, high = current().value_range or (0, _white(image) or 0)
+    low, high = current_reading().value_range or (0, _white(image) or 0)
     values = np.asarray(image)
     grey = np.empty(values.shape, np.uint8)
     rows = max(_BAND // max(values.shape[1], 1), 1)

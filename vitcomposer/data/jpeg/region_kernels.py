@@ -9,8 +9,8 @@ import numpy as np
 from vitcomposer.data.jpeg import header_kernels as header
 from vitcomposer.data.jpeg.entropy_kernels import SLACK, decode_segments, gather_band
 from vitcomposer.data.jpeg.header_kernels import LENGTHS
+from vitcomposer.data.jpeg.kernel import kernel
 from vitcomposer.data.jpeg.pixel_kernels import TILE, colour_line, gray_line, inverse_dct, upsample_line
-from vitcomposer.data.kernel import kernel
 
 DONE, REFUSED, GROW = 0, 1, 2  # what decode_box returns
 

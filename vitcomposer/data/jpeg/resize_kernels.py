@@ -10,7 +10,7 @@ Weights have 22 bits of fraction. The magnitudes of either filter's sum to less 
 
 import numpy as np
 
-from vitcomposer.data.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel
 
 I32, U8, U64 = np.int32, np.uint8, np.uint64
 

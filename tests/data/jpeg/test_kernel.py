@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from vitcomposer.data import kernel
+from vitcomposer.data.jpeg import kernel
 
-PACKAGE = Path(__file__).resolve().parents[2] / "vitcomposer"
+PACKAGE = Path(__file__).resolve().parents[3] / "vitcomposer"
 CALL = "from vitcomposer.data.outer_kernels import outer; print(outer(1))"
 
 
 def test_a_changed_kernel_is_compiled_again_though_its_caller_did_not_change(tmp_path: Path) -> None:
     data = tmp_path / "vitcomposer" / "data"
-    data.mkdir(parents=True)
-    for name in ("__init__.py", "data/__init__.py", "data/kernel.py"):
+    (data / "jpeg").mkdir(parents=True)
+    for name in ("__init__.py", "data/__init__.py", "data/jpeg/__init__.py", "data/jpeg/kernel.py"):
         shutil.copy(PACKAGE / name, tmp_path / "vitcomposer" / name)
     inner = data / "inner_kernels.py"
-    head = "from vitcomposer.data.kernel import kernel\n\n\n@kernel\n"
+    head = "from vitcomposer.data.jpeg.kernel import kernel\n\n\n@kernel\n"
     inner.write_text(head + "def inner(x):\n    return x + 1\n")
     imports = head.replace("\n\n\n@", "\nfrom vitcomposer.data.inner_kernels import inner\n\n\n@")
     (data / "outer_kernels.py").write_text(imports + "def outer(x):\n    return inner(x) * 10\n")

@@ -1,7 +1,8 @@
 """Compiles functions with numba (``@kernel``) and keeps the machine code on disk, for exactly these sources.
 
 numba's own cache looks at the file of the called function alone: after a change in a file that it calls into, it would
-run the old code. Here the place of the cache is a hash of every kernel file, so that a change starts afresh.
+run the old code. Here the place of the cache is a hash of every kernel file in the folder above, those of
+``data.augment`` too, so that a change starts afresh.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def _folder() -> str:
 
     numba unpickles what it finds there: a file that somebody else wrote would run as this user.
     """
-    sources = sorted(path for path in Path(__file__).parent.rglob("*.py") if b"\n@kernel\n" in path.read_bytes())
+    sources = sorted(path for path in Path(__file__).parents[1].rglob("*.py") if b"\n@kernel\n" in path.read_bytes())
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = f"vitcomposer-kernels-{os.getuid()}"
