@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import io
 import random
 import re
 import shlex
+import tokenize
 import tomllib
 import typing
 from collections.abc import Iterator
@@ -124,6 +126,27 @@ def test_first_line_of_a_module_says_what_it_does(path: Path) -> None:
     """In one line, so that ``head -1`` of all files is a guide to them."""
     first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
     assert len(first.split()) >= 5 and (first[-1] in ".:" or path.name == "train.py")
+
+
+def lines_of_code_and_comment(path: Path) -> tuple[int, int]:
+    """Lines with code, docstrings not counted, and lines with a comment, at their end too, other than for ruff."""
+    text = path.read_text()
+    code, comments = set(), set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            comments |= set() if token.string.startswith("# noqa") else {token.start[0]}
+        elif token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP):
+            code |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            code -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(code), len(comments)
+
+
+@pytest.mark.parametrize("path", ROOT.glob("vitcomposer/**/*_kernels.py"), ids=module_name)
+def test_kernels_have_8_lines_of_comment_for_100_of_code(path: Path) -> None:
+    code, comments = lines_of_code_and_comment(path)
+    assert comments >= 8 * code / 100, f"{comments} comments on {code} lines of code"
 
 
 def test_train_is_under_60_lines() -> None:

@@ -31,6 +31,7 @@ def _blend(low: Any, high: Any, factor: Any) -> Any:
 
 @kernel
 def gray(flat: Any) -> None:
+    # flat is uint8 (3 * H * W,), as in all functions below.
     for i in range(flat.size // 3):
         luma = np.uint8(np.int32(_luma(flat[3 * i], flat[3 * i + 1], flat[3 * i + 2])))
         flat[3 * i] = flat[3 * i + 1] = flat[3 * i + 2] = luma
@@ -41,7 +42,7 @@ def saturation(flat: Any, value: float) -> None:
     factor = np.float32(value)
     for i in range(flat.size // 3):
         r, g, b = np.float32(flat[3 * i]), np.float32(flat[3 * i + 1]), np.float32(flat[3 * i + 2])
-        luma = _luma(r, g, b)
+        luma = _luma(r, g, b)  # float32, a whole number
         flat[3 * i] = _blend(luma, r, factor)
         flat[3 * i + 1] = _blend(luma, g, factor)
         flat[3 * i + 2] = _blend(luma, b, factor)
@@ -56,12 +57,14 @@ def _hue_weight(distance: Any, share: Any) -> Any:
 @kernel
 def hue(flat: Any, shift: int) -> None:
     """To Pillow's HSV, ``shift`` added to the uint8 hue, and back."""
+    # Constants in float32, or numba would compute in float64.
     turn, one, three, five = np.float32(shift & 255), np.float32(1), np.float32(3), np.float32(5)
     sixth, period = np.float32(6), np.float32(256)
     for i in range(flat.size // 3):
         r, g, b = np.float32(flat[3 * i]), np.float32(flat[3 * i + 1]), np.float32(flat[3 * i + 2])
         top, low = max(r, max(g, b)), min(r, min(g, b))
         chroma = top - low
+        # The middle channel from 0, at the highest, to 1, at the lowest; sector is the hue in sixths of a circle.
         middle = (top - (r + g + b - top - low)) / max(chroma, one)
         # A hue of gray would be wrong here, but has no effect: its saturation is 0.
         if r == top:
@@ -70,12 +73,15 @@ def hue(flat: Any, shift: int) -> None:
             sector = one + middle if r >= b else three - middle
         else:
             sector = five - middle if r >= g else three + middle
+        # As a uint8, cut off, turned modulo 256; then times 6, so that a sixth of the circle is 255.
         angle = sector / sixth * _FULL
         angle = np.floor(angle + _FULL if sector < _ZERO else angle)
         angle = _ZERO if angle >= _FULL else angle
         angle += turn
         angle = sixth * (angle - period if angle >= period else angle)
+        # Pillow's saturation, a uint8, over 255.
         share = np.floor(chroma / max(top, one) * _FULL) / _FULL
+        # Each channel is full within a sixth of its place: red at 0, green at 510, blue at 1020 of 1530.
         red = _hue_weight(np.float32(510) - abs(angle - np.float32(765)), share)
         green = _hue_weight(abs(angle - np.float32(510)) - _FULL, share)
         blue = _hue_weight(abs(angle - np.float32(1020)) - _FULL, share)
@@ -91,12 +97,12 @@ def sharpness(pixels: Any, value: float) -> None:
     if height < 3 or width < 3:
         return
     factor, share, five = np.float32(value), np.float32(1 / 13), np.float32(5)
-    above, row = pixels[0].copy().reshape(-1), pixels[0].copy().reshape(-1)
+    above, row = pixels[0].copy().reshape(-1), pixels[0].copy().reshape(-1)  # uint8 (3 * W,): rows as they were
     for y in range(1, height - 1):
         above[:] = row
         out, below = pixels[y].reshape(-1), pixels[y + 1].reshape(-1)
         row[:] = out
-        inner = out[3:-3]
+        inner = out[3:-3]  # without the border
         for i in range(inner.size):
             total = np.float32(above[i]) + np.float32(above[i + 3]) + np.float32(above[i + 6])
             total += np.float32(row[i]) + five * np.float32(row[i + 3]) + np.float32(row[i + 6])
@@ -115,7 +121,7 @@ def look_up(flat: Any, table: Any) -> None:
 @kernel
 def histogram_step(flat: Any, table: Any, equalize: bool) -> Any:
     """ImageOps.equalize or autocontrast as a table (3, 256), for the image as it is after ``table`` (3, 256)."""
-    step = np.empty((3, 256), np.uint8)
+    step = np.empty((3, 256), np.uint8)  # one table a channel
     _fill_step(_histograms(flat, table), equalize, step)
     return step
 
@@ -147,6 +153,7 @@ def _fill_step(counts: Any, equalize: bool, step: Any) -> None:
             total += counts[c, i]
             if counts[c, i] > 0:
                 low, high = min(low, i), max(high, i)
+        # As ImageOps.equalize has it, the pixels of the highest level do not count for the size of a step.
         size = (total - counts[c, high]) // 255
         if high <= low or (equalize and size == 0):
             for i in range(256):
@@ -168,6 +175,7 @@ def mean_luma(flat: Any) -> int:
     """The mean of the gray image, rounded as ImageEnhance.Contrast does."""
     total, count = 0, flat.size // 3
     for i in range(count):
+        # A sum of whole numbers, exact in any order.
         total += np.int32(_luma(flat[3 * i], flat[3 * i + 1], flat[3 * i + 2]))
     return int(total / count + 0.5)
 
@@ -175,6 +183,7 @@ def mean_luma(flat: Any) -> int:
 @kernel
 def normalize_lines(lines: Any, mean: Any, std: Any, result: Any) -> None:
     """(value - mean) / std of every number of every line, in float32."""
+    # lines are uint8 (rows, 3 * W), mean and std float32 (3 * W,) of such values, result float32 (rows, 3 * W).
     for i in range(lines.shape[0]):
         for j in range(lines.shape[1]):
             # The operator would test for zero, which keeps the loop from being vectorised.

@@ -31,6 +31,7 @@ def flip(pixels: Any) -> None:
 def transpose(pixels: Any, out: Any) -> None:
     """(H, W, 3) to (W, H, 3), in tiles that stay in the cache."""
     height, width, _ = pixels.shape
+    # A tile of 16 x 16 pixels of either image has 16 pieces of 48 bytes, which stay in the first level cache.
     for top in range(0, height, 16):
         for left in range(0, width, 16):
             for x in range(left, min(left + 16, width)):
@@ -52,7 +53,7 @@ def _cut(value: Any) -> Any:
 
 @njit(nogil=True, inline="always")
 def _position(x: int, move: float, offset: float) -> float:
-    return x + 0.5 + move + offset
+    return x + 0.5 + move + offset  # in Pillow's order: rounding decides what is inside
 
 
 @kernel
@@ -61,9 +62,10 @@ def slide_rows(pixels: Any, slope: float, offset: float, fill: Any, cubic: bool)
     height, width, _ = pixels.shape
     line = np.empty(3 * (width + 5), np.uint8)  # the row with two pixels more on the left and three on the right
     for y in range(height):
-        out = pixels[y].reshape(-1)
+        out = pixels[y].reshape(-1)  # uint8 (3 * W,), a view
         _pad_row(out, line)
         move = slope * (y + 0.5)
+        # The first and last pixel inside: two pixels early by a formula that rounds otherwise, then one by one.
         first = int(min(max(-0.5 - move - offset - 2.0, 0.0), float(width)))
         while first < width and not _position(first, move, offset) >= 0.0:
             first += 1
@@ -77,6 +79,7 @@ def slide_rows(pixels: Any, slope: float, offset: float, fill: Any, cubic: bool)
             for c in range(3):
                 out[3 * x + c] = fill[c]
         if first < last:
+            # The row moves as a whole: all its pixels have one share, and line is read in order.
             start = int(np.floor(_position(first, move, offset) - 0.5))
             share = _position(first, move, offset) - 0.5 - start
             length = last - first
@@ -85,7 +88,7 @@ def slide_rows(pixels: Any, slope: float, offset: float, fill: Any, cubic: bool)
             for x in range(first, last, length):
                 # From the first pixel's column on, so that a sum which rounding lifts over an integer has share 1.
                 share = _position(x, move, offset) - 0.5 - (start + x - first)
-                source = line[3 * (start + x - first + 1) :]
+                source = line[3 * (start + x - first + 1) :]  # a, b, c, d: one pixel apart
                 target = out[3 * x : 3 * (x + length)]
                 _mix_lines(source, source[3:], source[6:], source[9:], target, share, cubic)
 
@@ -94,11 +97,12 @@ def slide_rows(pixels: Any, slope: float, offset: float, fill: Any, cubic: bool)
 def shift_rows(pixels: Any, offset: float, fill: Any, cubic: bool) -> None:
     """Every output pixel is read at y + offset of its own column."""
     height, width, _ = pixels.shape
-    source = pixels.copy().reshape(height, 3 * width)
+    source = pixels.copy().reshape(height, 3 * width)  # a copy: rows are read after they were written
     for y in range(height):
         position, out = _position(y, 0.0, offset), pixels[y].reshape(-1)
         if position >= 0.0 and position < height:
             place = int(np.floor(position - 0.5))
+            # The edge rows count for those outside, as in Pillow.
             above, top = max(place - 1, 0), max(place, 0)
             bottom, below = min(place + 1, height - 1), min(place + 2, height - 1)
             share = position - 0.5 - place
@@ -112,6 +116,7 @@ def shift_rows(pixels: Any, offset: float, fill: Any, cubic: bool) -> None:
 @kernel
 def _mix_lines(a: Any, b: Any, c: Any, d: Any, out: Any, share: float, cubic: bool) -> None:
     if cubic:
+        # In double precision, as Pillow; a line's bytes are neighbours, so this is vector code.
         for i in range(out.size):
             left, right = np.float64(b[i]), np.float64(c[i])
             out[i] = _cut(_cubic(np.float64(a[i]), left, right, np.float64(d[i]), share))
@@ -122,7 +127,7 @@ def _mix_lines(a: Any, b: Any, c: Any, d: Any, out: Any, share: float, cubic: bo
 
 @kernel
 def _pad_row(row: Any, line: Any) -> None:
-    line[6 : 6 + row.size] = row
+    line[6 : 6 + row.size] = row  # uint8 (3 * (W + 5),)
     for c in range(3):
         line[c] = line[3 + c] = row[c]
         line[6 + row.size + c] = line[9 + row.size + c] = line[12 + row.size + c] = row[row.size - 3 + c]
@@ -137,10 +142,11 @@ def affine(pixels: Any, matrix: Any, fill: Any, cubic: bool) -> None:
     """
     height, width, _ = pixels.shape
     stride = width + 4
-    packed = np.empty((height + 4, stride), np.uint32)
+    packed = np.empty((height + 4, stride), np.uint32)  # a pixel is one number: one read for three channels
     for y in range(height + 4):
         _pack_row(pixels[min(max(y - 2, 0), height - 1)].reshape(-1), packed[y])
     source = packed.reshape(-1)
+    # Of one output row: where each pixel reads, how far behind, its 4 x 4 (or 2 x 2) pixels, and the weights.
     places, shares = np.empty(width, np.int64), np.empty((2, width), np.float64)
     taps, weights = np.empty((16, width), np.uint32), np.empty((8, width), np.float32)
     margins = np.empty(width, np.float32)
@@ -152,6 +158,7 @@ def affine(pixels: Any, matrix: Any, fill: Any, cubic: bool) -> None:
             _all_weights(shares, weights)
             _mix_taps(taps, weights, out, margins)
         else:
+            # The 2 x 2 pixels of the linear case begin one row and one column later.
             _gather(source, places + stride + 1, stride, 2, taps)
             _mix_linear(taps, shares, out)
         for x in range(width):
@@ -167,10 +174,11 @@ def affine(pixels: Any, matrix: Any, fill: Any, cubic: bool) -> None:
 @kernel
 def _gather(source: Any, places: Any, stride: int, size: int, taps: Any) -> None:
     for x in range(places.size):
+        # Pixels outside, at -1, read something too, which spares a branch; they are filled afterwards.
         place = max(places[x], 0)
         for j in range(size):
             for i in range(size):
-                taps[size * j + i, x] = source[place + j * stride + i]
+                taps[size * j + i, x] = source[place + j * stride + i]  # uint32 (16, W)
 
 
 @kernel
@@ -188,6 +196,7 @@ def _locate(matrix: Any, y: int, height: int, places: Any, shares: Any) -> None:
     m0, m1, m2, m3, m4, m5 = matrix
     width = places.size
     for x in range(width):
+        # In double precision and Pillow's order, since rounding decides what is inside.
         px = m0 * (x + 0.5) + m1 * (y + 0.5) + m2
         py = m3 * (x + 0.5) + m4 * (y + 0.5) + m5
         inside = px >= 0.0 and px < width and py >= 0.0 and py < height
@@ -206,6 +215,7 @@ def _all_weights(shares: Any, weights: Any) -> None:
             share = np.float32(shares[axis, x])
             rest = np.float32(1) - share
             bend = share * rest
+            # The cubic with slope -1 as a weight for each pixel; weights float32 (8, W).
             weights[4 * axis, x] = -bend * rest
             weights[4 * axis + 1, x] = rest + bend * rest
             weights[4 * axis + 2, x] = share + bend * share
@@ -244,6 +254,7 @@ def _mix(taps: Any, weights: Any, x: int, shift: int) -> Any:
     a, b = _mix_row(taps, weights, x, 0, shift), _mix_row(taps, weights, x, 4, shift)
     c, d = _mix_row(taps, weights, x, 8, shift), _mix_row(taps, weights, x, 12, shift)
     total = weights[4, x] * a + weights[5, x] * b + (weights[6, x] * c + weights[7, x] * d)
+    # Beyond the range both ways give 0 or 255: half a step outside is far from an integer, hence never in doubt.
     return min(max(total, -_HALF), _FULL + _HALF)
 
 
@@ -282,6 +293,7 @@ def _exact_row(taps: Any, x: int, row: int, shift: int, share: float) -> float:
 
 @kernel
 def _is_flat(taps: Any, x: int) -> bool:
+    # Of 16 equal pixels every sum is that pixel: no need for the slow exact way, which flat areas would take always.
     differing = np.uint32(0)
     for i in range(1, 16):
         differing |= taps[i, x] ^ taps[0, x]
@@ -296,8 +308,8 @@ def box_blur(pixels: Any, reach: int, inner: int, outer: int) -> None:
     units of 2**-24.
     """
     height, width, _ = pixels.shape
-    stride, pad = 3 * width, reach + 1
-    image = np.empty((height + 2 * pad, stride), np.uint8)
+    stride, pad = 3 * width, reach + 1  # pad: pixels that a box takes beyond its middle
+    image = np.empty((height + 2 * pad, stride), np.uint8)  # room for replicated rows
     other = np.empty((height + 2 * pad, stride), np.uint8)
     line, spare = np.empty(stride + 6 * pad, np.uint8), np.empty(stride + 6 * pad, np.uint8)
     for y in range(height):
@@ -308,6 +320,7 @@ def box_blur(pixels: Any, reach: int, inner: int, outer: int) -> None:
         _box(spare, line[3 * pad : 3 * pad + stride], 3, reach, inner, outer)
         _replicate(line, 3, pad)
         _box(line, image[y + pad], 3, reach, inner, outer)
+    # Along the columns the whole image is one line, whose neighbours are a stride apart.
     columns, others, begin = image.reshape(-1), other.reshape(-1), pad * stride
     _replicate(columns, stride, pad)
     _box(columns, others[begin : begin + height * stride], stride, reach, inner, outer)
@@ -329,6 +342,7 @@ def _replicate(line: Any, step: int, pad: int) -> None:
 @kernel
 def _box(line: Any, out: Any, step: int, reach: int, inner: int, outer: int) -> None:
     inside, outside = np.uint32(inner), np.uint32(outer)
+    # The smallest reaches are written out: sums of up to 3 bytes fit into 16 bits, which has twice the lanes of 32.
     if reach == 0:
         a, b, c = line, line[step:], line[2 * step :]
         for i in range(out.size):
@@ -339,7 +353,7 @@ def _box(line: Any, out: Any, step: int, reach: int, inner: int, outer: int) -> 
             middle = np.uint16(np.uint16(b[i]) + np.uint16(c[i]) + np.uint16(d[i]))
             out[i] = _round(middle * inside + np.uint16(np.uint16(a[i]) + np.uint16(e[i])) * outside)
     else:
-        middles = np.zeros(out.size, np.uint32)
+        middles = np.zeros(out.size, np.uint32)  # the 2 * reach + 1 inner values
         for k in range(1, 2 * reach + 2):
             shifted = line[k * step :]
             for i in range(out.size):
@@ -351,4 +365,5 @@ def _box(line: Any, out: Any, step: int, reach: int, inner: int, outer: int) -> 
 
 @njit(nogil=True, inline="always")
 def _round(weighted: Any) -> Any:
+    # The sum of the weights is 2**24 at most: 255 * 2**24 and a half fit into 32 bits.
     return np.uint8(np.uint32(weighted + np.uint32(1 << 23)) >> np.uint32(24))

@@ -32,6 +32,7 @@ class Order(NamedTuple):
 @kernel
 def _peek(words, position):
     """The 32 bits from bit ``position`` on."""
+    # They may begin in one word, uint32, and end in the next.
     i = position >> 5
     pair = np.uint64(words[i]) << np.uint64(32) | np.uint64(words[i + 1])
     return np.int64((pair << np.uint64(position & 31)) >> np.uint64(32))
@@ -55,6 +56,7 @@ def _decode_ac(words, position, decoders, row, block, band, run_left):
     k = band[0]
     while k <= band[1]:
         peek = _peek(words, position)
+        # DECODE of T.81, F.2.2.3: a look-up, and the slow path for codes longer than WINDOW.
         entry = np.int64(look[peek >> (32 - WINDOW)])
         if entry == 0:
             entry = long_code(decoders, row, peek >> 16)
@@ -62,14 +64,16 @@ def _decode_ac(words, position, decoders, row, block, band, run_left):
                 return NO_CODE, 0
         length, run, size = entry >> 8, (entry >> 4) & 15, entry & 15
         position += length + size
+        # EOBn: the band ends here, in this block and in (1 << run) + extra - 1 blocks after it. Run 0 is plain EOB.
         if size == 0 and run < 15:
             extra = (peek >> (32 - length - run)) & ((1 << run) - 1)
             return position + run, (1 << run) + extra - 1
+        # Size 0 is ZRL here, 16 zeros: 15 of the run and the step below.
         k += run
         if size:
             if k > band[1]:
                 return TOO_FAR, 0
-            block[k] = _extend(peek, length, size) << band[2]
+            block[k] = _extend(peek, length, size) << band[2]  # int16 (64,); band[2] is Al, the bits that come later
         k += 1
     return position, 0
 
@@ -91,18 +95,19 @@ def _refine_ac(words, position, decoders, row, block, band, run_left):
                     return NO_CODE, 0
             length, run, size = entry >> 8, (entry >> 4) & 15, entry & 15
             position += length
-            if size == 1:
+            if size == 1:  # a new coefficient after ``run`` zeros, and its sign
                 value = bit if (peek >> (31 - length)) & 1 else -bit
                 position += 1
                 zeros = run
-            elif size > 1:
+            elif size > 1:  # it would have shown in an earlier scan
                 return NO_CODE, 0
-            elif run < 15:
+            elif run < 15:  # EOBn, this block counted in
                 run_left = (1 << run) + ((peek >> (32 - length - run)) & ((1 << run) - 1))
                 position += run
             else:
                 zeros = 15
         while k <= band[1]:
+            # Passing by, a coefficient that is not zero takes its correction bit; zeros alone count for the run.
             if block[k]:
                 if _peek(words, position) >> 31:
                     block[k] += bit if block[k] > 0 else -bit
@@ -123,20 +128,22 @@ def _refine_ac(words, position, decoders, row, block, band, run_left):
 @kernel
 def decode(bits, decoders, order, band, progressive, coefficients):
     """Decode one scan into ``coefficients`` int16 (blocks, 64); ``band`` is first, last, low, high of its header."""
-    last = np.zeros(4, np.int64)
+    last = np.zeros(4, np.int64)  # the DC prediction of each component
     position, end, left, segment, run_left = np.int64(0), np.int64(0), 0, -1, 0
     ac = (max(band[0], 1), band[1], band[2])
     for mcu in range(order.blocks.shape[0]):
         if left == 0:
             left = bits.interval
             segment += 1
+            # A restart interval begins: predictions and runs of blocks start afresh.
             last[:] = 0
             run_left = 0
             position, end = bits.starts[segment], bits.ends[segment]
         left -= 1
         for i in range(order.component.shape[0]):
             c = order.component[i]
-            block = coefficients[order.blocks[mcu, i]]
+            block = coefficients[order.blocks[mcu, i]]  # int16 (64,), a view
+            # DC: a further bit, or the first ones (G.1.2.1). band is Ss, Se, Al, Ah of the scan's header (B.2.3).
             if band[0] == 0 and band[3] > 0:
                 block[0] |= (_peek(bits.words, position) >> 31) << band[2]
                 position += 1
@@ -153,6 +160,7 @@ def decode(bits, decoders, order, band, progressive, coefficients):
             row = decoders.rows[c, 1]
             if not progressive:
                 position, run_left = _decode_ac(bits.words, position, decoders, row, block, ac, 0)
+                # A run of blocks belongs to progressive files alone.
                 if run_left > 0:
                     return NO_CODE
             elif band[0] > 0 and band[3] == 0:
@@ -169,7 +177,7 @@ def decode(bits, decoders, order, band, progressive, coefficients):
 @kernel
 def count_symbols(coefficients, order, per_segment, table, counts):
     """Count the symbols of a baseline scan into ``counts`` int64 (2 * tables, 256); ``table`` of each component."""
-    last = np.zeros(4, np.int64)
+    last = np.zeros(4, np.int64)  # the DC prediction of each component
     for mcu in range(order.blocks.shape[0]):
         if mcu % per_segment == 0:
             last[:] = 0
@@ -180,20 +188,21 @@ def count_symbols(coefficients, order, per_segment, table, counts):
             if size > 15:
                 return NO_CODE
             last[c] = block[0]
+            # A row for DC, then one for AC, of each table; symbols are those of T.81, F.1.2.1 and F.1.2.2.
             counts[2 * table[c], size] += 1
             run = 0
             for k in range(1, 64):
                 if block[k] == 0:
                     run += 1
                     continue
-                counts[2 * table[c] + 1, 0xF0] += run >> 4
+                counts[2 * table[c] + 1, 0xF0] += run >> 4  # ZRL
                 size = category(np.int64(block[k]))
                 if size > 15:
                     return NO_CODE
                 counts[2 * table[c] + 1, (run & 15) << 4 | size] += 1
                 run = 0
             if run:
-                counts[2 * table[c] + 1, 0] += 1
+                counts[2 * table[c] + 1, 0] += 1  # EOB
     return 0
 
 
@@ -210,7 +219,7 @@ def encode(coefficients, order, per_segment, table, codes, out, lengths):
         for i in range(order.component.shape[0]):
             c = order.component[i]
             block = coefficients[order.blocks[mcu, i]]
-            ac = codes[2 * table[c] + 1]
+            ac = codes[2 * table[c] + 1]  # int64 (256, 2): code and length
             n, acc, pending = put_dc(out, n, acc, pending, block[0] - last[c], codes[2 * table[c]])
             last[c] = block[0]
             run = 0
@@ -220,17 +229,18 @@ def encode(coefficients, order, per_segment, table, codes, out, lengths):
                     run += 1
                     continue
                 while run > 15:
-                    n, acc, pending = put(out, n, acc, pending, np.uint64(ac[0xF0, 0]), ac[0xF0, 1])
+                    n, acc, pending = put(out, n, acc, pending, np.uint64(ac[0xF0, 0]), ac[0xF0, 1])  # ZRL
                     run -= 16
                 size = category(value)
                 symbol = run << 4 | size
+                # The low bits of a negative value less 1 (F.1.2.2). Code and value have 31 bits at most.
                 if value < 0:
                     value += (1 << size) - 1
                 bits = np.uint64(ac[symbol, 0]) << np.uint64(size) | np.uint64(value)
                 n, acc, pending = put(out, n, acc, pending, bits, ac[symbol, 1] + size)
                 run = 0
             if run:
-                n, acc, pending = put(out, n, acc, pending, np.uint64(ac[0, 0]), ac[0, 1])
+                n, acc, pending = put(out, n, acc, pending, np.uint64(ac[0, 0]), ac[0, 1])  # EOB
         if mcu + 1 == total or (mcu + 1) % per_segment == 0:
             n = end_segment(out, n, acc, pending, mcu // per_segment, mcu + 1 == total)
             pending = 0

@@ -43,6 +43,7 @@ def fill_decoder(counts, symbols, look, limit, delta, skip):
     """Fill one row of Decoders. The caller has checked that the codes fit into their lengths."""
     code, place = 0, 0
     for length in range(1, 17):
+        # T.81, C.2: codes of one length follow each other, and the next length goes on at twice the next code.
         code <<= 1
         delta[length] = place - code
         for _ in range(counts[length - 1]):
@@ -54,6 +55,7 @@ def fill_decoder(counts, symbols, look, limit, delta, skip):
             place += 1
         limit[length] = code << (16 - length)
     for i in range(1 << WINDOW):
+        # Whole codes with their values, as many as the window holds: walk needs none of the values of AC coefficients.
         bits, steps, end = 0, 0, 0
         while bits < WINDOW:
             entry = np.int64(look[(i << bits) & ((1 << WINDOW) - 1)])
@@ -81,6 +83,7 @@ def unstuff(data, start, out, starts, ends):
     starts[0] = 0
     while i < size:
         byte = data[i]
+        # T.81, B.1.1.5 and B.1.1.2: 0xFF is data if a zero follows, else a marker, perhaps after fill bytes.
         if byte != 255:
             out[n] = byte
             n += 1
@@ -96,11 +99,11 @@ def unstuff(data, start, out, starts, ends):
             out[n] = 255
             n += 1
             i += 1
-        elif 208 <= code <= 215:
+        elif 208 <= code <= 215:  # RST0 to RST7
             if code - 208 != segments & 7 or segments + 1 == starts.shape[0]:
                 return -1, marker
             ends[segments] = 8 * n
-            n = (n + 3) & ~3
+            n = (n + 3) & ~3  # segments begin at a word
             segments += 1
             starts[segments] = 8 * n
             i += 1
@@ -131,6 +134,7 @@ def walk(bits, decoders, component, marks):
     words = bits.words
     count = decoders.rows.shape[0]
     last = np.zeros(4, np.int64)  # predictor
+    # The next ``have`` bits are at the top of acc; the bit that is read next is 32 * word - have.
     acc, have, word, end = np.uint64(0), 0, 0, np.int64(0)
     left, segment = 0, -1
     for mcu in range(marks.shape[0]):
@@ -156,6 +160,7 @@ def walk(bits, decoders, component, marks):
             if entry == 0 or size > 15:
                 return NO_CODE
             if size:
+                # RECEIVE and EXTEND (T.81, F.2.2.1 and figure F.12).
                 value = np.int64((acc << np.uint64(length)) >> np.uint64(64 - size))
                 last[c] += value if value >> (size - 1) else value - (1 << size) + 1
             if not (seen >> c) & 1:
@@ -168,12 +173,14 @@ def walk(bits, decoders, component, marks):
             have -= length + size
             row = decoders.rows[c, 1]
             k = 1
+            # AC coefficients: only where they end matters.
             while k < 64:
                 if have < 32:
                     acc |= np.uint64(words[word]) << np.uint64(32 - have)
                     word += 1
                     have += 32
                 entry = np.int64(decoders.skip[row, np.int64(acc >> _SHIFT)])
+                # At least one whole code is in the window, and all of them fit into the block.
                 if entry > 63 and k + (entry >> 6) <= 64:
                     acc <<= np.uint64(entry & 31)
                     have -= entry & 31
@@ -204,6 +211,7 @@ def walk(bits, decoders, component, marks):
 def put_word(out, n, word):
     """Append 32 bits with 0x00 stuffed after every 0xFF. Returns the new length."""
     inverse = word ^ np.uint64(0xFFFFFFFF)
+    # Is one of the four bytes 0xFF? The search for a zero byte (Warren, Hacker's Delight, 6-1), in the complement.
     if (inverse - np.uint64(0x01010101)) & word & np.uint64(0x80808080):
         for shift in range(24, -8, -8):
             byte = np.uint8(word >> np.uint64(shift))
@@ -223,7 +231,7 @@ def put_word(out, n, word):
 @kernel
 def put(out, n, acc, pending, value, count):
     """Append ``count`` <= 32 bits; whole words go out."""
-    acc = acc << np.uint64(count) | value
+    acc = acc << np.uint64(count) | value  # the last ``pending`` bits of it are not written yet
     pending += count
     if pending >= 32:
         pending -= 32
@@ -288,6 +296,8 @@ def splice(bits, marks, per_segment, codes, out, lengths):
         if opens:
             begin = n
         changed = opens or mcu % bits.interval == 0
+        # Where the prediction stays, the MCU is copied in one piece; else each component's first DC difference is
+        # replaced and what lies between those differences is copied.
         for c in range(count if changed else 1):
             position = np.int64(marks[mcu, 4 * c])
             if changed:
@@ -301,6 +311,7 @@ def splice(bits, marks, per_segment, codes, out, lengths):
             shift = np.uint64(position & 31)
             i = position >> 5
             for _ in range((stop - position) >> 5):
+                # 32 bits that begin anywhere lie in two words.
                 pair = np.uint64(words[i]) << np.uint64(32) | np.uint64(words[i + 1])
                 acc = acc << np.uint64(32) | (pair << shift) >> np.uint64(32)
                 n = put_word(out, n, (acc >> np.uint64(pending)) & np.uint64(0xFFFFFFFF))

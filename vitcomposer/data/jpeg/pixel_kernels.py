@@ -18,12 +18,14 @@ TILE = 16  # blocks of a tile
 @kernel
 def _butterfly(d0, d1, d2, d3, d4, d5, d6, d7):  # noqa: PLR0913, PLR0917
     """Eight-point inverse DCT times 8192 (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), constants of 13 bits."""
+    # Even part. d2 and d6 are turned by sqrt(2) * c6 with three products instead of four; ck is cos(k * pi / 16).
     even = I32((d2 + d6) * 4433)
     e2 = I32(even - d6 * 15137)
     e3 = I32(even + d2 * 6270)
     e0 = I32((d0 + d4) << 13)
     e1 = I32((d0 - d4) << 13)
     s0, s3, s1, s2 = I32(e0 + e3), I32(e0 - e3), I32(e1 + e2), I32(e1 - e2)
+    # Odd part, where z5 is common to z3 and z4.
     z5 = I32((d7 + d3 + d5 + d1) * 9633)
     z1 = I32((d7 + d1) * -7373)
     z2 = I32((d5 + d3) * -20995)
@@ -49,6 +51,7 @@ def _butterfly(d0, d1, d2, d3, d4, d5, d6, d7):  # noqa: PLR0913, PLR0917
 def _columns(coef, tile, quant, table):
     """First pass, down the columns, in place; keeps two bits of fraction."""
     for u in range(8):
+        # Column u of a tile of coef, int16 (8, 8, TILE), and of a table of quant, int32 (8, 8).
         at, q = tile + u * TILE, table + u
         q0, q1, q2, q3 = quant[U64(q)], quant[U64(q + 8)], quant[U64(q + 16)], quant[U64(q + 24)]
         q4, q5, q6, q7 = quant[U64(q + 32)], quant[U64(q + 40)], quant[U64(q + 48)], quant[U64(q + 56)]
@@ -66,6 +69,7 @@ def _columns(coef, tile, quant, table):
                 I32(coef[i6] * q6),
                 I32(coef[i7] * q7),
             )
+            # 13 bits of the constants less the two that are kept, rounded.
             coef[i0] = I32(x0 + 1024) >> 11
             coef[i1] = I32(x1 + 1024) >> 11
             coef[i2] = I32(x2 + 1024) >> 11
@@ -78,6 +82,7 @@ def _columns(coef, tile, quant, table):
 
 @kernel
 def _sample(x):
+    # Of the 18 bits 13 are the constants', 2 the fraction's, and 3 divide by the 8 of a two-dimensional transform.
     # Rounding and the level shift of 128 in one addition, then the range limit.
     return I32(min(max(I32(I32(x + 33685504) >> 18), I32(0)), I32(255)))
 
@@ -100,6 +105,7 @@ def _rows(coef, tile, pairs):
                 I32(coef[i + U64(7 * TILE)]),
             )
             o = U64(line + 4 * lane)
+            # The lower byte comes first in memory: eight samples in their order are one word.
             pairs[o] = I32(_sample(x0) | I32(_sample(x1) << 8))
             pairs[o + U64(1)] = I32(_sample(x2) | I32(_sample(x3) << 8))
             pairs[o + U64(2)] = I32(_sample(x4) | I32(_sample(x5) << 8))
@@ -115,12 +121,12 @@ def inverse_dct(coef, quant, table, homes, strides, words):  # noqa: PLR0913, PL
         homes: Place in words of each block's first row, -1 for none; strides the distance of its rows.
         words: uint64 (n): eight samples each. The first 8 * TILE are scratch.
     """
-    pairs = words[: 8 * TILE].view(np.int16)
+    pairs = words[: 8 * TILE].view(np.int16)  # int16 (8 rows * TILE blocks * 4 pairs)
     for t in range(len(table)):
         _columns(coef, t * 64 * TILE, quant, table[t] * 64)
         _rows(coef, t * 64 * TILE, pairs)
         for lane in range(t * TILE, (t + 1) * TILE):
-            if homes[lane] < 0:
+            if homes[lane] < 0:  # a lane that only fills up its tile
                 continue
             home, stride = homes[lane], strides[lane]
             for y in range(8):
@@ -135,6 +141,7 @@ def _three_to_one(near, far):
 
 @kernel
 def _blend(planes, near, far, bias, into, count):  # noqa: PLR0913, PLR0917
+    # The other axis has full resolution: 3/4 of the nearer row and 1/4 of the other one.
     for i in range(count):
         mid = _three_to_one(planes[U64(near + i)], planes[U64(far + i)])
         planes[U64(into + i)] = np.right_shift(np.add(mid, bias), I16(2))
@@ -145,6 +152,7 @@ def _spread(sums, planes, into, count, low, high, shift):  # noqa: PLR0913, PLR0
     low, high, shift = I16(low), I16(high), I16(shift)
     for i in range(count):
         mid = sums[U64(i + 1)]
+        # The two pixels of a sample lie a quarter of its width to the left and right of its middle.
         left, right = _three_to_one(mid, sums[U64(i)]), _three_to_one(mid, sums[U64(i + 2)])
         planes[U64(into + 2 * i)] = np.right_shift(np.add(left, low), shift)
         planes[U64(into + 2 * i + 1)] = np.right_shift(np.add(right, high), shift)
@@ -173,6 +181,8 @@ def upsample_line(planes, near, far, first, size, sums, into, ratio):  # noqa: P
     # Past the image's edge, where there is no neighbour, the outermost sample counts twice.
     low, high = -1 if first > 0 else 0, count if first + count < size else count - 1
     if down == 2:
+        # Columns first: sums of up to 4 * 255, and 16 * 255 after the rows, fit into 16 bits. As in libjpeg, one half
+        # is rounded up in the left pixel and down in the right one, so that the image as a whole gains no brightness.
         for i in range(count):
             sums[U64(i + 1)] = _three_to_one(planes[U64(near + i)], planes[U64(far + i)])
         sums[0] = _three_to_one(planes[U64(near + low)], planes[U64(far + low)])
@@ -205,12 +215,13 @@ def colour_line(planes, luma, blue, red, out, at, count):  # noqa: PLR0913, PLR0
     leaves a number of 16 bits.
     """
     for x in range(count):
+        # 1.402 is 1 + 26345 / 65536, -0.71414 is -1 + 18734 / 65536, 1.772 is 2 - 14942 / 65536.
         y = I16(planes[U64(luma + x)])
         cb = np.subtract(I16(planes[U64(blue + x)]), I16(128))
         cr = np.subtract(I16(planes[U64(red + x)]), I16(128))
         both = np.add(np.multiply(I32(cb), I32(-22554)), np.multiply(I32(cr), I32(18734)))
         green = I16(np.right_shift(np.add(both, I32(32768)), I32(16)))
-        o = U64(at + 3 * x)
+        o = U64(at + 3 * x)  # out uint8, RGB side by side
         out[o] = _clip(np.add(np.add(y, cr), _rounded(26345, cr)))
         out[o + U64(1)] = _clip(np.add(np.subtract(y, cr), green))
         out[o + U64(2)] = _clip(np.add(np.add(y, np.add(cb, cb)), _rounded(-14942, cb)))

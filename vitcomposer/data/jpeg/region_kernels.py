@@ -20,6 +20,7 @@ def _span(first, count, chroma, ratio):
     """First chroma sample and the end of those that the triangle filter needs for count pixels from first on."""
     if ratio == 1:
         return first, first + count
+    # Pixel x lies in sample x // 2 and takes a quarter of the sample before it (x even) or after it (x odd).
     return max((first - 1) >> 1, 0), min(((first + count) >> 1) + 1, chroma)
 
 
@@ -44,6 +45,7 @@ def _place_component(c, region, planes, blocks, lanes, lane):  # noqa: PLR0913, 
     homes, strides, advances = lanes
     per_mcu = len(kinds) // mcus
     trash = len(homes) * 64  # a tile of coefficients that nobody reads, for blocks left of the box
+    # The order of T.81, A.2.3: MCU by MCU, and within it the blocks of each component row by row.
     for m in range(mcus):
         for y in range(down):
             for x in range(across):
@@ -54,7 +56,7 @@ def _place_component(c, region, planes, blocks, lanes, lane):  # noqa: PLR0913, 
                     slots[n] = trash
                     continue
                 slots[n] = lane // TILE * 64 * TILE + lane % TILE
-                homes[lane] = plane + y * 8 * stride + column - first
+                homes[lane] = plane + y * 8 * stride + column - first  # in words: a row of a block is one
                 strides[lane] = stride
                 advances[lane] = down * 8 * stride
                 lane += 1
@@ -72,6 +74,7 @@ def decode_box(data, box, state, scratch, out):
     """
     info, quant, raw, lookup, limits, bases = state
     clean, coef, words, plan, sums = scratch
+    # The index is an APP11 segment right after SOI.
     if len(data) < LENGTHS + 2 or data[2] != 0xFF or data[3] != 0xEB or header.little(data, 6, 8) != header.MAGIC:
         return REFUSED
     if not header.read_header(data, info, quant, raw, lookup, limits) or not header.read_index(data, info):
@@ -85,13 +88,14 @@ def decode_box(data, box, state, scratch, out):
     across, down, colour = info[header.ACROSS], info[header.DOWN], info[header.COMPONENTS] == 3
     chroma_width = (info[header.WIDTH] + across - 1) // across
     chroma_height = (info[header.HEIGHT] + down - 1) // down
+    # Chroma samples needed (of a grey image pixels); 8 x 8 of them are an MCU.
     x0, x1 = _span(left, width, chroma_width, across)
     y0, y1 = _span(top, height, chroma_height, down)
     step, per_row = info[header.STEP], info[header.PER_ROW]
-    s0, s1 = x0 // 8 // step, ((x1 - 1) // 8) // step + 1
-    b0, b1 = y0 // 8, (y1 - 1) // 8 + 1
+    s0, s1 = x0 // 8 // step, ((x1 - 1) // 8) // step + 1  # segments of an MCU row: first and end
+    b0, b1 = y0 // 8, (y1 - 1) // 8 + 1  # MCU rows, or bands
     origin, bands, count = s0 * step, b1 - b0, s1 - s0
-    mcus = (x1 - 1) // 8 + 1 - origin
+    mcus = (x1 - 1) // 8 + 1 - origin  # of a band, from the first segment's on
     per_mcu = across * down + (2 if colour else 0)
 
     # First and end column of the blocks needed, counted from the first segment's; the planes hold them and no more.
@@ -106,6 +110,7 @@ def decode_box(data, box, state, scratch, out):
     tiles = _tiles(luma_stride * down) + 2 * _tiles(chroma_stride)
 
     total, start, most, used = info[header.ROWS] * per_row, info[header.SCAN], 0, 0
+    # Only the lengths of the segments are in the file. Each is followed by a marker of two bytes.
     for n in range(b0 * per_row):
         start += header.little(data, LENGTHS + 2 * n, 2) + 2
     first_start = start
@@ -122,9 +127,10 @@ def decode_box(data, box, state, scratch, out):
     if start != len(data) or used * 4 < mcus * bands * per_mcu:
         return REFUSED
     blocks = mcus * per_mcu
-    info[header.WANTED] = most * count + SLACK
-    info[header.WANTED + 1] = (tiles + 1) * 64 * TILE
-    info[header.WANTED + 2] = lines + 2 * line
+    info[header.WANTED] = most * count + SLACK  # clean: the segments of a band
+    info[header.WANTED + 1] = (tiles + 1) * 64 * TILE  # coef: one tile more, which nobody reads
+    info[header.WANTED + 2] = lines + 2 * line  # words: scratch, planes, two chroma lines at full width
+    # plan, cut up below, and sums.
     info[header.WANTED + 3] = max(2 * blocks + 3 * tiles * TILE + tiles + 3 * count + 1, x1 - x0 + 2)
     if (
         len(clean) < info[header.WANTED]
@@ -135,9 +141,9 @@ def decode_box(data, box, state, scratch, out):
     ):
         return GROW
 
-    kinds, plan = plan[:blocks], plan[blocks:]
+    kinds, plan = plan[:blocks], plan[blocks:]  # int64 (blocks of a band,), and slots
     slots, plan = plan[:blocks], plan[blocks:]
-    homes, plan = plan[: tiles * TILE], plan[tiles * TILE :]
+    homes, plan = plan[: tiles * TILE], plan[tiles * TILE :]  # int64 (tiles * TILE,), and strides and advances
     strides, plan = plan[: tiles * TILE], plan[tiles * TILE :]
     advances, plan = plan[: tiles * TILE], plan[tiles * TILE :]
     quant_of, plan = plan[:tiles], plan[tiles:]
@@ -147,6 +153,8 @@ def decode_box(data, box, state, scratch, out):
     advances[:] = 0
     stream, lanes = (kinds, slots), (homes, strides, advances)
     lane = _place_component(0, (across, down, luma0, luma1, mcus), (luma_plane, luma_stride, 0), stream, lanes, 0)
+    # A tile has one quantisation table: chroma starts with another tile, and red shares blue's last one if it shares
+    # its table.
     lane = _tiles(lane) * TILE
     quant_of[: lane // TILE] = info[header.QUANT]
     for c in range(1, 3 if colour else 1):
@@ -160,7 +168,7 @@ def decode_box(data, box, state, scratch, out):
         )
     quant_of = quant_of[: _tiles(lane)]
     bases[:6] = info[header.TABLES : header.TABLES + 6]
-    last = bases[6:12].reshape(2, 3)
+    last = bases[6:12].reshape(2, 3)  # DC predictions of both streams
     start = first_start
     for band in range(b0, b1):
         for n in range(per_row + 1):
@@ -170,6 +178,7 @@ def decode_box(data, box, state, scratch, out):
                 start += header.little(data, LENGTHS + 2 * (band * per_row + n), 2) + 2
         if not gather_band(data, band * per_row + s0, starts, total, clean, spans):
             return REFUSED
+        # The transform has left samples here, and of zeros the decoder writes none.
         coef[:] = 0
         if not decode_segments(
             clean, spans, (step * per_mcu, blocks), kinds, slots, bases, (lookup, raw, limits), last, coef
@@ -179,7 +188,7 @@ def decode_box(data, box, state, scratch, out):
         for n in range(lane):
             homes[n] += advances[n]
 
-    planes = words.view(np.uint8)
+    planes = words.view(np.uint8)  # a byte a sample
     for y in range(top, top + height):
         luma = 8 * (luma_plane + (y - b0 * 8 * down) * luma_stride) + left - 8 * (origin * across + luma0)
         at = 3 * width * (y - top)
@@ -187,6 +196,8 @@ def decode_box(data, box, state, scratch, out):
             gray_line(planes, luma, out, at, width)
             continue
         near = y // down
+        # The lower of two pixel rows blends with the chroma row below, the upper one with that above; at the edge of
+        # the image with itself.
         far = min(max(near + 1 if y & 1 else near - 1, 0), chroma_height - 1) if down == 2 else near
         column = x0 - 8 * (origin + chroma0)
         blue = 8 * (blue_plane + (near - b0 * 8) * chroma_stride) + column

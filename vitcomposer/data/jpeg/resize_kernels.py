@@ -41,14 +41,15 @@ def coefficients(size, target, bicubic, spans, weights):
         spans: int64 (target * 2): first source pixel and number of weights; weights of zero at the ends are left out.
         weights: int32 (target * n), filled with zeros; n at least 2 * ceil(support) + 1.
     """
+    # Pillow's operations in its order and in double precision: the last bit of a weight depends on both.
     scale = size / target
     stretch = max(scale, 1.0)
     support = stretch * 2.0 if bicubic else stretch
     inverse, n = 1.0 / stretch, len(weights) // target
-    terms = np.empty(n)
+    terms = np.empty(n)  # float64
     for i in range(target):
         center = (i + 0.5) * scale
-        first = max(int(center - support + 0.5), 0)
+        first = max(int(center - support + 0.5), 0)  # int cuts off, as C does
         count = min(int(center + support + 0.5), size) - first
         total = 0.0
         for k in range(count):
@@ -58,6 +59,7 @@ def coefficients(size, target, bicubic, spans, weights):
         used = 0
         for k in range(count):
             share = terms[k] / total if total != 0.0 else terms[k]
+            # Rounded half away from zero, as Pillow does; BITS of fraction.
             weight = int(share * (1 << BITS) - 0.5) if share < 0.0 else int(share * (1 << BITS) + 0.5)
             if weight != 0 or used:
                 weights[i * n + used] = weight
@@ -71,18 +73,21 @@ def coefficients(size, target, bicubic, spans, weights):
 
 @kernel
 def _level(total):
+    # HALF is in the total: the shift rounds. The overshoot of the cubic is clipped, as in Pillow.
     return U8(min(max(I32(total >> I32(BITS)), I32(0)), I32(255)))
 
 
+# One function for each number of weights, so that the loop has no loop inside. A line with one weight less than the
+# function takes has a zero after its own, and source has bytes there (resize._SPARE).
 @kernel
 def _sum_two(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
-    w0, w1 = weights[f], weights[f + U64(1)]
+    w0, w1 = weights[f], weights[f + U64(1)]  # int32
     s1 = U64(step)
     for i in range(count):
-        p = U64(at + i)
+        p = U64(at + i)  # of source, uint8 (n,)
         a = I32(I32(w0 * source[p]) + I32(w1 * source[p + s1]))
-        out[U64(into + i)] = _level(I32(HALF + a))
+        out[U64(into + i)] = _level(I32(HALF + a))  # uint8 (n,)
 
 
 @kernel
@@ -92,6 +97,7 @@ def _sum_four(source, at, step, count, weights, first, out, into):  # noqa: PLR0
     s1, s2, s3 = U64(step), U64(2 * step), U64(3 * step)
     for i in range(count):
         p = U64(at + i)
+        # Sums of two, added at the end: neighbouring products need not wait for each other.
         a = I32(I32(w0 * source[p]) + I32(w1 * source[p + s1]))
         b = I32(I32(w2 * source[p + s2]) + I32(w3 * source[p + s3]))
         out[U64(into + i)] = _level(I32(HALF + a + b))
@@ -170,7 +176,7 @@ def _add_six(source, at, step, count, weights, first, sums):  # noqa: PLR0913, P
         a = I32(I32(w0 * source[p]) + I32(w1 * source[p + s1]))
         b = I32(I32(w2 * source[p + s2]) + I32(w3 * source[p + s3]))
         c = I32(I32(w4 * source[p + s4]) + I32(w5 * source[p + s5]))
-        sums[U64(i)] = I32(sums[U64(i)] + I32(a + b + c))
+        sums[U64(i)] = I32(sums[U64(i)] + I32(a + b + c))  # int32 (count,)
 
 
 @kernel
@@ -188,8 +194,9 @@ def _end_four(source, at, step, count, weights, first, sums, out, into):  # noqa
 @kernel
 def _sum_many(source, at, step, count, weights, first, taps, out, into, sums):  # noqa: PLR0913, PLR0917
     for i in range(count):
-        sums[U64(i)] = HALF
+        sums[U64(i)] = HALF  # int32 (count,)
     k = 0
+    # 6 n + 4 weights, the fewest that hold all taps; those beyond them are zero.
     while taps - k > 4:
         _add_six(source, at + k * step, step, count, weights, first + k, sums)
         k += 6
@@ -199,12 +206,13 @@ def _sum_many(source, at, step, count, weights, first, taps, out, into, sums):  
 @kernel
 def apply_weights(source, step, axis, out, count, sums):  # noqa: PLR0913, PLR0917
     """One pass: lines of count bytes, each the sum of as many lines of source, step apart, as its span says."""
-    spans, weights = axis
+    spans, weights = axis  # int64 (2 * target,), int32 (target * most,)
     target = len(spans) // 2
     most = len(weights) // target
     for i in range(target):
         taps = spans[U64(2 * i + 1)]
         at, first, into = spans[U64(2 * i)] * step, i * most, i * count
+        # Up to 8 taps, such as bicubic to half the size has, the sums stay in registers.
         if taps <= 2:
             _sum_two(source, at, step, count, weights, first, out, into)
         elif taps <= 4:
@@ -234,14 +242,17 @@ def _transpose(a, at, step, b, to, hop, count):  # noqa: PLR0913, PLR0917
         a0, a1, a2, a3 = a[p], a[p + U64(step)], a[p + U64(2 * step)], a[p + U64(3 * step)]
         a4, a5 = a[p + U64(4 * step)], a[p + U64(5 * step)]
         a6, a7 = a[p + U64(6 * step)], a[p + U64(7 * step)]
+        # Halves: rows 0 to 3 with rows 4 to 7.
         b0, b4 = (a0 & m4) | (a4 << s4), (a0 >> s4) | (a4 & ~m4)
         b1, b5 = (a1 & m4) | (a5 << s4), (a1 >> s4) | (a5 & ~m4)
         b2, b6 = (a2 & m4) | (a6 << s4), (a2 >> s4) | (a6 & ~m4)
         b3, b7 = (a3 & m4) | (a7 << s4), (a3 >> s4) | (a7 & ~m4)
+        # Quarters: rows two apart.
         a0, a2 = (b0 & m2) | ((b2 & m2) << s2), ((b0 >> s2) & m2) | (b2 & ~m2)
         a1, a3 = (b1 & m2) | ((b3 & m2) << s2), ((b1 >> s2) & m2) | (b3 & ~m2)
         a4, a6 = (b4 & m2) | ((b6 & m2) << s2), ((b4 >> s2) & m2) | (b6 & ~m2)
         a5, a7 = (b5 & m2) | ((b7 & m2) << s2), ((b5 >> s2) & m2) | (b7 & ~m2)
+        # Bytes: neighbours.
         q = U64(to + 8 * j * hop)
         b[q] = (a0 & m1) | ((a1 & m1) << s1)
         b[q + U64(hop)] = ((a0 >> s1) & m1) | (a1 & ~m1)
@@ -257,12 +268,13 @@ def _transpose(a, at, step, b, to, hop, count):  # noqa: PLR0913, PLR0917
 def _turn(pixels, stride, width, top, count, lines, tile):  # noqa: PLR0913, PLR0917
     """count rows from top on, column by column, eight rows at a time by way of lines."""
     across, groups = (3 * width + 7) // 8, (count + 7) // 8
-    rows = lines.view(np.uint8)
+    rows = lines.view(np.uint8)  # 8 rows of 8 * across bytes
     for g in range(groups):
         for r in range(min(8, count - 8 * g)):
             at, into = (top + 8 * g + r) * stride, 8 * r * across
             for x in range(3 * width):
                 rows[U64(into + x)] = pixels[U64(at + x)]
+        # tile becomes (8 * across columns, groups) words: word g of a column holds its rows 8 g to 8 g + 7.
         _transpose(lines, 0, across, tile, g, groups, across)
 
 
@@ -278,7 +290,7 @@ def resize_axes(pixels, stride, shape, depth, across, down, scratch, out):  # no
         out: Rows of 3 * target bytes.
     """
     height, width = shape
-    lines, tile, middle, sums = scratch
+    lines, tile, middle, sums = scratch  # uint64, uint64, uint64, int32
     target = len(across[0]) // 2
     wide = (3 * target + 7) // 8
     lines8, tile8, middle8 = lines.view(np.uint8), tile.view(np.uint8), middle.view(np.uint8)
@@ -286,7 +298,9 @@ def resize_axes(pixels, stride, shape, depth, across, down, scratch, out):  # no
         count = min(depth, height - top)
         groups = (count + 7) // 8
         _turn(pixels, stride, width, top, count, lines, tile)
+        # A pixel is three columns of 8 * groups bytes: lines becomes (3 * target columns, 8 * groups rows) bytes.
         apply_weights(tile8, 24 * groups, across, lines8, 24 * groups, sums)
+        # Turned back, 8 columns at a time: middle has rows of wide words, 3 * target bytes and what fills the last one.
         for j in range(wide):
             _transpose(lines, 8 * j * groups, groups, middle, top * wide + j, wide, groups)
     apply_weights(middle8, 8 * wide, down, out, 3 * target, sums)
