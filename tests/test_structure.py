@@ -143,7 +143,7 @@ def lines_of_code_and_comment(path: Path) -> tuple[int, int]:
     return len(code), len(comments)
 
 
-@pytest.mark.parametrize("path", ROOT.glob("vitcomposer/**/*_kernels.py"), ids=module_name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("vitcomposer/**/*_kernels.py")), ids=module_name)
 def test_kernels_have_8_lines_of_comment_for_100_of_code(path: Path) -> None:
     code, comments = lines_of_code_and_comment(path)
     assert comments >= 8 * code / 100, f"{comments} comments on {code} lines of code"

@@ -108,7 +108,7 @@ class TrainCollate:
             )
         samples = list(samples)
         image_size = self._look_up(samples)
-        images = empty_batch(len(samples), image_size)
+        images = empty_batch(len(samples), image_size)  # uint8 (B, 3, S, S), channels last
         seeds: list[int] = []
         rngs: list[random.Random] = []
         boxes: list[Box] = []
@@ -119,7 +119,7 @@ class TrainCollate:
             boxes += drawn[2]
         check_labels(samples, self._num_classes, source=self._source)
         batch = {"image": images, **batch_labels(samples)}
-        codes, values = draw_programs(self._policies, rngs)
+        codes, values = draw_programs(self._policies, rngs)  # (B, L) each
         if self._views is not None:
             batch.update(self._views.columns(samples, seeds, boxes, codes[:, 0] == FLIP))
         if self._augment_on_device:
@@ -128,10 +128,10 @@ class TrainCollate:
             run_programs(batch["image"], codes, values, self._policies.fill)
         if self._augment.random_erasing > 0:
             erased = [random_erasing_box(rng, image_size, self._augment.random_erasing) for rng in rngs]
-            batch[ERASE_BOX] = torch.tensor(erased, dtype=torch.int32)
-            batch[ERASE_SEED] = torch.tensor([rng.getrandbits(63) for rng in rngs])
+            batch[ERASE_BOX] = torch.tensor(erased, dtype=torch.int32)  # (B, 4)
+            batch[ERASE_SEED] = torch.tensor([rng.getrandbits(63) for rng in rngs])  # int64 (B,)
         if self._mixes:
-            batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples, image_size)
+            batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples, image_size)  # (B,), (B, 4)
         return batch
 
     def _look_up(self, samples: list[Sample]) -> int:
@@ -235,8 +235,8 @@ class EvalCollate:
         height, width = shape_with_shorter_side(rows, columns, self._shorter)
         if height * width > _MAX_PIXELS:
             raise ValueError(f"{columns} x {rows} pixels are too thin for a crop of {self._image_size}")
-        pixels = decode_rgb(encoded)
-        resized = torch.empty((height, width, 3), dtype=torch.uint8).permute(2, 0, 1)
+        pixels = decode_rgb(encoded)  # (rows, columns, 3)
+        resized = torch.empty((height, width, 3), dtype=torch.uint8).permute(2, 0, 1)  # (3, height, width)
         resize_into(pixels, resized, self._interpolation)
         top, left, size, _ = centre_box(height, width, self._image_size)
         out.copy_(resized[:, top : top + size, left : left + size])
@@ -250,7 +250,7 @@ def draw_programs(policies: Policies, rngs: Sequence[random.Random]) -> tuple[ND
 
 def run_programs(images: Tensor, codes: NDArray[np.int8], values: NDArray[np.float32], fill: NDArray[np.uint8]) -> None:
     """Run each image's program on it, in place; ``images`` is uint8 (B, 3, S, S) over channels-last memory."""
-    pixels = images.permute(0, 2, 3, 1).numpy()
+    pixels = images.permute(0, 2, 3, 1).numpy()  # (B, S, S, 3), a view
     for image, image_codes, image_values in zip(pixels, codes, values, strict=True):
         apply_program(image, image_codes, image_values, fill)
 

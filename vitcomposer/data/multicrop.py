@@ -75,8 +75,9 @@ class MultiCrop:
         samples = list(samples)
         count = len(samples)
         groups = list(zip(self._num_crops, self._size_crops, strict=True))
-        crops = [empty_batch(crops * count, size) for crops, size in groups]
+        crops = [empty_batch(crops * count, size) for crops, size in groups]  # (count * B, 3, size, size) of each group
         rngs = [self._decode(samples, i, [group[i::count] for group in crops]) for i in range(count)]
+        # Codes and values of each group, (count * B, L): a generator draws for all crops of its image, in turn.
         drawn = [draw_programs(p, rngs * n) for p, n in zip(self._policies, self._num_crops, strict=True)]
         batch: Batch = {CROPS: crops, **batch_labels(samples)}
         if self._augment_on_device:

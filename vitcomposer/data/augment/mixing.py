@@ -29,10 +29,11 @@ def draw_mixing(
     ``mode`` says who shares a draw: the batch, an image and its partner, or nobody. One of the alphas is above 0. The
     order of the draws is timm's, so the same numpy seed gives the same mixing.
     """
+    # lam, cut and boxes are (draws,), (draws,) and (draws, 4) at first, and are repeated to B in the end.
     draws = {"batch": 1, "pair": batch_size // 2, "elem": batch_size}[mode]
     lam, cut = _draw_lam(rng, None if mode == "batch" else draws, mixup_alpha, cutmix_alpha, prob, switch_prob)
     boxes = np.zeros((draws, 4), dtype=np.int32)
-    sides = (image_size * np.sqrt(1 - lam)).astype(int)
+    sides = (image_size * np.sqrt(1 - lam)).astype(int)  # (draws,): of boxes with the share 1 - lam of the area
     for i in np.flatnonzero(cut & (lam < 1)):
         boxes[i], lam[i] = _cutmix_box(rng, image_size, int(sides[i]))
     if mode == "pair":
@@ -81,8 +82,8 @@ def _cutmix_box(rng: np.random.RandomState, size: int, side: int) -> tuple[Box, 
 
 def mix_images(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
     """Mix float images (B, 3, H, W) with the reversed batch: by ``lam`` where the box is empty, else by the box."""
-    is_cutmix = (boxes[:, 2] > 0).view(-1, 1, 1, 1)
-    inside = box_mask(boxes, *images.shape[-2:])
+    is_cutmix = (boxes[:, 2] > 0).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    inside = box_mask(boxes, *images.shape[-2:])  # (B, 1, H, W)
     own = torch.where(is_cutmix, (~inside).to(images.dtype), lam.to(images.dtype).view(-1, 1, 1, 1))  # (B, 1, H, W)
     return images.flip(0).mul_(1 - own).add_(images * own)
 
@@ -93,8 +94,8 @@ def soft_targets(label: Tensor, num_classes: int, label_smoothing: float, lam: T
     Smoothing spreads ``label_smoothing`` over all classes, the true one included, before the mix.
     """
     off = label_smoothing / num_classes
-    is_label = label[:, None] == torch.arange(num_classes, device=label.device)
-    target = torch.where(is_label, 1.0 - label_smoothing + off, off)
+    is_label = label[:, None] == torch.arange(num_classes, device=label.device)  # (B, num_classes)
+    target = torch.where(is_label, 1.0 - label_smoothing + off, off)  # (B, num_classes)
     if lam is None:
         return target
     return target * lam[:, None] + target.flip(0) * (1 - lam[:, None])

@@ -44,13 +44,13 @@ CODES = (*range(ROTATE + 5), *(BILINEAR + code for code in range(ROTATE, ROTATE 
 
 TABLE_CODES = (INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS)  # a table that does not depend on the image
 
-_LEVELS = np.arange(256)
-_NO_CHANGE = np.tile(_LEVELS.astype(np.uint8), (3, 1))
+_LEVELS = np.arange(256)  # int64 (256,)
+_NO_CHANGE = np.tile(_LEVELS.astype(np.uint8), (3, 1))  # uint8 (3, 256)
 
 
 def encode(steps: Sequence[Step], length: int) -> Program:
     """The steps as a program of ``length``, which holds all of them."""
-    codes, values = np.zeros(length, np.int8), np.zeros(length, np.float32)
+    codes, values = np.zeros(length, np.int8), np.zeros(length, np.float32)  # (length,) each
     for i, (code, value) in enumerate(steps):
         codes[i], values[i] = code, value
     return codes, values
@@ -66,21 +66,21 @@ def apply_program(
         fill: Colour (3,) of what rotation, shear and translation uncover.
     """
     assert pixels.flags.c_contiguous and pixels.dtype == np.uint8 and pixels.shape[2:] == (3,)
-    flat = pixels.reshape(-1)
+    flat = pixels.reshape(-1)  # (3 * H * W,), a view
     table = None  # point operations wait here, because a run of them is one look-up
     for code, value in zip(codes.tolist(), values.tolist(), strict=True):
         if code in TABLE_CODES:
-            table = point_table(code, value)[_NO_CHANGE if table is None else table]
+            table = point_table(code, value)[_NO_CHANGE if table is None else table]  # (3, 256)
         elif code in (AUTO_CONTRAST, EQUALIZE):
             table = _NO_CHANGE if table is None else table
-            step = colour.histogram_step(flat, table, code == EQUALIZE)
-            table = np.take_along_axis(step, table.astype(np.intp), axis=1)
+            step = colour.histogram_step(flat, table, code == EQUALIZE)  # (3, 256)
+            table = np.take_along_axis(step, table.astype(np.intp), axis=1)  # (3, 256): step after table
         elif code != IDENTITY:
             if table is not None:
                 colour.look_up(flat, table)
                 table = None
             if code == CONTRAST:
-                table = blend_table(colour.mean_luma(flat), value)[_NO_CHANGE]
+                table = blend_table(colour.mean_luma(flat), value)[_NO_CHANGE]  # (3, 256)
             else:
                 _APPLY[code](pixels, value, fill)
     if table is not None:
@@ -104,7 +104,7 @@ def point_table(code: int, value: float) -> NDArray[np.uint8]:
 
 def blend_table(low: int, factor: float) -> NDArray[np.uint8]:
     """Image.blend from the constant ``low`` to the values 0 to 255, in single precision and cut off."""
-    blended = np.float32(low) + np.float32(factor) * (_LEVELS - low).astype(np.float32)
+    blended = np.float32(low) + np.float32(factor) * (_LEVELS - low).astype(np.float32)  # float32 (256,)
     return np.clip(blended, 0, 255).astype(np.uint8)
 
 
@@ -153,7 +153,7 @@ def _rotate(pixels: NDArray[np.uint8], degrees: float, fill: NDArray[np.uint8], 
 
 
 def _shear_columns(pixels: NDArray[np.uint8], slope: float, fill: NDArray[np.uint8], cubic: bool) -> None:
-    columns = np.empty((pixels.shape[1], pixels.shape[0], 3), np.uint8)
+    columns = np.empty((pixels.shape[1], pixels.shape[0], 3), np.uint8)  # (W, H, 3)
     space.transpose(pixels, columns)
     space.slide_rows(columns, slope, 0.0, fill, cubic)
     space.transpose(columns, pixels)

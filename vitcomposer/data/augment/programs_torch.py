@@ -48,6 +48,7 @@ def apply_programs(
     groups = [group for layer in range(codes.shape[1]) for group in _group_layer(codes, values, layer, height, width)]
     if not groups:
         return images
+    # (N,), (N, 6), (N, 1, 256) and (3, 1, 1), N the steps of all images.
     members, numbers, tables, colour = _upload(groups, fill, images.device)
     result, start = images.clone(), 0
     size = max(1, _CHUNK_BYTES // (_BYTES_PER_PIXEL * height * width))
@@ -55,7 +56,7 @@ def apply_programs(
         end = start + len(group.members)
         for begin in range(start, end, size):
             rows = slice(begin, min(begin + size, end))
-            chosen = result.index_select(0, members[rows])
+            chosen = result.index_select(0, members[rows])  # (n, 3, H, W)
             chosen = group.operation(chosen, numbers[rows], tables[rows], colour)
             result.index_copy_(0, members[rows], chosen)
         start = end
@@ -103,9 +104,10 @@ def _upload(
     groups: list[_Group], fill: NDArray[np.uint8], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All members, numbers and tables and the colour, in one copy that the host does not wait for."""
-    members = np.concatenate([np.array(group.members, np.int64) for group in groups])
-    numbers = np.concatenate([np.array(group.numbers, np.float64) for group in groups])
-    tables = np.concatenate([np.stack(group.tables) for group in groups])
+    members = np.concatenate([np.array(group.members, np.int64) for group in groups])  # (N,)
+    numbers = np.concatenate([np.array(group.numbers, np.float64) for group in groups])  # (N, 6)
+    tables = np.concatenate([np.stack(group.tables) for group in groups])  # (N, 256)
+    # uint8 (bytes,), numbers of 8 bytes first: the views below must be aligned.
     packed = np.concatenate([part.reshape(-1).view(np.uint8) for part in (members, numbers, tables, fill)])
     buffer = torch.from_numpy(packed)
     if device.type == "cuda":
@@ -137,9 +139,9 @@ def _gray(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tens
 
 
 def _contrast(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tensor:
-    luma = _luma(images)
+    luma = _luma(images)  # int32 (n, 1, H, W)
     total, count = luma.sum((1, 2, 3), keepdim=True, dtype=torch.int64), luma[0].numel()
-    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor")
+    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor")  # (n, 1, 1, 1), rounded
     return _blend(mean.float(), images, numbers)
 
 
@@ -151,7 +153,8 @@ def _sharpness(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) ->
     if min(images.shape[-2:]) < 3:
         return images
     wide = images.to(torch.int16)
-    rows = wide[..., :-2] + wide[..., 1:-1] + wide[..., 2:]
+    rows = wide[..., :-2] + wide[..., 1:-1] + wide[..., 2:]  # (n, 3, H, W - 2)
+    # (n, 3, H - 2, W - 2): the eight neighbours and five times the middle.
     total = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :] + 4 * wide[..., 1:-1, 1:-1]
     wide[..., 1:-1, 1:-1] = torch.div(2 * total + 13, 26, rounding_mode="floor")  # over 13, rounded
     return _blend(wide.float(), images, numbers)
@@ -159,7 +162,7 @@ def _sharpness(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) ->
 
 def _hue(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tensor:
     """Single precision gives every hue and every colour of Pillow's conversions, in this order of operations."""
-    r, g, b = images.float().unbind(1)
+    r, g, b = images.float().unbind(1)  # float32 (n, H, W) each
     # A division by a number of Python would be a product with its reciprocal on CUDA, which rounds otherwise.
     six, full = (torch.full((), divisor, device=images.device) for divisor in (6.0, 255.0))
     top, low = torch.maximum(r, torch.maximum(g, b)), torch.minimum(r, torch.minimum(g, b))
@@ -175,37 +178,37 @@ def _hue(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tenso
     share = (chroma / top.clamp_min(1) * 255).floor() / full
     distances = (510 - (angle - 765).abs(), (angle - 510).abs() - 255, (angle - 1020).abs() - 255)
     channels = [top * (1 - share * (distance.clamp(0, 255) / full)) + 0.5 for distance in distances]
-    return torch.stack(channels, 1).to(torch.uint8)
+    return torch.stack(channels, 1).to(torch.uint8)  # (n, 3, H, W)
 
 
 def _auto_contrast(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tensor:
-    low, high = (extreme((2, 3)).double()[..., None] for extreme in (images.amin, images.amax))
+    low, high = (extreme((2, 3)).double()[..., None] for extreme in (images.amin, images.amax))  # float64 (n, 3, 1)
     levels = torch.arange(256, device=images.device, dtype=torch.float64)
     scale = torch.full_like(low, 255.0) / (high - low).clamp_min(1)  # 255.0 / would multiply with the reciprocal
-    stretched = (levels * scale + -low * scale).clamp(0, 255)
+    stretched = (levels * scale + -low * scale).clamp(0, 255)  # (n, 3, 256)
     return _look_up(images, torch.where(high > low, stretched, levels).to(torch.uint8))
 
 
 def _equalize(images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tensor:
-    places = images.flatten(2).long()
+    places = images.flatten(2).long()  # (n, 3, H * W)
     one = torch.ones((), dtype=torch.int64, device=images.device)
-    counts = torch.zeros(*images.shape[:2], 256, dtype=torch.int64, device=images.device)
+    counts = torch.zeros(*images.shape[:2], 256, dtype=torch.int64, device=images.device)  # (n, 3, 256)
     counts.scatter_add_(2, places, one.expand_as(places))
-    highest = counts.gather(2, places.amax(2, keepdim=True))
+    highest = counts.gather(2, places.amax(2, keepdim=True))  # (n, 3, 1): pixels of the highest level
     size = torch.div(places.shape[2] - highest, 255, rounding_mode="floor")
-    below = size // 2 + counts.cumsum(2) - counts
+    below = size // 2 + counts.cumsum(2) - counts  # (n, 3, 256)
     levels = torch.arange(256, device=images.device)
     stretched = torch.div(below, size.clamp_min(1), rounding_mode="floor").clamp_max(255)
     return _look_up(images, torch.where(size > 0, stretched, levels).to(torch.uint8))
 
 
 def _blur(reach: int, images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tensor:
-    inner, outer = numbers[:, :2].to(torch.int32).view(-1, 2, 1, 1, 1).unbind(1)
+    inner, outer = numbers[:, :2].to(torch.int32).view(-1, 2, 1, 1, 1).unbind(1)  # (n, 1, 1, 1) each
     for _ in range(2):  # the rows, then the columns
         for _ in range(3):
             ends = [images[..., :1]] * (reach + 1), [images[..., -1:]] * (reach + 1)
-            line = torch.cat([*ends[0], images, *ends[1]], -1).to(torch.int16)
-            shifted = line.unfold(-1, images.shape[-1], 1)
+            line = torch.cat([*ends[0], images, *ends[1]], -1).to(torch.int16)  # (n, 3, H, W + 2 * reach + 2)
+            shifted = line.unfold(-1, images.shape[-1], 1)  # (n, 3, H, 2 * reach + 3, W)
             middle = sum(shifted[..., k, :] for k in range(2, 2 * reach + 2)) + shifted[..., 1, :]
             outside = shifted[..., 0, :] + shifted[..., 2 * reach + 2, :]
             # The sum may pass 2**31 and wrap; its bits 24 to 31 are the result all the same.
@@ -218,10 +221,11 @@ def _slide(cubic: bool, along_rows: bool, images: Tensor, numbers: Tensor, table
     """Shear or translation: every line is interpolated along itself only."""
     lines = images if along_rows else images.transpose(-1, -2)
     count, length = lines.shape[-2:]
-    slope, offset = numbers[:, :2].view(-1, 2, 1, 1).unbind(1)
-    position = _middles(length, images) + slope * _middles(count, images)[:, None] + offset
+    slope, offset = numbers[:, :2].view(-1, 2, 1, 1).unbind(1)  # (n, 1, 1) each
+    position = _middles(length, images) + slope * _middles(count, images)[:, None] + offset  # (n, count, length)
     inside = (position >= 0) & (position < length)
     share, place = _split(position)
+    # Two or four of (n, 3, count, length).
     taps = [lines.gather(-1, _spread((place + k).clamp(0, length - 1), lines)) for k in _reach(cubic)]
     result = torch.where(inside[:, None], _interpolate(taps, share[:, None]).clamp_(0, 255).to(torch.uint8), fill)
     return result if along_rows else result.transpose(-1, -2)
@@ -229,17 +233,17 @@ def _slide(cubic: bool, along_rows: bool, images: Tensor, numbers: Tensor, table
 
 def _affine(cubic: bool, images: Tensor, numbers: Tensor, tables: Tensor, fill: Tensor) -> Tensor:
     height, width = images.shape[-2:]
-    m = numbers.view(-1, 6, 1, 1).unbind(1)
+    m = numbers.view(-1, 6, 1, 1).unbind(1)  # 6 of (n, 1, 1)
     x, y = _middles(width, images), _middles(height, images)[:, None]
-    px, py = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]
+    px, py = m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]  # (n, H, W) each
     inside = (px >= 0) & (px < width) & (py >= 0) & (py < height)
     (share_x, left), (share_y, top) = _split(px), _split(py)
-    flat, rows = images.flatten(2), []
+    flat, rows = images.flatten(2), []  # (n, 3, H * W)
     for j in _reach(cubic):
         row = (top + j).clamp(0, height - 1) * width
         places = [row + (left + i).clamp(0, width - 1) for i in _reach(cubic)]
         taps = [flat.gather(2, _spread(place.flatten(1), flat)).view_as(images) for place in places]
-        rows.append(_interpolate(taps, share_x[:, None]))
+        rows.append(_interpolate(taps, share_x[:, None]))  # (n, 3, H, W), float64
     return torch.where(inside[:, None], _interpolate(rows, share_y[:, None]).clamp_(0, 255).to(torch.uint8), fill)
 
 
@@ -260,7 +264,7 @@ def _split(position: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(places: Tensor, images: Tensor) -> Tensor:
-    return places[:, None].expand(-1, images.shape[1], *places.shape[1:])
+    return places[:, None].expand(-1, images.shape[1], *places.shape[1:])  # (n, 3, ...)
 
 
 def _interpolate(taps: list[Tensor], share: Tensor) -> Tensor:
@@ -287,7 +291,7 @@ def _luma(images: Tensor) -> Tensor:
 
 def _blend(low: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
     """Image.blend in single precision with the factor of every image, cut off."""
-    factor = numbers[:, :1].float().view(-1, 1, 1, 1)
+    factor = numbers[:, :1].float().view(-1, 1, 1, 1)  # (n, 1, 1, 1)
     return (images.float() - low).mul_(factor).add_(low).clamp_(0, 255).to(torch.uint8)
 
 

@@ -41,15 +41,15 @@ class TrainTransform:
 
     def __call__(self, batch: Batch) -> Batch:
         batch = dict(batch)
-        images = batch["image"]
+        images = batch["image"]  # uint8 (B, 3, H, W)
         if OP_CODES in batch:
             images = apply_programs(images, batch.pop(OP_CODES), batch.pop(OP_VALUES), self._fill)
-        images = self._normalize(images)
+        images = self._normalize(images)  # float32 (B, 3, H, W)
         if self._erases:
             images = erase(images, batch.pop(ERASE_BOX), batch.pop(ERASE_SEED))
         if self._keep_unmixed:
             batch[UNMIXED] = images
-        lam = batch.get(MIX_LAM)
+        lam = batch.get(MIX_LAM)  # (B,) or None
         if lam is not None:
             images = mix_images(images, lam, batch.pop(MIX_BOX))
         target = soft_targets(batch["label"], self._num_classes, self._label_smoothing, lam)
@@ -70,7 +70,7 @@ class Normalize:
     """uint8 (B, 3, H, W) to float32 with the given mean and std of values in [0, 1]."""
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
-        self._mean = torch.tensor([255 * m for m in mean]).view(3, 1, 1)
+        self._mean = torch.tensor([255 * m for m in mean]).view(3, 1, 1)  # (3, 1, 1)
         self._std = torch.tensor([255 * s for s in std]).view(3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ class Normalize:
     def _on_processor(self, images: Tensor) -> Tensor:
         """The same numbers in one pass: torch broadcasts slowly over channels that lie side by side."""
         count, _, height, width = images.shape
-        mean, std = (stat.cpu().flatten().repeat(width).numpy() for stat in (self._mean, self._std))
-        result = torch.empty(count, height, width, 3)
-        lines = images.permute(0, 2, 3, 1).reshape(count * height, 3 * width)
+        mean, std = (stat.cpu().flatten().repeat(width).numpy() for stat in (self._mean, self._std))  # (3 * W,) each
+        result = torch.empty(count, height, width, 3)  # float32 (B, H, W, 3)
+        lines = images.permute(0, 2, 3, 1).reshape(count * height, 3 * width)  # (B * H, 3 * W)
         normalize_lines(lines.numpy(), mean, std, result.view(count * height, 3 * width).numpy())
         return result.permute(0, 3, 1, 2)
 
@@ -105,9 +105,9 @@ def pixel_noise(seeds: Tensor, channels: int, height: int, width: int) -> Tensor
     """
     lines = channels * height
     keys = _splitmix64(seeds[:, None] + _signed(_GOLDEN) * torch.arange(1, lines + width + 1, device=seeds.device))
-    keys = (keys >> 32).to(torch.int32)
+    keys = (keys >> 32).to(torch.int32)  # (B, lines + width)
     line = (keys[:, :lines] | 1).view(-1, channels, height, 1)  # odd: an even key would lose bits of the product
-    column = keys[:, lines:].view(-1, 1, 1, width)
+    column = keys[:, lines:].view(-1, 1, 1, width)  # (B, 1, 1, width)
     # Slightly below 2**-31, so that no value rounds to 1, whose quantile is infinite; the largest here is 5.2 sigma.
     uniform = (line * column) * (2**-31 * (1 - 2**-22))  # (-1, 1)
     return torch.erfinv(uniform).mul_(math.sqrt(2.0))

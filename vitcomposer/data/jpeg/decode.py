@@ -72,7 +72,7 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
         return _raw_pixels(encoded)
     with _open(encoded) as image:
         try:
-            pixels = np.array(eight_bits(image))
+            pixels = np.array(eight_bits(image))  # uint8 (height, width, 3), or (height, width) of a grey one
             return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
         except Exception as error:  # the plug-ins of Pillow raise OSError, SyntaxError, EOFError, struct.error, ...
             raise ValueError(str(error) or repr(error)) from error
@@ -90,10 +90,10 @@ def decode_region(encoded: Encoded, box: Box) -> np.ndarray:
         ValueError: The image is damaged where it is read, or the box leaves it.
     """
     if _is_jpeg(encoded):
-        pixels = decode_seekable(encoded, box)
+        pixels = decode_seekable(encoded, box)  # uint8 (box height, box width, 3)
         if pixels is not None:
             return pixels
-        pixels = _rows_down_to(encoded, box[0] + box[2])
+        pixels = _rows_down_to(encoded, box[0] + box[2])  # uint8 (rows down to the box's last or more, width, 3)
     else:
         pixels = decode_rgb(encoded)
     top, left, height, width = box
@@ -138,18 +138,18 @@ def decode_crop(encoded: Encoded, box: Box, size: int, interpolation: Interpolat
     Raises:
         ValueError: The image is damaged where it is read, or the box leaves it.
     """
-    out = torch.empty((size, size, 3), dtype=torch.uint8).permute(2, 0, 1)
+    out = torch.empty((size, size, 3), dtype=torch.uint8).permute(2, 0, 1)  # (3, size, size), channels last in memory
     decode_crop_into(encoded, box, out, interpolation)
     return out.contiguous()
 
 
 def resize_into(pixels: np.ndarray, out: Tensor, interpolation: Interpolation) -> None:
     """Resize uint8 (h, w, 3) into uint8 ``out`` (3, height, width): the pixels of Pillow's resize, bit for bit."""
-    last = out.permute(1, 2, 0)
+    last = out.permute(1, 2, 0)  # (height, width, 3)
     if last.is_contiguous():
         resize_rgb(pixels, last.numpy(), interpolation == "bicubic")
     else:
-        resized = torch.empty(last.shape, dtype=torch.uint8)
+        resized = torch.empty(last.shape, dtype=torch.uint8)  # (height, width, 3)
         resize_rgb(pixels, resized.numpy(), interpolation == "bicubic")
         last.copy_(resized)
 
@@ -218,14 +218,14 @@ def _decode_reduced_into(encoded: Encoded, box: Box, out: Tensor, interpolation:
     if not _is_jpeg(encoded) or encoded[6:14] == INDEX_MAGIC:
         return False
     height, width = read_size(encoded)
-    size = -(-height // factor), -(-width // factor)
+    size = -(-height // factor), -(-width // factor)  # height and width, rounded up as libjpeg does
     try:
         pixels = simplejpeg.decode_jpeg(
             encoded, colorspace="RGB", min_height=size[0], min_width=size[1], min_factor=factor
         )
     except ValueError:
         return False
-    top, left = box[0] / factor, box[1] / factor
+    top, left = box[0] / factor, box[1] / factor  # in reduced pixels, not whole ones
     bottom, right = min(top + box[2] / factor, size[0]), min(left + box[3] / factor, size[1])
     if pixels.shape[:2] != size or min(box[:2]) < 0 or box[0] + box[2] > height or box[1] + box[3] > width:
         return False

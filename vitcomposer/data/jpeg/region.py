@@ -14,21 +14,21 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self.state = (
-            np.zeros(header.INFO_SIZE, np.int64),
-            np.zeros(4 * 64, np.int32),
-            np.zeros(8 * header.RAW, np.uint8),
-            np.zeros(8 * header.LOOKUP, np.uint32),
-            np.full((8, 2, header.LONGEST), -1, np.int64),
-            np.zeros(12, np.int64),
+            np.zeros(header.INFO_SIZE, np.int64),  # info
+            np.zeros(4 * 64, np.int32),  # quant: (4, 8, 8), four tables
+            np.zeros(8 * header.RAW, np.uint8),  # raw: the Huffman tables as DHT holds them, DC 0 to 3, AC 4 to 7
+            np.zeros(8 * header.LOOKUP, np.uint32),  # lookup: what the first bits of a code say
+            np.full((8, 2, header.LONGEST), -1, np.int64),  # limits: of codes longer than that
+            np.zeros(12, np.int64),  # bases (6,), then the DC predictions of two streams (2, 3)
         )
         self.scratch: Any = (
-            np.empty(1 << 15, np.uint8),
-            np.empty(1 << 15, np.int16),
-            np.empty(1 << 15, np.uint64),
-            np.empty(1 << 12, np.int64),
-            np.empty(1 << 12, np.int16),
+            np.empty(1 << 15, np.uint8),  # clean: bytes of a band of segments without stuffing
+            np.empty(1 << 15, np.int16),  # coef: (tiles, 64, 16 blocks)
+            np.empty(1 << 15, np.uint64),  # words: planes of samples, eight a word
+            np.empty(1 << 12, np.int64),  # plan: what goes where in a band
+            np.empty(1 << 12, np.int16),  # sums of a chroma line
         )
-        self.out = np.empty(1 << 19, np.uint8)
+        self.out = np.empty(1 << 19, np.uint8)  # RGB of the box, flat
 
     def grow(self) -> None:
         clean, coef, words, plan = (int(n) * 5 // 4 for n in self.state[0][header.WANTED : header.WANTED + 4])
@@ -53,7 +53,7 @@ def decode_seekable(encoded: bytes | memoryview, box: tuple[int, int, int, int])
     space = _workspace
     height, width = box[2], box[3]
     size = 3 * height * width
-    data = np.frombuffer(encoded, np.uint8)
+    data = np.frombuffer(encoded, np.uint8)  # uint8 (bytes,)
     data.setflags(write=False)  # one type for bytes and mapped memory of either kind: one compilation
     status = decode_box(data, box, space.state, space.scratch, space.out)
     while status == GROW:

@@ -21,12 +21,13 @@ class _Workspace(threading.local):
         self.scratch: Any = (*(np.empty(0, np.uint64) for _ in range(3)), np.empty(0, np.int32))
 
     def sized(self, height: int, width: int, target: int, depth: int) -> Any:
+        # In words of eight bytes: a source row, a resized row, and the rows of a tile.
         across, wide, groups = (3 * width + 7) // 8, (3 * target + 7) // 8, min(depth, height + 7) // 8
         sizes = (
-            max(8 * across, 8 * wide * groups),
-            (8 * across + 3 * _SPARE) * groups,
-            (-(-height // 8) * 8 + _SPARE) * wide,
-            max(24 * groups, 3 * target),
+            max(8 * across, 8 * wide * groups),  # lines: eight source rows, then the resized tile by columns
+            (8 * across + 3 * _SPARE) * groups,  # tile: its source by columns, (8 * across, groups)
+            (-(-height // 8) * 8 + _SPARE) * wide,  # middle: all rows after the horizontal pass, (height, wide)
+            max(24 * groups, 3 * target),  # sums, int32: of one line of either pass
         )
         if any(old.size < size for old, size in zip(self.scratch, sizes, strict=True)):
             self.scratch = tuple(
@@ -46,6 +47,7 @@ def resize_rgb(pixels: np.ndarray, out: np.ndarray, bicubic: bool) -> None:
     """
     height, width, _ = pixels.shape
     rows, columns, _ = out.shape
+    # At most so many rows a tile, and all tiles of one depth, a multiple of 8.
     depth = min(_DEEPEST, max(_TILE // (3 * width) & ~7, 64))
     tiles = -(-height // depth)
     depth = -(-height // (8 * tiles)) * 8
@@ -63,8 +65,8 @@ def resize_rgb(pixels: np.ndarray, out: np.ndarray, bicubic: bool) -> None:
 @lru_cache(1024)
 def _axis(size: int, target: int, bicubic: bool) -> tuple[np.ndarray, np.ndarray]:
     support = max(size / target, 1.0) * (2 if bicubic else 1)
-    spans = np.zeros(2 * target, np.int64)
-    weights = np.zeros(target * (2 * math.ceil(support) + 1 + _SPARE), np.int32)
+    spans = np.zeros(2 * target, np.int64)  # first source pixel and number of weights of each
+    weights = np.zeros(target * (2 * math.ceil(support) + 1 + _SPARE), np.int32)  # (target * most,), zeros behind
     coefficients(size, target, bicubic, spans, weights)
     return spans, weights
 
