@@ -85,6 +85,22 @@ def test_missing_yaml_suggests_the_near_one() -> None:
         config.load(ROOT / "yamls/deit_s1.yaml")
 
 
+def test_a_name_is_the_yaml_of_ours_and_a_file_of_that_name_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deit_b").mkdir()
+    assert config.load("deit_s") == config.load(DEIT)
+    assert config.load("deit_b").run.name == "deit_b"
+    Path("deit_s").write_text(DEIT.read_text().replace("weight_decay: 0.05", "weight_decay: 0.06"))
+    assert config.load("deit_s").optimizer.weight_decay == 0.06
+    with pytest.raises(ConfigError, match=r"There is no yaml at deit_s1\. Did you mean 'deit_s'\?"):
+        config.load("deit_s1")
+    for path in ("deit_ti.yaml", "x/deit_ti"):
+        with pytest.raises(ConfigError, match=f"There is no yaml at {path}"):
+            config.load(path)
+
+
 def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
     page = tmp_path / "page.yaml"
     page.write_text("recipe: supervised\nmodel: {name: deit_small_patch16\n")

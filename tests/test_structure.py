@@ -28,6 +28,7 @@ LAYERS = {
     "vitcomposer": 0,
     "vitcomposer.errors": 0,
     "vitcomposer.escape": 0,
+    "vitcomposer.shipped": 0,
     "vitcomposer.collectives": 0,
     "vitcomposer.json_file": 0,
     "vitcomposer.whole_files": 0,
@@ -57,7 +58,8 @@ LAYERS = {
     "vitcomposer.cli": 12,
     "vitcomposer.__main__": 13,
     "recipes": 14,
-    "train": 15,
+    "vitcomposer.train": 15,
+    "train": 16,
 }
 
 
@@ -150,7 +152,7 @@ def test_kernels_have_8_lines_of_comment_for_100_of_code(path: Path) -> None:
 
 
 def test_train_is_under_60_lines() -> None:
-    assert len((ROOT / "train.py").read_text().splitlines()) < 60
+    assert len((ROOT / "vitcomposer/train.py").read_text().splitlines()) < 60
 
 
 def measured(name: str) -> str | None:

@@ -20,7 +20,7 @@ from vitcomposer.cost.input_speed import _count, cores_for, measure, mechanics
 def add_command(commands: Any) -> None:
     """Add ``bench`` to the subcommands of a parser."""
     parser = commands.add_parser("bench", help="how fast images come", description=_run.__doc__)
-    parser.add_argument("yaml", help="a recipe's yaml")
+    parser.add_argument("yaml", help="a recipe's yaml, or the name of one of ours, such as deit_s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.local=FOLDER")
     parser.add_argument("--workers", default="0,1,2,4", help="numbers of loader processes (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")

@@ -11,16 +11,16 @@ from typing import Any
 from vitcomposer.data.mds.index import index_fault
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.schema import Data
+from vitcomposer.shipped import RESULTS
 from vitcomposer.whole_files import write_whole
 
 IMAGENET_IMAGES = 1_281_167
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def add_command(commands: Any) -> None:
     """Add ``plan`` to the subcommands of a parser."""
     parser = commands.add_parser("plan", help="what a recipe costs on given GPUs", description=_run.__doc__)
-    parser.add_argument("yaml", help="a recipe's yaml")
+    parser.add_argument("yaml", help="a recipe's yaml, or the name of one of ours, such as deit_s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_duration=100ep")
     parser.add_argument("--gpu", required=True, help="such as h100, h200, a100 or a100-40")
     parser.add_argument("--gpus", type=int, default=1, help="how many (default: %(default)s)")

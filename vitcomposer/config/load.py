@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from vitcomposer.config.trees import Plain, Tree, is_null, read_overrides, read_page
+from vitcomposer.config.trees import Plain, Tree, find_page, is_null, read_overrides, read_page
 from vitcomposer.config.values import is_mapping, read
 from vitcomposer.errors import ConfigError, collect, did_you_mean
 from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, recorded_statistics, take_over
@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
     """Read a recipe's yaml, apply overrides and return its frozen dataclass (:mod:`vitcomposer.schema`).
 
     Args:
-        path: A yaml with a ``recipe`` key.
+        path: A yaml with a ``recipe`` key, or the name of one of ours, such as ``deit_s``; a file of that name wins.
         overrides: ``dotted.key=value`` strings; the type of the key says what a value means. ``null`` removes an entry
             of ``algorithms`` or ``optimizer.options`` that the yaml has, ``{}`` empties a block.
         also: A further check, such as of the files that the configuration names. What it raises is reported together
@@ -45,7 +45,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
         ConfigError: All keys that are unknown, missing, of the wrong type or out of range.
     """
     problems: list[str] = []
-    path = Path(expand_home(path, "The yaml"))
+    path = find_page(Path(expand_home(path, "The yaml")))
     page = read_page(path)
     changes = read_overrides(overrides, problems)
     schema = _schema_of(page, changes, path)

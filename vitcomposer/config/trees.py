@@ -12,6 +12,7 @@ import yaml
 
 from vitcomposer.config.foreign_names import ours_for
 from vitcomposer.errors import ConfigError, did_you_mean
+from vitcomposer.shipped import YAMLS
 
 Tree = dict[str, Any]  # of Tree, lists and str
 
@@ -33,6 +34,17 @@ def is_null(value: Any) -> bool:
     return isinstance(value, Plain) and value in ("", "~", "null", "Null", "NULL")
 
 
+def find_page(path: Path) -> Path:
+    """The yaml of ours that a name such as ``deit_s`` stands for, where no file has that name; else the path itself."""
+    ours = YAMLS / f"{path}.yaml"
+    return ours if _is_name(path) and not path.is_file() and ours.is_file() else path
+
+
+def _is_name(path: Path) -> bool:
+    """Whether it has neither a folder nor a suffix."""
+    return path.parent == Path() and not path.suffix
+
+
 def read_page(path: Path) -> Tree:
     """A yaml file as a tree.
 
@@ -43,6 +55,7 @@ def read_page(path: Path) -> Tree:
         raise ConfigError(f"{path} must be a yaml file, it is a folder. Name a file in it, such as config.yaml.")
     if not path.is_file():
         near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near += sorted(p.stem for p in YAMLS.glob("*.yaml")) if _is_name(path) else []
         raise ConfigError(f"There is no yaml at {path}.{did_you_mean(path.as_posix(), near)}")
     try:
         content = path.read_bytes()

@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+from vitcomposer.shipped import YAMLS
+
 _CONTINUED = re.compile(r"\n#   (?!.*(train\.py|cache-teacher|=))")  # of a line; a command stands there too
 _FIELD = re.compile(r"# (Expected|Measured|Cost)[\w -]*: (.+)")
 
