@@ -41,6 +41,15 @@ def test_command_is_that_of_the_launcher_as_it_was_typed(
     assert found.startswith(command) and found.endswith("train.py yamls/demo.yaml 'run.name=a b'")
 
 
+def test_command_of_a_module_is_that_of_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/lib/vitcomposer/train.py", *ARGUMENTS])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "vitcomposer.train", *ARGUMENTS])
+    launcher = ["python", "/x/composer", "-n", "2", "-m", "vitcomposer.train", *ARGUMENTS]
+    monkeypatch.setattr(typed, "_arguments_of", lambda pid: launcher)
+    monkeypatch.setenv("RANK", "0")
+    assert typed.typed_command() == "/x/composer -n 2 -m vitcomposer.train yamls/demo.yaml 'run.name=a b'"
+
+
 def test_own_command_is_read_from_the_system() -> None:
     assert Path(typed._arguments_of(os.getpid())[0]).name == Path(sys.orig_argv[0]).name
     assert typed._arguments_of(0) == []

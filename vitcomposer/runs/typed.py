@@ -23,7 +23,9 @@ def typed_command() -> str:
 def _ends_with(arguments: Sequence[str], script: Sequence[str]) -> bool:
     """Whether these are a launcher's arguments for this script; only the way to the script may be written otherwise."""
     tail = arguments[len(arguments) - len(script) :]
-    return tail[1:] == script[1:] and Path(tail[0]).name == Path(script[0]).name
+    module = "/" + tail[0].replace(".", "/")  # composer -n 8 -m vitcomposer.train
+    is_script = Path(tail[0]).name == Path(script[0]).name or script[0].endswith(f"{module}.py")
+    return tail[1:] == script[1:] and is_script
 
 
 def _is_found(name: str, path: str) -> bool:
