@@ -106,11 +106,8 @@ def tiny_photo_overrides(mds: Path, runs: Path, name: str) -> list[str]:
 
 def run_train(argv: list[str]) -> int:
     """train.py in this process: Composer's import is paid once."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        import train
-    finally:
-        sys.path.remove(str(ROOT))
+    import train
+
     return train.main(argv)
 
 
@@ -130,7 +127,7 @@ Tell = Callable[[str, str, float], None]
 
 @pytest.fixture
 def tell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tell:
-    """``tell(fault, seen, seconds)``: a row of the table, kept when benchmarks/faults.py runs the tests.
+    """``tell(fault, seen, seconds)``: a row of the table, kept when benchmarks.faults runs the tests.
 
     ``seen`` is the line that the run printed, or what it did where a fault is mended in silence; ``seconds`` lie
     between the fault and the error or, where the run goes on, the first step after it.

@@ -151,6 +151,15 @@ def test_kernels_have_8_lines_of_comment_for_100_of_code(path: Path) -> None:
     assert comments >= 8 * code / 100, f"{comments} comments on {code} lines of code"
 
 
+def test_benchmarks_and_tests_are_imported_by_their_names() -> None:
+    """As packages of the checkout: one that changes the search path may take another project's module of that name."""
+    change = re.compile(r"\bsys\.path\b|\bsyspath_prepend\b")
+    files = [path for folder in ("benchmarks", "tests") for path in ROOT.glob(f"{folder}/**/*.py")]
+    assert [path for path in files if path != Path(__file__) and change.search(path.read_text())] == []
+    folders = {path.parent for path in files}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
 def test_train_is_under_60_lines() -> None:
     assert len((ROOT / "vitcomposer/train.py").read_text().splitlines()) < 60
 

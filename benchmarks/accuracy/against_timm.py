@@ -1,8 +1,8 @@
 """The same small DeiT by our recipe ``supervised`` and by timm's parts, on the same photographs, with five seeds.
 
-    python benchmarks/against_timm.py timm --data FOLDER --work .bench/against_timm
-    python benchmarks/against_timm.py ours --data FOLDER --work .bench/against_timm
-    python benchmarks/against_timm.py report --work .bench/against_timm
+    python -m benchmarks.accuracy.against_timm timm --data FOLDER --work .bench/against_timm
+    python -m benchmarks.accuracy.against_timm ours --data FOLDER --work .bench/against_timm
+    python -m benchmarks.accuracy.against_timm report --work .bench/against_timm
 
 FOLDER holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``: CIFAR-10 (Krizhevsky 2009), each image of
 ``torchvision.datasets.CIFAR10`` saved by Pillow as a JPEG of its default quality (75), numbered in the order of its
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import RESULTS, ROOT
+
 SEEDS = (0, 1, 2, 3, 4)
 PER_CLASS = 500
 SIZE, EPOCHS, BATCH, WARMUP = 32, 10, 100, 1
@@ -191,10 +192,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of train/CLASS/*.jpg and val/CLASS/*.jpg")
     parser.add_argument("--work", type=Path, default=ROOT / ".bench/against_timm")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT))
     args.work.mkdir(parents=True, exist_ok=True)
     if args.arm == "report":
         report(args.work, args.out)

@@ -1,7 +1,7 @@
 """Accuracy against training FLOPs and seconds on small real data: each speed-up of a recipe alone, and together.
 
-    python benchmarks/pareto.py digits --out benchmarks/results
-    python benchmarks/pareto.py fashion --fashion /usr/share/datasets/fashion-mnist --out benchmarks/results
+    python -m benchmarks.accuracy.pareto digits --out benchmarks/results
+    python -m benchmarks.accuracy.pareto fashion --fashion /usr/share/datasets/fashion-mnist --out benchmarks/results
 
 ``digits`` are the 1,797 images that scikit-learn carries, ``fashion`` is Fashion-MNIST (70,000 images,
 arXiv:1708.07747) as Debian's package ``dataset-fashion-mnist`` installs it. Every run is ``train.py`` with the
@@ -24,7 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 YAML = "yamls/demo.yaml"
 
 MODEL = {

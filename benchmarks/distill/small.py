@@ -1,7 +1,7 @@
 """A small student with and without a teacher on small real data: recipe ``distill`` against ``supervised``.
 
-    python benchmarks/distill_small.py digits --work .bench/distill
-    python benchmarks/distill_small.py fashion --data FOLDER --work .bench/distill
+    python -m benchmarks.distill.small digits --work .bench/distill
+    python -m benchmarks.distill.small fashion --data FOLDER --work .bench/distill
 
 A convolutional network, which DeiT found to teach best (Table 2), is trained by ``supervised`` on the training split.
 It then teaches a student that sees images of the same split as the student that learns alone: same network, steps,
@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import RESULTS, ROOT
+
 YAML = ROOT / "yamls/demo.yaml"
 SEEDS = (0, 1, 2)
 
@@ -194,7 +195,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# A small student with and without a teacher",
         "",
-        "`python benchmarks/distill_small.py digits` and `fashion`: yamls/demo.yaml with the overrides in the JSON "
+        "`python -m benchmarks.distill.small digits` and `fashion`: yamls/demo.yaml with the overrides in the JSON "
         "beside this file. The students are the same network with two heads, on the same split and for as many "
         "steps; alone, both heads learn from the labels. The teacher, a ResNet-18, is trained on that split too. "
         "Top-1 in percent of the held-out split, raw weights of the last step; +- is the standard deviation of three "
@@ -232,11 +233,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=sorted(DATA))
     parser.add_argument("--data", dest="local", type=Path, help="folder of the MDS splits train and val")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--work", type=Path, default=ROOT / ".bench/distill")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sys.path.insert(0, str(ROOT))
     local = args.local or args.work / args.data
     prepare(args.data, local)
     stem = args.out / "distill_small"

@@ -1,6 +1,6 @@
 """What a teacher costs a student's step: asked beside it, or read from a cache; and what ten logits of many lose.
 
-    OMP_NUM_THREADS=1 python benchmarks/distill.py --out benchmarks/results/distill_step.json
+    OMP_NUM_THREADS=1 python -m benchmarks.distill.step --out benchmarks/results/distill_step.json
 
 A step is forward, loss, backward and fused AdamW of the recipe's task on images in memory: float32, 224 pixels, one
 thread, CPU time. Candidates take turns in every round, and only ratios inside a round are compared. The teacher has
@@ -23,9 +23,19 @@ import numpy as np
 import timm
 import torch
 from sklearn.datasets import load_digits
-from step import CLASSES, PIXELS, ROOT, TrainingStep, classify, compare, random_batch, spread, take_turns
 from torch import Tensor, nn
 
+from benchmarks import ROOT
+from benchmarks.step.plain_loop import (
+    CLASSES,
+    PIXELS,
+    TrainingStep,
+    classify,
+    compare,
+    random_batch,
+    spread,
+    take_turns,
+)
 from vitcomposer import config
 from vitcomposer.data.augment.mixing import soft_targets
 from vitcomposer.data.random import view_seed
@@ -219,7 +229,8 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"# A teacher's answers from a cache, on {report['machine']}, float32, 224 px, one thread, CPU time",
         "",
-        f"Medians of {report['rounds']} rounds, smallest to largest in brackets. Made by `benchmarks/distill.py`.",
+        f"Medians of {report['rounds']} rounds, smallest to largest in brackets. "
+        "Made by `python -m benchmarks.distill.step`.",
         "",
         f"Step of {STUDENT}, batch {step['batch']}: {speed['cached']['median']:.2f} images/s with cached answers, "
         f"{speed['live']['median']:.2f} with {TEACHER} beside it: **{ratio['median']:.2f} times faster** "

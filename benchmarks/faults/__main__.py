@@ -1,4 +1,4 @@
-"""Run the tests of faults and write what a user sees of each: python benchmarks/faults.py --out benchmarks/results
+"""Run the tests of faults and write what a user sees of each: python -m benchmarks.faults --out benchmarks/results
 
 ``--slow`` adds the tests that take minutes, such as twenty kills of a run with two ranks. ``--told FILE ...`` takes the
 rows of tests that ran before, with VITCOMPOSER_FAULTS=FILE in their environment.
@@ -13,12 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 LONGEST = 320  # characters of a message in the table
 HEAD = [
     "# Faults: what a user sees, and for how long",
     "",
-    "Written by `python benchmarks/faults.py`: every row is a test in tests/faults that brings the fault about, on "
+    "Written by `python -m benchmarks.faults`: every row is a test in tests/faults that brings the fault about, on "
     "a real server or process, and checks that nothing was lost. Seconds lie between the fault and the error, or the "
     "first step after it where the run goes on; on two CPU cores, of which importing Composer takes about six seconds.",
     "",
@@ -51,7 +52,9 @@ def markdown(rows: list[dict[str, str | float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--slow", action="store_true", help="the tests marked slow too")
     parser.add_argument("--told", nargs="+", type=Path, help="rows of tests that ran before")

@@ -1,8 +1,8 @@
 """Damaged images, indexes and shards through every path that reads them.
 
-``python benchmarks/fuzz.py --out benchmarks/results --checked 1000`` writes fuzz.md there. Items run one after the
-other in a process of their own, which a crash, a hang (``LIMIT`` seconds) or more memory than ``ROOM`` ends; the next
-process goes on behind the item that did it. A path may give pixels or say what is wrong (ValueError; of a data set
+``python -m benchmarks.faults.fuzz --out benchmarks/results --checked 1000`` writes fuzz.md there. Items run one after
+the other in a process of their own, which a crash, a hang (``LIMIT`` seconds) or more memory than ``ROOM`` ends; the
+next process goes on behind the item that did it. A path may give pixels or say what is wrong (ValueError; of a data set
 ConfigError or ShardError); anything else counts as a crash.
 
 ``--checked`` also runs a part with numba's checks of every array index, which the compiled kernels are without.
@@ -27,10 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from fuzz_items import DECODED, REFUSED, data_item, image_item, write_data  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.faults.items import DECODED, REFUSED, data_item, image_item, write_data
+from benchmarks.faults.mutations import mutated_image
 
 LIMIT = 90  # seconds an item may take: a data set waits up to 60 s for another run that starts on this machine
 ROOM = 1 << 30  # bytes above what the process has before its first item
@@ -131,8 +130,9 @@ def fuzz(kind: str, count: int, seed: int, root: Path, *, first: int = 0, checke
     if checked:  # compiled anew, without what is kept of the unchecked kernels
         environment |= {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(root / "numba")}
     while at < count:
-        command = [sys.executable, __file__, "--child", kind, str(seed), str(at), str(count), str(root)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "benchmarks.faults.fuzz", "--child", kind]
+        command += [str(seed), str(at), str(count), str(root.resolve())]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         items = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
         lines.unlink(missing_ok=True)
         for item in items:
@@ -150,8 +150,6 @@ def fuzz(kind: str, count: int, seed: int, root: Path, *, first: int = 0, checke
 
 
 def mutation_of(kind: str, seed: int, number: int) -> str:
-    from fuzz_mutations import mutated_image
-
     return mutated_image(seed, number)[0] if kind == "images" else "a data set"
 
 
@@ -163,10 +161,10 @@ def _lines(reports: list[Report], seed: int) -> Iterator[str]:
     yield "# Damaged images, indexes and shards"
     yield ""
     yield (
-        f"By `python benchmarks/fuzz.py --seed {seed}`; Python {platform.python_version()}, {platform.system()}. "
-        "An item goes through every path that looks at it; decoded and refused are those of a training crop, and of "
-        "the reader. Crashes are processes that ended, errors other than those that name what is wrong, and wrong "
-        f"labels; hangs are items of more than {LIMIT} s. An item may take {ROOM >> 20} MiB."
+        f"By `python -m benchmarks.faults.fuzz --seed {seed}`; Python {platform.python_version()}, "
+        f"{platform.system()}. An item goes through every path that looks at it; decoded and refused are those of a "
+        "training crop, and of the reader. Crashes are processes that ended, errors other than those that name what is "
+        f"wrong, and wrong labels; hangs are items of more than {LIMIT} s. An item may take {ROOM >> 20} MiB."
     )
     for report in reports:
         yield ""

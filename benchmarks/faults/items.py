@@ -1,4 +1,4 @@
-"""What benchmarks/fuzz.py does to one damaged image, index or shard."""
+"""What benchmarks.faults.fuzz does to one damaged image, index or shard."""
 
 import json
 import random
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.faults.mutations import mutated_image, mutated_index, mutated_shard
+
 SAMPLES, CLASSES = 40, 7  # of the data set whose index and shards are damaged
 
 DECODED, REFUSED = "decoded", "refused"
@@ -14,8 +16,6 @@ DECODED, REFUSED = "decoded", "refused"
 
 def image_item(seed: int, number: int) -> dict[str, Any]:
     """Decode a damaged image on every path; which of them gave pixels, and whether they agree."""
-    from fuzz_mutations import mutated_image
-
     name, data, original = mutated_image(seed, number)
     rng = random.Random(f"{seed}/{number}/box")
     outcomes, notes = {}, []
@@ -137,8 +137,6 @@ def compare(data: bytes, whole: Any, original: bytes, rng: random.Random) -> dic
 
 def data_item(seed: int, number: int, root: Path) -> dict[str, Any]:
     """Read a data set with a damaged index or shard; a label that is not its image's is what must not come out."""
-    from fuzz_mutations import mutated_index, mutated_shard
-
     from vitcomposer.data.conversion.inspect import inspect_data
     from vitcomposer.data.mds.stream import ImageStream, StreamOptions
     from vitcomposer.errors import ConfigError, ShardError

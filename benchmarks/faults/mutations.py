@@ -1,4 +1,4 @@
-"""Damaged inputs for benchmarks/fuzz.py: every item follows from a seed and its number."""
+"""Damaged inputs for benchmarks.faults.fuzz: every item follows from a seed and its number."""
 
 import io
 import json

@@ -1,15 +1,15 @@
 """Images per CPU second of vitcomposer's input path and of every peer that installs, in turns on one core.
 
-    python benchmarks/input.py                        single crops of 224 px from files like ImageNet's
-    python benchmarks/input.py --set s256             the same from files with a shorter side of 256
-    python benchmarks/input.py --multicrop            SwAV's 2x160 + 4x96 and 2x224 + 6x96
-    python benchmarks/input.py --only ours-seekable dali --rounds 9
+    python -m benchmarks.input                       single crops of 224 px from files like ImageNet's
+    python -m benchmarks.input --set s256            the same from files with a shorter side of 256
+    python -m benchmarks.input --multicrop           SwAV's 2x160 + 4x96 and 2x224 + 6x96
+    python -m benchmarks.input --only ours-seekable dali --rounds 9
 
 Needs Linux. The first call makes a photo set from the sample pictures of installed packages, installs each peer in an
-environment of its own (benchmarks/peers) and writes the photos in each peer's form, all in the folder --work; FFCV
-builds only where apt-get installed libopencv-dev, libturbojpeg0-dev and pkg-config. A peer that cannot be installed
-becomes a row that says why. CPU time is that of all processes and threads of a candidate. Results are a JSON file with
-every round's numbers, a table and a picture in the folder --out.
+environment of its own (benchmarks/input/peers) and writes the photos in each peer's form, all in the folder --work;
+FFCV builds only where apt-get installed libopencv-dev, libturbojpeg0-dev and pkg-config. A peer that cannot be
+installed becomes a row that says why. CPU time is that of all processes and threads of a candidate. Results are a JSON
+file with every round's numbers, a table and a picture in the folder --out.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from input_candidates import BASELINES, CANDIDATES, Candidate, Group
-from input_peers import Workshop, stored_bytes
-from input_report import write_report
-from input_turns import CandidateError, Process, Turn, run_rounds, summarise
-from photos import SETS, build_photos
+from benchmarks import RESULTS, ROOT
+from benchmarks.input.candidates import BASELINES, CANDIDATES, Candidate, Group
+from benchmarks.input.environments import Workshop, stored_bytes
+from benchmarks.input.photos import SETS, build_photos
+from benchmarks.input.report import write_report
+from benchmarks.input.turns import CandidateError, Process, Turn, run_rounds, summarise
 
-_ROOT = Path(__file__).resolve().parent.parent
 _SINGLE: dict[Group, str] = {
     "crop": "RandomResizedCrop 224, flip, batches of 64",
     "augment": "The same with RandAugment or 3-Augment on the CPU",
@@ -77,10 +77,12 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.input", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = ", ".join(CANDIDATES)
-    parser.add_argument("--out", type=Path, default=_ROOT / "benchmarks" / "results", help="folder of the results")
-    parser.add_argument("--work", type=Path, default=_ROOT / ".bench", help="folder that keeps photos and environments")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--work", type=Path, default=ROOT / ".bench", help="folder that keeps photos and environments")
     parser.add_argument("--rounds", type=int, default=9, help="turns that count (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"candidates, beside the baseline: {names}")
     parser.add_argument("--set", choices=SETS, default="full", help="photo set (default: %(default)s)")
@@ -141,8 +143,8 @@ def _fill(
 
 
 def _quality(photos: Path, count: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "input_candidates.quality", photos, str(count)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.input.candidates.quality", photos, str(count)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -155,7 +157,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _git(*command: str) -> str:
-    return subprocess.run(["git", *command], cwd=_ROOT, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Images per second through train.py with a model that costs nothing, against the loader alone, in turn.
 
-    python benchmarks/end_to_end.py --out benchmarks/results/end_to_end_cpu.json
+    python -m benchmarks.input.end_to_end --out benchmarks/results/end_to_end_cpu.json
 
 What train.py adds to the loader is the transfer, normalising to float32, the step, its logging and callbacks. The
-photographs are those of benchmarks/input.py, linked several times over so that an epoch lasts.
+photographs are those of benchmarks.input, linked several times over so that an epoch lasts.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from photos import build_photos
+from benchmarks import ROOT
+from benchmarks.input.photos import build_photos
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
-# Crop and flip only, as in the headline of benchmarks/input.py; mixing and erasing belong to the device's work.
+# Crop and flip only, as in the headline of benchmarks.input; mixing and erasing belong to the device's work.
 OVERRIDES = [
     "model.name=mean_color",
     "model.drop_path_rate=0",

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from input_candidates import STORES
-from input_turns import CandidateError, last_line
+from benchmarks import ROOT
+from benchmarks.input.candidates import STORES
+from benchmarks.input.turns import CandidateError, last_line
 
-_HERE = Path(__file__).parent
+_PEERS = Path(__file__).parent / "peers"
 _INSTALL_SECONDS = 1200
 _WRITE_SECONDS = 1200
 _BESIDE = "# beside ours"
@@ -38,7 +39,7 @@ class Workshop:
         return self._once(peer, lambda: self._environment(peer))
 
     def _environment(self, peer: str) -> Path:
-        requirements = _HERE / "peers" / f"{peer}.txt"
+        requirements = _PEERS / f"{peer}.txt"
         folder = self._folder / "venvs" / peer
         python, finished = folder / "bin" / "python", folder / "installed.txt"
         if finished.exists() and finished.read_text() == requirements.read_text():
@@ -74,7 +75,7 @@ class Workshop:
         python = self.python(made.peer)
         print(f"  write {name}", file=sys.stderr, flush=True)
         job = {"module": made.module, "photos": str(photos), "store": str(unfinished), "options": made.options}
-        command = [python, "-m", "input_candidates.serve", json.dumps(job)]
+        command = [python, "-m", "benchmarks.input.candidates.serve", json.dumps(job)]
         self._run(command, f"write-{name}", _WRITE_SECONDS, "its data could not be written")
         unfinished.rename(folder)
 
@@ -92,7 +93,7 @@ class Workshop:
         log = self.logs / f"{log_name}.log"
         try:
             with log.open("wb") as out:
-                subprocess.run(command, cwd=_HERE, stdout=out, stderr=out, timeout=seconds, check=True)
+                subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, timeout=seconds, check=True)
         except subprocess.TimeoutExpired:
             raise CandidateError(f"{failure}: not done after {seconds:.0f} s") from None
         except subprocess.CalledProcessError:

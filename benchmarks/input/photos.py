@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from input_candidates import photo_files
 from PIL import Image, ImageFilter
+
+from benchmarks.input.candidates import photo_files
 
 SETS = {
     "full": "original files",

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).parent
+from benchmarks import ROOT
+
 _START_SECONDS = 240  # FFCV compiles, TensorFlow imports
 _TURN_SECONDS = 300
 _ONE_THREAD = {
@@ -47,8 +48,8 @@ class Process:
         self._log = log
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [python, "-m", "input_candidates.serve", json.dumps(job)],
-                cwd=_HERE,
+                [python, "-m", "benchmarks.input.candidates.serve", json.dumps(job)],
+                cwd=ROOT,
                 env={**os.environ, **_ONE_THREAD, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """How a run grows: two ranks against one as measured here, and ImageNet over 8 and 64 ranks as computed.
 
-    python benchmarks/scale.py --out benchmarks/results/scale.json
+    python -m benchmarks.scale --out benchmarks/results/scale.json
 
 Measured (``--measure``): images per second of a rank with one rank and with two, DDP and FSDP2, on synthetic images and
 on JPEGs streamed into an empty cache. Every rank has one thread and its own share of images, so a perfect machine keeps
@@ -26,10 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scale_order import compute, computed_page
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import ROOT
+from benchmarks.scale.order import compute, computed_page
 
 BATCH, STEPS, WARMUP, PHOTOS = 16, 14, 3, 128
 CANDIDATES = {"1 rank": (1, "ddp"), "2 ranks, DDP": (2, "ddp"), "2 ranks, FSDP2": (2, "fsdp2")}
@@ -79,9 +77,9 @@ def measure_once(candidate: str, source: str, mds: Path, work: Path) -> dict[str
         overrides += ["data.local=null", "data.source=synthetic", "data.synthetic_samples=10000"]
     else:
         overrides += [f"data.remote={mds / 'mds'}", f"data.local={folder / 'cache'}"]
-    launch = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks), __file__]
+    launch = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks), "-m", "benchmarks.scale"]
     command = [*launch, "--rank", str(folder / "found"), str(ROOT / "yamls/deit_ti.yaml"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
@@ -95,7 +93,7 @@ def measure_once(candidate: str, source: str, mds: Path, work: Path) -> dict[str
 
 def build_data(work: Path) -> Path:
     """JPEG files like ImageNet's as an image folder and as small shards, so that a run streams several."""
-    from photos import build_photos
+    from benchmarks.input.photos import build_photos
 
     build_photos(work / "photos", "full", PHOTOS)
     for split in ("train", "val"):
@@ -166,7 +164,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# How a run grows",
         "",
-        f"Written by `python benchmarks/scale.py`, {report['machine']}.",
+        f"Written by `python -m benchmarks.scale`, {report['machine']}.",
     ]
     if "measured" in report:
         lines += measured_page(report["measured"])
@@ -216,7 +214,9 @@ def measured_page(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="json; the page beside it ends in .md")
     parser.add_argument("--measure", action="store_true", help="this part alone; what the other found before stays")
     parser.add_argument("--compute", action="store_true", help="this part alone")

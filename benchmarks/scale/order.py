@@ -1,6 +1,6 @@
 """What an order of samples costs: bytes that nodes download, the wait for the first batch, and how well it mixes.
 
-Computed for benchmarks/scale.py from what ``vitcomposer.data.mds.order`` really deals out.
+Computed for benchmarks.scale from what ``vitcomposer.data.mds.order`` really deals out.
 """
 
 import math
@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-IMAGES, IMAGE_BYTES, SHARD_BYTES = 1_281_167, 110_000, 64 << 20  # ImageNet-1k; the mean file, see photos.py
+IMAGES, IMAGE_BYTES, SHARD_BYTES = (
+    1_281_167,
+    110_000,
+    64 << 20,
+)  # ImageNet-1k; the mean file, see benchmarks/input/photos.py
 SHARD_IMAGES = SHARD_BYTES // IMAGE_BYTES
 RANKS_PER_NODE, WORKERS = 8, 8
 BANDWIDTH = 1.25e9  # bytes per second from the store to a node: 10 Gbit/s, all of it

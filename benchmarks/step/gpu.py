@@ -1,8 +1,8 @@
 """What one GPU gives: training steps against timm's, curriculum stages, batches, multi-crop, attention, optimizers.
 
-    PYTHONPATH=. python benchmarks/gpu.py                       # under 9 minutes, benchmarks/results/gpu_<device>.*
-    PYTHONPATH=. python benchmarks/gpu.py --sections training   # the rest of an earlier result stays
-    PYTHONPATH=. python benchmarks/gpu.py --device cpu --quick  # whether the code runs, in tiny; nothing is written
+    python -m benchmarks.step.gpu                       # under 9 minutes, benchmarks/results/gpu_<device>.*
+    python -m benchmarks.step.gpu --sections training   # the rest of an earlier result stays
+    python -m benchmarks.step.gpu --device cpu --quick  # whether the code runs, in tiny; nothing is written
 
 Data are synthetic and stay on the device. Every section has a share of the time and is written as soon as it ends; what
 no longer fits is left out and named. `vitcomposer plan` reads the MFU from here.
@@ -24,12 +24,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import gpu_parts
-import gpu_steps
 import torch
-from gpu_steps import Rows, Scale
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import RESULTS, ROOT
+from benchmarks.step import gpu_parts, gpu_steps
+from benchmarks.step.gpu_steps import Rows, Scale
 
 # Seconds of each; 500 in all leave room for imports and the last row of every section.
 SECTIONS: dict[str, tuple[int, Callable[[Scale], Iterator[Rows]]]] = {
@@ -74,7 +73,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes: whether the code runs")
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="write with --quick too")
     return parser.parse_args(argv)
 

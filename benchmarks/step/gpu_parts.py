@@ -1,4 +1,4 @@
-"""Parts of a training step by themselves, for benchmarks/gpu.py: attention kernels, augmentation, optimizers."""
+"""Parts of a training step by themselves, for benchmarks.step.gpu: attention kernels, augmentation, optimizers."""
 
 import random
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_steps import Rows, Scale, build, seconds_each
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.step.gpu_steps import Rows, Scale, build, seconds_each
 from vitcomposer import optim, schema
 from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.mixing import mix_images, soft_targets

@@ -1,4 +1,4 @@
-"""Compiled bf16 training steps of our networks and timm's in one and the same loop, for benchmarks/gpu.py."""
+"""Compiled bf16 training steps of our networks and timm's in one and the same loop, for benchmarks.step.gpu."""
 
 import gc
 import statistics
@@ -9,9 +9,9 @@ from typing import Any
 
 import timm
 import torch
-from step import CLASSES, MODELS, TrainingStep, classify, peak_bytes
 from torch import Tensor, nn
 
+from benchmarks.step.plain_loop import CLASSES, MODELS, TrainingStep, classify, peak_bytes
 from vitcomposer.cost.flops import TRAIN_FACTOR, multi_crop_flops
 from vitcomposer.cost.gpus import peak_flops
 from vitcomposer.models import build_model

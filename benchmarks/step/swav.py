@@ -1,6 +1,6 @@
 """A SwAV step of DeiT-S with 2 x 224 + 6 x 96 crops: our task against timm's trunk in a plain loop of the same method.
 
-Imported by benchmarks/step.py. The plain side is what a careful author writes from the paper (arXiv:2006.09882):
+For benchmarks.step. The plain side is what a careful author writes from the paper (arXiv:2006.09882):
 one forward pass per crop size, the head once on all crops, codes by Sinkhorn on the exponentials, a loop over pairs.
 """
 

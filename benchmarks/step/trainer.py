@@ -1,4 +1,4 @@
-"""The Trainer of a recipe over one batch in memory, for benchmarks/step.py."""
+"""The Trainer of a recipe over one batch in memory, for benchmarks.step."""
 
 import time
 from itertools import pairwise

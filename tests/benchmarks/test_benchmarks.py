@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "input.py"
+from tests.conftest import ROOT
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, BENCHMARK, "--quick", "--rounds", "2", "--no-install"]
+    command = [sys.executable, "-m", "benchmarks.input", "--quick", "--rounds", "2", "--no-install"]
     places = ["--work", folder / "work", "--out", folder / "out"]
-    return subprocess.run([*command, *places, *options], capture_output=True, text=True, timeout=280)
+    return subprocess.run([*command, *places, *options], cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
 @pytest.fixture(scope="module")

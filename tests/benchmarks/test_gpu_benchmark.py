@@ -1,7 +1,6 @@
 """The GPU benchmark in tiny on a CPU: it keeps to its budget, and the planner reads what it writes."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,20 +8,11 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.step import gpu
+from tests.conftest import ROOT
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu  # pyright: ignore[reportMissingImports]
-
-    yield gpu
-    for name in ("gpu", "gpu_parts", "gpu_steps", "step"):
-        sys.modules.pop(name, None)
-
-
-def test_planner_reads_what_the_benchmark_writes(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planner_reads_what_the_benchmark_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitcomposer import config
     from vitcomposer.cost.estimate import costs_of
 
@@ -43,7 +33,7 @@ def test_planner_reads_what_the_benchmark_writes(gpu: Any, tmp_path: Path, monke
     assert plan["basis"] == "measured MFU of gpu_h200.json" and plan["stages"][0]["mfu"] == pytest.approx(mfu)
 
 
-def test_budget_leaves_out_what_would_not_end_in_time(gpu: Any) -> None:
+def test_budget_leaves_out_what_would_not_end_in_time() -> None:
     def rows() -> Iterator[list[dict[str, Any]]]:
         for number in range(10):
             time.sleep(0.05)
@@ -54,7 +44,7 @@ def test_budget_leaves_out_what_would_not_end_in_time(gpu: Any) -> None:
     assert 1 <= len(found) <= 3 and report["left_out"]["training"].endswith("of 0.18 s")
 
 
-def test_failing_section_is_named_and_does_not_stop_the_others(gpu: Any) -> None:
+def test_failing_section_is_named_and_does_not_stop_the_others() -> None:
     def rows() -> Iterator[list[dict[str, Any]]]:
         yield [{"number": 0}]
         raise RuntimeError("CUDA out of memory\nmore")
@@ -64,5 +54,5 @@ def test_failing_section_is_named_and_does_not_stop_the_others(gpu: Any) -> None
     assert report["left_out"] == {"batches": "RuntimeError: CUDA out of memory"}
 
 
-def test_budgets_stay_below_nine_minutes(gpu: Any) -> None:
+def test_budgets_stay_below_nine_minutes() -> None:
     assert sum(budget for budget, _ in gpu.SECTIONS.values()) <= 500

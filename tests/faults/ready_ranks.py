@@ -11,13 +11,10 @@ import signal
 import sys
 import traceback
 
+import train
 from recipes import RECIPES  # noqa: F401
-from tests.conftest import ROOT
 from tests.faults import watched_run
 from vitcomposer import cli
-
-sys.path.insert(0, str(ROOT))
-import train
 
 
 def start(arguments: list[str], ranks: int, port: int, log: str, notes: str | None) -> int:

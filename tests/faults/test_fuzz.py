@@ -1,16 +1,12 @@
 """Damaged images, indexes and shards: a refusal in words, or pixels; no crash, no hang, no wrong label."""
 
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from benchmarks.faults.fuzz import Report, fuzz
 from tests.faults.conftest import Tell
-
-sys.path.append(str(ROOT / "benchmarks"))
-from fuzz import Report, fuzz  # noqa: E402
 
 
 def check(report: Report, tried: int) -> None:

@@ -5,7 +5,6 @@ A fresh ``Image.open(...).load()`` is the verdict, with LOAD_TRUNCATED_IMAGES of
 
 import io
 import random
-import sys
 import time
 from collections import Counter
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from tests.conftest import ROOT
+from benchmarks.faults.mutations import MUTATIONS, mutated_image, originals
 from tests.faults.conftest import Tell
 from vitcomposer.data.conversion.encode import StoreOptions, store_image
 from vitcomposer.data.conversion.inspect import _decoding_fault
@@ -22,9 +21,6 @@ from vitcomposer.data.jpeg.markers import read_index
 from vitcomposer.data.jpeg.pixels import image_formats
 from vitcomposer.data.jpeg.region import decodes_to
 from vitcomposer.data.jpeg.seekable import make_seekable
-
-sys.path.append(str(ROOT / "benchmarks"))
-from fuzz_mutations import MUTATIONS, mutated_image, originals  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged EXIF and TIFF tags
 

@@ -20,7 +20,7 @@ from ffcv.writer import DatasetWriter
 from PIL import Image
 from torch import Tensor
 
-from input_candidates import BATCH, EPOCH_REPEATS, SIZE, photo_files
+from benchmarks.input.candidates import BATCH, EPOCH_REPEATS, SIZE, photo_files
 
 PACKAGES = ("ffcv", "numba", "opencv-python-headless", "torch")
 

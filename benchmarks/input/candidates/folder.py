@@ -7,7 +7,7 @@ from typing import Any
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from input_candidates import EPOCH_REPEATS
+from benchmarks.input.candidates import EPOCH_REPEATS
 
 
 def image_folder(

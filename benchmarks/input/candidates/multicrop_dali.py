@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
-from input_candidates import MULTICROP_BATCH
+from benchmarks.input.candidates import MULTICROP_BATCH
 
 PACKAGES = ("nvidia-dali-cuda120", "nvidia-nvimgcodec-cu12")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from input_candidates import MEAN, MULTICROP_BATCH, STD
-from input_candidates.folder import image_folder
+from benchmarks.input.candidates import MEAN, MULTICROP_BATCH, STD
+from benchmarks.input.candidates.folder import image_folder
 
 PACKAGES = ("torch", "torchvision", "pillow")
 

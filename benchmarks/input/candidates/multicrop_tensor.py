@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
-from input_candidates import MULTICROP_BATCH
-from input_candidates.folder import image_folder
+from benchmarks.input.candidates import MULTICROP_BATCH
+from benchmarks.input.candidates.folder import image_folder
 
 PACKAGES = ("torch", "torchvision")
 

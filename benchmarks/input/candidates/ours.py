@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from input_candidates import BATCH, SIZE
+from benchmarks.input.candidates import BATCH, SIZE
 from vitcomposer.data.collate import TrainCollate
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.schema import Augment, Mixing

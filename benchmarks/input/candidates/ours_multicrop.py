@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from input_candidates import MULTICROP_BATCH
-from input_candidates.ours import PACKAGES as PACKAGES
-from input_candidates.ours import image_stream
+from benchmarks.input.candidates import MULTICROP_BATCH
+from benchmarks.input.candidates.ours import PACKAGES as PACKAGES
+from benchmarks.input.candidates.ours import image_stream
 from vitcomposer.data.augment.policies import ColorDistortion
 from vitcomposer.data.batch import CROPS
 from vitcomposer.data.multicrop import MultiCrop

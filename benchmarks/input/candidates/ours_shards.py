@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from input_candidates import lengthen_epoch
+from benchmarks.input.candidates import lengthen_epoch
 
 _FLAGS = {"plain": ["--no-seekable"], "seekable": ["--seekable"], "raw": ["--raw-fraction", "1.0"]}
 

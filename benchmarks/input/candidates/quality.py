@@ -1,6 +1,6 @@
 """How far the pixels of ours, and of the shortcuts that peers take, are from Pillow's full decode and bicubic resize.
 
-    python -m input_candidates.quality PHOTOS COUNT
+    python -m benchmarks.input.candidates.quality PHOTOS COUNT
 
 prints a JSON object: for each row its PSNR in dB (mean and 5th percentile over the photos) and largest difference, at
 224 pixels in the same random boxes. Ours reads the photo made seekable, everything else reads its file.
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from input_candidates import SIZE, photo_files
+from benchmarks.input.candidates import SIZE, photo_files
 from vitcomposer.data.boxes import Box, random_resized_box
 from vitcomposer.data.jpeg.decode import decode_crop
 from vitcomposer.data.jpeg.seekable import make_seekable

@@ -1,8 +1,8 @@
 """The process of one candidate: makes batches when it is told to over a pipe, or writes what a candidate reads.
 
-Run with this package's parent as the working directory, under the interpreter of the candidate's peer::
+Run from the checkout, under the interpreter of the candidate's peer::
 
-    python -m input_candidates.serve '{"module": ..., "store": ..., "options": {...}}'
+    python -m benchmarks.input.candidates.serve '{"module": ..., "store": ..., "options": {...}}'
 
 Every line of standard input is a number of images to process; every answer is a line of JSON on standard output.
 """
@@ -20,7 +20,7 @@ def main(job: dict[str, Any]) -> None:
     # Libraries print what they like: only this file object leads to the benchmark.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    module = import_module(f"input_candidates.{job['module']}")
+    module = import_module(f"benchmarks.input.candidates.{job['module']}")
     if "photos" in job:
         module.write(Path(job["photos"]), Path(job["store"]), **job["options"])
         sys.stderr.flush()

@@ -10,8 +10,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
 
-from input_candidates import BATCH, SIZE
-from input_candidates.folder import image_folder
+from benchmarks.input.candidates import BATCH, SIZE
+from benchmarks.input.candidates.folder import image_folder
 
 PACKAGES = ("simplejpeg", "torch", "torchvision")
 

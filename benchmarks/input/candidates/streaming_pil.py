@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from input_candidates import BATCH, MEAN, SIZE, STD, lengthen_epoch, photo_files
+from benchmarks.input.candidates import BATCH, MEAN, SIZE, STD, lengthen_epoch, photo_files
 
 PACKAGES = ("mosaicml-streaming", "torch", "torchvision", "pillow")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from input_candidates import BATCH, SIZE, photo_files
+from benchmarks.input.candidates import BATCH, SIZE, photo_files
 
 PACKAGES = ("tensorflow-cpu",)
 

@@ -9,8 +9,8 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from input_candidates import BATCH, RAND_AUGMENT, SIZE
-from input_candidates.folder import image_folder
+from benchmarks.input.candidates import BATCH, RAND_AUGMENT, SIZE
+from benchmarks.input.candidates.folder import image_folder
 
 PACKAGES = ("timm", "torch", "torchvision", "pillow")
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from input_candidates import BATCH, MEAN, SIZE, STD
-from input_candidates.folder import image_folder
+from benchmarks.input.candidates import BATCH, MEAN, SIZE, STD
+from benchmarks.input.candidates.folder import image_folder
 
 PACKAGES = ("torch", "torchvision", "pillow")
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import InterpolationMode, v2
 
-from input_candidates import BATCH, SIZE
-from input_candidates.folder import image_folder
+from benchmarks.input.candidates import BATCH, SIZE
+from benchmarks.input.candidates.folder import image_folder
 
 PACKAGES = ("torch", "torchvision")
 

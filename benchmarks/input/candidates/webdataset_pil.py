@@ -10,7 +10,7 @@ import webdataset
 from torch import Tensor
 from torchvision import transforms
 
-from input_candidates import BATCH, MEAN, SIZE, STD, photo_files
+from benchmarks.input.candidates import BATCH, MEAN, SIZE, STD, photo_files
 
 PACKAGES = ("webdataset", "torch", "torchvision", "pillow")
 
