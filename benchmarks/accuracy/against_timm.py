@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.provenance import commit
 
 SEEDS = (0, 1, 2, 3, 4)
 PER_CLASS = 500
@@ -173,7 +174,7 @@ def report(work: Path, out: Path) -> None:
         "arms": {arm: {**spread([run["top1"] for run in runs]), "runs": runs} for arm, runs in arms.items()},
         "largest_difference_of_learning_rates": difference,
         "overrides_of_deit_ti": {key: str(value) for key, value in OURS.items()},
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "timm", "mosaicml")},
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.provenance import commit, cpu_name
 
 YAML = "yamls/demo.yaml"
 
@@ -200,13 +200,6 @@ def images(folder: Path, split: str) -> int:
     return sum(shard["samples"] for shard in index["shards"])
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=sorted(DATA))
@@ -244,7 +237,7 @@ def main() -> None:
         },
         "variants": summarize(runs),
         "runs": runs,
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "mosaicml", "mosaicml-streaming")},
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ writes it, of which ``vitcomposer convert subset`` takes 4,000 training images; 
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.provenance import commit, cpu_name
 
 YAML = ROOT / "yamls/demo.yaml"
 SEEDS = (0, 1, 2)
@@ -222,13 +222,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=sorted(DATA))
@@ -246,7 +239,7 @@ def main() -> None:
     report["data"][args.data] = measure(args.data, local, args.work / f"{args.data}-runs")
     report["data"] = dict(sorted(report["data"].items()))
     report["cpu"] = cpu_name()
-    report["commit"] = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    report["commit"] = commit()
     report["versions"] = {name: version(name) for name in ("torch", "mosaicml", "mosaicml-streaming")}
     args.out.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

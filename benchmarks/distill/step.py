@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks import ROOT
+from benchmarks.provenance import commit
 from benchmarks.step.plain_loop import (
     CLASSES,
     PIXELS,
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {
         "machine": f"one {platform.machine()} core",
         "rounds": args.rounds,
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "timm", "mosaicml")},
         "top_k": measure_top_k(),
         "reading": measure_reading(16, args.rounds),

@@ -31,6 +31,7 @@ from benchmarks.input.environments import Workshop, stored_bytes
 from benchmarks.input.photos import SETS, build_photos
 from benchmarks.input.report import write_report
 from benchmarks.input.turns import CandidateError, Process, Turn, run_rounds, summarise
+from benchmarks.provenance import cpu_name
 
 _SINGLE: dict[Group, str] = {
     "crop": "RandomResizedCrop 224, flip, batches of 64",
@@ -149,11 +150,13 @@ def _quality(photos: Path, count: int) -> dict[str, Any]:
 
 
 def _hardware() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpu = names[0] if names else platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9, 1), "system": platform.system()}
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory / 1e9, 1),
+        "system": platform.system(),
+    }
 
 
 def _git(*command: str) -> str:

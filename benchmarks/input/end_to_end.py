@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.input.photos import build_photos
+from benchmarks.provenance import commit
 
 BATCH = 128
 # Crop and flip only, as in the headline of benchmarks.input; mixing and erasing belong to the device's work.
@@ -105,7 +106,7 @@ def main() -> None:
         "workers": args.workers,
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "mosaicml", "mosaicml-streaming", "numba")},
     }
     args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks import ROOT
+from benchmarks.provenance import commit
 from benchmarks.step.plain_loop import (
     CLASSES,
     MODELS,
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compile": args.compile,
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else f"one {platform.machine()} core",
         "cores": len(os.sched_getaffinity(0)),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "timm", "mosaicml")},
         **{part: [] for part in ("models", "drop_path", "rule", "trainer")},
     }
