@@ -42,7 +42,7 @@ class Curriculum(Algorithm):
     def _check_epochs(self, state: State) -> None:
         """Loader workers count the steps of earlier epochs by the length of an epoch, which ranks may change."""
         now, length = state.timestamp, self.plan.steps_per_epoch
-        begun = now.batch.value - now.batch_in_epoch.value
+        begun = now.batch.value - now.batch_in_epoch.value  # steps before this epoch
         if begun != now.epoch.value * length:
             raise ValueError(
                 f"data must give the epochs of the checkpoint, {begun} steps before epoch {now.epoch.value}, got "

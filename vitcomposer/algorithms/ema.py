@@ -140,6 +140,7 @@ class EvaluationEMA(EMA):
             average = {**self.ema_model.named_parameters_dict, **self.ema_model.named_buffers_dict}
             current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             floating = [name for name in average if average[name].is_floating_point()]
+            # average + (1 - smoothing) (weights - average), of all tensors in a few kernels.
             torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                 [to_local(average[name]) for name in floating],
                 [to_local(current[name]) for name in floating],
@@ -158,7 +159,7 @@ class EvaluationEMA(EMA):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         average = state["ema_model"]["named_parameters_dict"]
-        # All ranks come here: each gives its part.
+        # All ranks come here, with the names in the same order: each gives its part.
         whole = {name: t.full_tensor().cpu() if isinstance(t, DTensor) else t for name, t in average.items()}
         return {**state, "ema_model": {**state["ema_model"], "named_parameters_dict": whole}}
 

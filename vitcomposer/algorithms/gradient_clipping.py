@@ -20,5 +20,6 @@ class ParameterGradientClipping(GradientClipping):
             super().apply(event, state, logger)
         elif event == Event.AFTER_TRAIN_BATCH:
             for gradient in [p.grad for p in state.model.parameters() if p.grad is not None]:
+                # All on the device: a comparison in Python would wait for it once per parameter.
                 norm = torch.linalg.vector_norm(gradient)
                 gradient.mul_((self.clipping_threshold / (norm + 1e-6)).clamp(max=1.0))

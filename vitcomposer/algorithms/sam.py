@@ -52,6 +52,7 @@ class _SAMOptimizer(SAMOptimizer):
 
     @torch.no_grad()
     def first_step(self) -> None:
+        """Climb by rho along the gradient (eq. 2 of the paper), from weights that are kept."""
         for parameter in self._parameters():
             self.state[parameter]["weight"].copy_(parameter)
         super().first_step()
@@ -60,11 +61,13 @@ class _SAMOptimizer(SAMOptimizer):
 
     @torch.no_grad()
     def sub_e_w(self) -> None:
+        """Return to the weights before the climb."""
         for parameter in self._parameters():
             parameter.copy_(self.state[parameter]["weight"])
 
     @torch.no_grad()
     def second_step(self) -> None:
+        """Step from there by the gradient at the top of the climb."""
         self.sub_e_w()
         self.base_optimizer.step()
 

@@ -86,6 +86,7 @@ class MomentumEncoder(Algorithm):
     @torch.no_grad()
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         done = state.timestamp.batch.value / total_steps(state)
+        # 1 - m: lerp computes average + (1 - m) (source - average).
         rate = (1 - self.momentum) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
         averages, sources = _shares(self.averages), _shares(self.sources)
         torch._foreach_lerp_(averages, sources, rate)  # pyright: ignore[reportPrivateImportUsage]

@@ -73,6 +73,7 @@ class DistillationLoss(nn.Module):
         Args:
             outputs: Logits (B, K) that learn from both, or those of two heads: from the labels and from the teacher.
             targets: (B, K), smoothed and mixed.
+            answers: Of the teacher for the B images.
             lam: (B,), where the teacher saw each image by itself and the student saw ``lam`` of it mixed with its
                 partner of the reversed batch: the answers are mixed as the labels were.
         """

@@ -11,7 +11,8 @@ from torch import Tensor
 def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy against a distribution over classes: the batch mean of ``-sum_k targets_k log softmax(logits)_k``.
 
-    The loss of DeiT (arXiv:2012.12877) after mixup, CutMix and label smoothing, all of which are in ``targets``.
+    The loss of DeiT (arXiv:2012.12877) after mixup, CutMix and label smoothing, all of which are in ``targets``, whose
+    rows sum to 1.
     """
     # With targets of its input's shape torch's cross-entropy takes them for distributions, not for class numbers.
     return F.cross_entropy(_at_least_float32(logits), _at_least_float32(targets))

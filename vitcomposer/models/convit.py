@@ -24,7 +24,7 @@ class ConViTConfig(TransformerConfig):
     Args:
         qkv_bias: Off, as in the paper.
         local_up_to_layer: Number of blocks with gated positional self-attention, before the class token joins.
-        locality_strength: alpha of eq. 7: how narrow the convolution is that attention starts as.
+        locality_strength: alpha of the paper: how narrow the convolution is that attention starts as.
         use_local_init: Start as a convolution; ``num_heads`` then has to be a square. Off is the ablation of Table 3.
     """
 
@@ -129,7 +129,7 @@ class GPSA(nn.Module):
 
     @torch.no_grad()
     def local_init(self, locality_strength: float) -> None:
-        """Start as a convolution (eq. 7): head (h1, h2) looks ``h2 - c`` columns and ``h1 - c`` rows away.
+        """Start as a convolution: head (h1, h2) looks ``h2 - c`` columns and ``h1 - c`` rows away.
 
         ``P ~ exp(-alpha |d - delta|^2)`` around the offset delta of the head, values are passed on unchanged and the
         gate starts at 1, that is 73 % positional attention.

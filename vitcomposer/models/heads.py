@@ -21,7 +21,7 @@ DINO_HIDDEN_DIM, DINO_BOTTLENECK_DIM = 2048, 256
 
 
 class MLPHead(nn.Sequential):
-    """Linear layers with batch norm and activation between them, the last one without activation.
+    """Linear layers with batch norm and activation between them, the last one without; (B, in) to (B, out).
 
     SimCLR's, MoCo-v3's (``last_batch_norm=True``: one without scale and shift) and the first part of SwAV's and DINO's.
     A linear layer that batch norm follows has no bias, which the norm would take away again.

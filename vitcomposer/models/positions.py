@@ -67,7 +67,7 @@ def sincos_positions(grid: Grid, embed_dim: int, kind: str = "sincos", *, temper
 def axis_offsets(size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Offsets, key minus query, between ``size`` rows or columns of patches.
 
-    The relative position of ConViT (arXiv:2103.10697, eq. 6) is (column offset, row offset, squared distance): all of
+    The relative position of ConViT (arXiv:2103.10697) is (column offset, row offset, squared distance): all of
     it follows from the offsets along the two axes.
 
     Returns:

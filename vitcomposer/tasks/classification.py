@@ -36,7 +36,7 @@ class ClassificationTask(ComposerModel):
         return self.model(batch["image"])
 
     def loss(self, outputs: Tensor | tuple[Tensor, ...], batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        heads = (outputs,) if isinstance(outputs, Tensor) else outputs
+        heads = (outputs,) if isinstance(outputs, Tensor) else outputs  # (B, num_classes) each
         return torch.stack([self.loss_function(logits, batch["target"]) for logits in heads]).mean()
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
@@ -80,6 +80,7 @@ class MeanCrossEntropy(Metric):
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits (B, C), labels int64 (B,)."""
         losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_LABEL, reduction="none")
+        # A float32 sum over a whole split would lose the last digits of each batch.
         self.total += losses.double().sum()
         self.images += (labels != IGNORE_LABEL).sum()
 

@@ -64,10 +64,11 @@ class DINOTask(SelfSupervisedTask):
 
     def forward(self, batch: dict[str, Any]) -> Outputs:
         groups = batch[CROPS]
-        logits = self.head(encode(self.trunk, groups))
+        logits = self.head(encode(self.trunk, groups))  # (V * B, K), crop-major
         with torch.no_grad():
+            # Only global crops: the student learns the whole from its parts (section 3.1).
             seen = first_size(groups)[: GLOBAL_CROPS * len(batch["label"])]
-            teacher_logits = self.teacher_head(self.teacher_trunk(seen))
+            teacher_logits = self.teacher_head(self.teacher_trunk(seen))  # (2 * B, K)
         return logits, teacher_logits
 
     def loss(self, outputs: Outputs, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -37,7 +37,7 @@ class MoCoTask(SelfSupervisedTask):
         return [self.trunk, self.momentum_trunk]
 
     def forward(self, batch: dict[str, Any]) -> Outputs:
-        features = encode(self.trunk, batch[CROPS])
+        features = encode(self.trunk, batch[CROPS])  # (2 * B, D), view-major
         queries = [self.predictor(self.projector(view)) for view in features.chunk(2)]
         with torch.no_grad():
             features = encode(self.momentum_trunk, batch[CROPS])
@@ -45,6 +45,7 @@ class MoCoTask(SelfSupervisedTask):
         return queries, keys
 
     def loss(self, outputs: Outputs, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        # Algorithm 1: each view's queries (B, D) against the keys of the other view.
         (query_0, query_1), (key_0, key_1) = outputs
         first = moco_contrastive(query_0, key_1, temperature=self.temperature)
         return first + moco_contrastive(query_1, key_0, temperature=self.temperature)

@@ -53,12 +53,14 @@ class LinearProbeTask(ComposerModel):
         return self.frozen.trunk
 
     def forward(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        features = self.frozen(batch["image"])
+        """Logits (B, num_classes) of every head."""
+        features = self.frozen(batch["image"])  # (B, width) by name
         return [
             classifier(features[head.feature]) for head, classifier in zip(self.heads, self.classifiers, strict=True)
         ]
 
     def loss(self, outputs: list[Tensor], batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        # A sum, not a mean: the rate of a head must not depend on how many others there are.
         return torch.stack([F.cross_entropy(logits, batch["label"]) for logits in outputs]).sum()
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:

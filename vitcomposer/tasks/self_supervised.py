@@ -57,12 +57,20 @@ class SelfSupervisedTask(ComposerModel):
 
 
 def encode(network: nn.Module, groups: Sequence[Tensor]) -> Tensor:
-    """Outputs of ``network`` for every crop in the order of the groups; one forward pass per run of equal sizes."""
+    """Outputs of ``network`` for every crop in the order of the groups; one forward pass per run of equal sizes.
+
+    Args:
+        network: Images (N, 3, S, S) to (N, D), for any N and every S of the groups.
+        groups: (count * B, 3, S, S) each, crop-major.
+
+    Returns:
+        (V * B, D), crop-major, of all V crops.
+    """
     return torch.cat([network(images) for images in _same_size(groups)])
 
 
 def first_size(groups: Sequence[Tensor]) -> Tensor:
-    """The leading crops of one size, as one batch."""
+    """The leading crops of one size, as one batch (count * B, 3, S, S), crop-major."""
     return next(_same_size(groups))
 
 

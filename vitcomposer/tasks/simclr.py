@@ -20,7 +20,7 @@ class SimCLRTask(SelfSupervisedTask):
         self.temperature = temperature
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        return self.head(encode(self.trunk, batch[CROPS]))
+        return self.head(encode(self.trunk, batch[CROPS]))  # (2 * B, D), view-major
 
     def loss(self, outputs: Tensor, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         return info_nce(*outputs.chunk(2), temperature=self.temperature)

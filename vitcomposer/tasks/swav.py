@@ -67,6 +67,7 @@ class SwAVTask(SelfSupervisedTask):
     def loss(self, outputs: tuple[Tensor, list[Tensor]], batch: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         embeddings, scores = outputs
         self._log_usage(scores[0].detach())
+        # The queue's embeddings meet the weights outside of the head, whose forward pass FSDP2 gathers them for.
         prototypes = [_whole(weight) for weight in self.head.prototypes] if self._use_queue else self.head.prototypes
         return self.objective(scores, embeddings, prototypes, use_queue=self._use_queue, hard=self._hard)
 
@@ -75,13 +76,14 @@ class SwAVTask(SelfSupervisedTask):
 
     @torch.no_grad()
     def _log_usage(self, scores: Tensor) -> None:
-        by_crop = scores.view(self.objective.num_crops, -1, scores.shape[-1])
+        by_crop = scores.view(self.objective.num_crops, -1, scores.shape[-1])  # (V, B, K)
         # A list as an index would be copied to the device in every step.
-        nearest = torch.cat([by_crop[crop].argmax(dim=-1) for crop in self.objective.crops_for_assign])
+        nearest = torch.cat([by_crop[crop].argmax(dim=-1) for crop in self.objective.crops_for_assign])  # (A * B,)
         counts = torch.zeros_like(self.usage).index_add_(0, nearest, torch.ones_like(nearest, dtype=self.usage.dtype))
         self.usage.lerp_(all_reduce(counts), 1 / _USAGE_STEPS)
         if self.logger is not None:
             shares = self.usage / self.usage.sum()
+            # Divided by that of equal shares, so 1 where all prototypes are used alike.
             entropy = torch.special.entr(shares).sum() / math.log(len(shares))
             self.logger.log_metrics({"swav/prototype_usage": entropy})
 
