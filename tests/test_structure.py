@@ -118,6 +118,15 @@ def test_models_and_losses_never_import_composer() -> None:
         assert not re.search(r"^\s*(from|import) (composer|streaming)\b", path.read_text(), re.M), path
 
 
+def test_a_configuration_has_a_type_and_is_not_asked_which_recipe_it_is() -> None:
+    """``schema.recipe.Recipe`` has what every recipe has; what only some have is behind an isinstance."""
+    outside = [path for path in SOURCES if "config" not in path.parts]
+    assert len(outside) > 100
+    for path in outside:
+        found = re.findall(r"\b(?:has|get)attr\(\s*(?:cfg|recipe)\b.*|\b(?:cfg|recipe): Any\b.*", path.read_text())
+        assert found == [], path
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_file_is_under_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400

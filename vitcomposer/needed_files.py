@@ -3,14 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
+from vitcomposer.config.values import known
 from vitcomposer.data.mds.index import INDEX, no_split
 from vitcomposer.errors import ConfigError
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
+from vitcomposer.schema.recipe import Recipe
 
 
-def check_needed_files(cfg: Any) -> None:
+def check_needed_files(cfg: Recipe) -> None:
     """Refuse a data set, weights or a cache that are not on this machine, and another number of classes than theirs.
 
     A run that has checkpoints goes on without some of them, or is done: what it lacks is told where it is opened. Of
@@ -29,25 +30,23 @@ def check_needed_files(cfg: Any) -> None:
         raise ConfigError(*problems)
 
 
-def _has_checkpoints(cfg: Any) -> bool:
-    run = getattr(cfg, "run", None)
-    folder, name = getattr(run, "folder", None), getattr(run, "name", None)
-    if folder is None or name is None or getattr(run, "remote", None) is not None:
+def _has_checkpoints(cfg: Recipe) -> bool:
+    folder, name = known(cfg, "run.folder"), known(cfg, "run.name")
+    if folder is None or name is None or known(cfg, "run.remote") is not None:
         return True  # they may be in the store
     return any(Path(folder, name, "checkpoints").glob("*"))
 
 
-def _data_faults(cfg: Any) -> list[str]:
-    data = getattr(cfg, "data", None)
-    local = getattr(data, "local", None)
-    if data is None or local is None or getattr(data, "source", None) != "mds" or data.remote is not None:
+def _data_faults(cfg: Recipe) -> list[str]:
+    data, local = known(cfg, "data"), known(cfg, "data.local")
+    if data is None or local is None or known(cfg, "data.source") != "mds" or data.remote is not None:
         return []
-    monitored = getattr(cfg, "monitor", None) or getattr(getattr(cfg, "run", None), "attention_interval", None)
+    monitored = known(cfg, "monitor") or known(cfg, "run.attention_interval")
     splits = [data.train_split] + [data.val_split] * (not isinstance(cfg, SelfSupervised) or bool(monitored))
     absent = [split for split in dict.fromkeys(splits) if not Path(local, split, INDEX).is_file()]
     if absent:
         return [no_split(local, absent[0])]
-    classes = getattr(getattr(cfg, "model", None), "num_classes", None)
+    classes = known(cfg, "model.num_classes")
     names = Path(local, data.train_split, "class_names.json")
     if not isinstance(cfg, Supervised | Probe) or classes is None or not names.is_file():
         return []
@@ -60,16 +59,16 @@ def _data_faults(cfg: Any) -> list[str]:
     return [] if count == classes else [found]
 
 
-def _weights_faults(cfg: Any) -> list[str]:
+def _weights_faults(cfg: Recipe) -> list[str]:
     faults = []
-    weights = getattr(getattr(cfg, "init", None), "weights", None)
+    weights = known(cfg, "init.weights")
     if weights is not None and not Path(weights).exists():
         faults.append(
             f"init.weights must be a file that is there, got {weights!r}. Mend the path, or download it first."
         )
     if not isinstance(cfg, Distill):
         return faults
-    cache, teacher = getattr(cfg, "cache", None), getattr(getattr(cfg, "teacher", None), "weights", None)
+    cache, teacher = known(cfg, "cache"), known(cfg, "teacher.weights")
     if cache is None and teacher is not None and not Path(teacher).is_file():
         faults.append(f"teacher.weights must be a file, got {teacher!r}. Download it first.")
     if cache is not None and cache.remote is None and not Path(cache.local).is_dir():

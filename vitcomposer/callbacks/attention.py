@@ -1,7 +1,6 @@
 """Logs how far attention reaches and how positional it is while a network trains (arXiv:2103.10697, section 4)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from composer.core import Callback, Event, State, Time
@@ -19,6 +18,7 @@ from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.errors import ConfigError
 from vitcomposer.models.attention import BlockAttention, nonlocality, observe_attention
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.schema.recipe import Recipe
 
 IMAGES = 16
 
@@ -83,7 +83,7 @@ def _measure_block(attention: BlockAttention) -> tuple[Tensor, Tensor | None]:
 
 
 def build_attention_monitor(
-    cfg: Any, network: nn.Module, images: ImageStream | SyntheticImages, *, mean: Statistics, std: Statistics
+    cfg: Recipe, network: nn.Module, images: ImageStream | SyntheticImages, *, mean: Statistics, std: Statistics
 ) -> list[Callback]:
     """The monitor of ``run.attention_interval``, on images drawn by ``seed``; none where it is null.
 

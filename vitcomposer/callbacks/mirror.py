@@ -6,13 +6,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from vitcomposer.runs.remote import RunStore, describe
+from vitcomposer.schema.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class MirrorRun(Callback):
                 return
 
 
-def build_mirror(cfg: Any, folder: Path) -> MirrorRun:
+def build_mirror(cfg: Recipe, folder: Path) -> MirrorRun:
     """The callback of ``run.remote``.
 
     Raises:
@@ -107,7 +107,7 @@ def build_mirror(cfg: Any, folder: Path) -> MirrorRun:
     return MirrorRun(RunStore(cfg.run.remote, folder, keep=cfg.run.keep_checkpoints) if sends else None)
 
 
-def finish_mirror(cfg: Any, status: int) -> int:
+def finish_mirror(cfg: Recipe, status: int) -> int:
     """Send what is left of a run that is over, its report too; called by all ranks.
 
     Returns:

@@ -14,6 +14,7 @@ from vitcomposer.commands.arguments import add_reading, given_reading
 from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
 from vitcomposer.schema import Neighbors, Probe, SelfSupervised
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import whole_file
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def load_network(source: str, overrides: Sequence[str], *, weights: "Weights") -
     path = Path(source)
     run = path if path.is_dir() else path.parent.parent
     page = path if path.suffix in (".yaml", ".yml") else run / "config.yaml"
-    cfg: Any = config.load(page, overrides) if page.is_file() else None
+    cfg: Recipe | None = config.load(page, overrides) if page.is_file() else None
     if not isinstance(cfg, SelfSupervised | Probe | Neighbors):
         return load_trained(source, overrides, weights=weights)
     require(weights == "auto", "--weights", "auto for a network without classes", weights, "Leave it out.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitcomposer.errors import require
 from vitcomposer.schema.credentials import holds_credential, is_credential_name, variable_within
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import write_whole
 
 _KUBERNETES = ("kubernetes", "jobset", "pytorchjob")
@@ -115,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _render(args: argparse.Namespace, cfg: Any) -> str:
+def _render(args: argparse.Namespace, cfg: Recipe) -> str:
     from vitcomposer.launch import kubernetes as launch_kubernetes
     from vitcomposer.launch import shell as launch_commands
 
@@ -217,7 +218,7 @@ def _flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
-def _check_ranks(args: argparse.Namespace, cfg: Any) -> None:
+def _check_ranks(args: argparse.Namespace, cfg: Recipe) -> None:
     """What a start checks before it reads an image, on the machines of the command line."""
     from vitcomposer.cost.estimate import build_without_storage
     from vitcomposer.schema.ranks import adjustments, check_ranks

@@ -19,6 +19,7 @@ from vitcomposer.errors import ConfigError, collect, did_you_mean
 from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, recorded_statistics, take_over
 from vitcomposer.schema import CONFIGS, Run, expand_home
 from vitcomposer.schema.credentials import variable_within
+from vitcomposer.schema.recipe import Recipe
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
 # everything else of the environment stays out of it; the shell can write any other value into a key by itself.
@@ -67,7 +68,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
     return cfg
 
 
-def to_yaml(cfg: Any) -> str:
+def to_yaml(cfg: Recipe) -> str:
     """The whole configuration as yaml text that :func:`load` reads back to an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(cfg))
 

@@ -61,6 +61,13 @@ def _build(cls: type, tree: Any, problems: list[str], prefix: str) -> Any:
     return made
 
 
+def known(made: object, key: str) -> Any:
+    """The value of a dotted key of what :func:`read` made; None where it is null, unknown, or wrong and so left out."""
+    for part in key.split("."):
+        made = getattr(made, part, None)
+    return made
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)

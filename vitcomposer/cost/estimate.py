@@ -7,6 +7,7 @@ FLOPs are counted and steps are those of the run; every other figure says what i
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +22,8 @@ from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.models import build_model
 from vitcomposer.models.heads import build_dino_head, build_moco_heads, build_simclr_head, build_swav_head
 from vitcomposer.models.transformer import num_recomputed
-from vitcomposer.schema import DINO, MoCo, Model, SelfSupervised, SimCLR, SwAV
+from vitcomposer.schema import DINO, Distill, MoCo, Model, SelfSupervised, SimCLR, Supervised, SwAV
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.teacher.network import build_teacher_network
 
 ROOFLINE = "roofline estimate, not measured"
@@ -129,7 +131,7 @@ def _measured_mfu(network: Network, gpu: str, results: Path) -> tuple[dict[float
     return {}, None
 
 
-def costs_of(cfg: Any, *, gpu: str, gpus: int, images: int, results: Path) -> dict[str, Any]:
+def costs_of(cfg: Recipe, *, gpu: str, gpus: int, images: int, results: Path) -> dict[str, Any]:
     """Every figure of ``vitcomposer plan``, as ``--json`` writes them.
 
     Args:
@@ -140,8 +142,9 @@ def costs_of(cfg: Any, *, gpu: str, gpus: int, images: int, results: Path) -> di
         ConfigError: A GPU that is not known, or what the run itself would refuse of batch, duration and curriculum.
     """
     gpu = _row_of(gpu)
-    planned = hasattr(cfg, "algorithms") and hasattr(cfg, "loss")
-    require(planned, "recipe", "one that trains a network", cfg.recipe, "A frozen network has no plan.")
+    trains = isinstance(cfg, Supervised | SelfSupervised)
+    require(trains, "recipe", "one that trains a network", cfg.recipe, "A frozen network has no plan.")
+    assert isinstance(cfg, Supervised | SelfSupervised)
     batch = cfg.global_train_batch_size
     require(gpus >= 1, "--gpus", "1 or more", gpus, "Use 8.")
     remedy = f"Use --gpus {math.gcd(batch, gpus)}."
@@ -159,7 +162,7 @@ def costs_of(cfg: Any, *, gpu: str, gpus: int, images: int, results: Path) -> di
         "run": cfg.run.name,
         "model": cfg.model.name,
         "image_size": cfg.model.image_size,
-        "crops": [list(view[:2]) for view in views[0]] if hasattr(cfg, "crops") else None,
+        "crops": [list(view[:2]) for view in views[0]] if isinstance(cfg, SelfSupervised) else None,
         "precision": cfg.precision,
         "compile": cfg.run.compile,
         "parameters": network.parameters,
@@ -204,30 +207,31 @@ def build_without_storage(model: Model) -> Any:
         raise ConfigError(str(error)) from error
 
 
-def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum.Plan:
+def stages_of(cfg: Supervised | SelfSupervised, network: Network, *, steps_per_epoch: int) -> curriculum.Plan:
     """The stages of the run with the FLOPs of all crops, of the head and of a momentum encoder where there are such.
 
     Raises:
         ConfigError: What the run itself would refuse of duration and curriculum.
     """
     options, _ = curriculum.split_options(cfg.algorithms)
-    size, augment, crops = cfg.model.image_size, getattr(cfg, "augment", None), getattr(cfg, "crops", None)
+    size = cfg.model.image_size
     rule, remedy = "without Curriculum and PatchDropout where there are crops", "Change crops.size_crops."
-    require(options is None or crops is None, "algorithms", rule, list(cfg.algorithms), remedy)
-    rand_augment = None if augment is None else augment.rand_augment
+    fits = options is None or not isinstance(cfg, SelfSupervised)
+    require(fits, "algorithms", rule, list(cfg.algorithms), remedy)
+    rand_augment = cfg.augment.rand_augment if isinstance(cfg, Supervised) else None
     curriculum.check_network(options, network.module, image_size=size, rand_augment=rand_augment)
 
-    def of_all_crops(module: Any, image_size: int) -> float:
+    def of_all_crops(cfg: SelfSupervised, module: Any, image_size: int) -> float:
         learning, averaged = _heads(cfg, module.num_features)
         trained = flops.TRAIN_FACTOR * flops.multi_crop_flops(module, cfg.crops.sizes, learning)
         # A momentum encoder sees the first two crops, forward alone.
         return trained + (flops.multi_crop_flops(module, cfg.crops.sizes[:2], averaged) if averaged else 0)
 
-    def with_teacher(module: Any, image_size: int, **kept: float) -> float:
+    def with_teacher(cfg: Supervised, module: Any, image_size: int, **kept: float) -> float:
         student = flops.train_factor(module, cfg.init.train_blocks) * network.forward_flops(image_size, **kept)
         return student + _teacher_flops(cfg)  # which runs forward alone, at its own size
 
-    count: Any = with_teacher if crops is None else of_all_crops
+    count = partial(with_teacher, cfg) if isinstance(cfg, Supervised) else partial(of_all_crops, cfg)
     return curriculum.build_plan(
         options,
         network.module,
@@ -239,9 +243,9 @@ def stages_of(cfg: Any, network: Network, *, steps_per_epoch: int) -> curriculum
     )
 
 
-def _teacher_flops(cfg: Any) -> int:
+def _teacher_flops(cfg: Supervised) -> int:
     """Of one image through the teacher that runs beside the student, if there is one."""
-    if not hasattr(cfg, "distillation") or cfg.cache is not None:
+    if not isinstance(cfg, Distill) or cfg.cache is not None:
         return 0
     teacher = cfg.teacher
     size = teacher.image_size or cfg.model.image_size
@@ -269,8 +273,8 @@ def _heads(cfg: SelfSupervised, width: int) -> tuple[list[nn.Module], list[nn.Mo
         return [build_simclr_head(cast(SimCLR, cfg))], []
 
 
-def _views(cfg: Any, stage: curriculum.Stage, module: Any) -> list[View]:
-    if hasattr(cfg, "crops"):
+def _views(cfg: Supervised | SelfSupervised, stage: curriculum.Stage, module: Any) -> list[View]:
+    if isinstance(cfg, SelfSupervised):
         return [View(n, size, 1.0) for n, size in zip(cfg.crops.num_crops, cfg.crops.size_crops, strict=True)]
     kept, size = stage.num_patches_kept, stage.image_size
     return [View(1, size, 1.0 if kept is None else kept / (size // module.patch_size) ** 2)]
@@ -298,9 +302,9 @@ def _cost(
     )
 
 
-def _supply(cfg: Any, results: Path) -> dict[str, Any] | None:
+def _supply(cfg: Supervised | SelfSupervised, results: Path) -> dict[str, Any] | None:
     """The measured input that is the recipe's, at its full size."""
-    crops = getattr(cfg, "crops", None)
+    crops = cfg.crops if isinstance(cfg, SelfSupervised) else None
     path = results / ("input_full.json" if crops is None else "input_multicrop_full.json")
     candidates = json.loads(path.read_text(encoding="utf-8"))["candidates"] if path.is_file() else {}
     for name, found in candidates.items():
@@ -310,8 +314,8 @@ def _supply(cfg: Any, results: Path) -> dict[str, Any] | None:
     return None
 
 
-def _input_name(cfg: Any) -> str:
-    if hasattr(cfg, "crops"):
+def _input_name(cfg: Supervised | SelfSupervised) -> str:
+    if isinstance(cfg, SelfSupervised):
         return f"ours-{'' if cfg.data.augment_on == 'worker' else 'device-'}{cfg.crops.sizes[0]}"
     augment, where = cfg.augment, cfg.data.augment_on
     if augment.rand_augment is not None and where != "device":
@@ -321,7 +325,9 @@ def _input_name(cfg: Any) -> str:
     return "ours-repeated" if augment.shared_decodes and augment.repeated_augmentation == 3 else "ours-seekable"
 
 
-def _memory(cfg: Any, network: Network, views: list[list[View]], *, gpus: int) -> dict[str, float | None]:
+def _memory(
+    cfg: Supervised | SelfSupervised, network: Network, views: list[list[View]], *, gpus: int
+) -> dict[str, float | None]:
     """Bytes on one GPU: float32 weights, gradients and optimizer state; activations of the largest micro-batch."""
     share = cfg.global_train_batch_size // gpus
     size = cfg.run.device_train_microbatch_size
@@ -341,7 +347,7 @@ def _memory(cfg: Any, network: Network, views: list[list[View]], *, gpus: int) -
     return {**parts, "total": sum(part for part in parts.values() if part)}
 
 
-def _kept_activations(cfg: Any, network: Network) -> float:
+def _kept_activations(cfg: Recipe, network: Network) -> float:
     """Share of the activations that is held at the peak: inputs of recomputed blocks, and all of the others' or one's.
 
     Inputs are the float32 residual stream.

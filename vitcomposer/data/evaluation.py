@@ -1,7 +1,6 @@
 """Loads centre crops of chosen samples, to take features of them beside training without moving its order on."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,12 @@ from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interru
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
 from vitcomposer.errors import ConfigError, ShardError
+from vitcomposer.schema.recipe import Recipe
 
 Statistics = tuple[float, float, float]
 
 
-def open_images(cfg: Any, split: Split, *, batch_size: int) -> ImageStream | SyntheticImages:
+def open_images(cfg: Recipe, split: Split, *, batch_size: int) -> ImageStream | SyntheticImages:
     """The samples of a split that is not trained on.
 
     Raises:
@@ -69,7 +69,7 @@ def choose_samples(num_samples: int, count: int | None, seed: int) -> NDArray[np
 
 
 def build_centre_crops(
-    cfg: Any,
+    cfg: Recipe,
     images: ImageStream | SyntheticImages,
     *,
     mean: Statistics,

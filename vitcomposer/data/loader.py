@@ -238,7 +238,7 @@ def open_dataset(
     return ImageStream(
         remote=data.remote,
         local=data.local,
-        split=_folder(data, split),
+        split=data.split_name(split),
         batch_size=batch_size,
         shuffle=train,
         seed=seed,
@@ -263,13 +263,9 @@ def source_of(dataset: ImageStream | SyntheticImages) -> ImageStream | None:
     return dataset if isinstance(dataset, ImageStream) else None
 
 
-def _folder(data: Data, split: Split) -> str:
-    return data.train_split if split == "train" else data.val_split
-
-
 def _check_classes(cfg: Supervised | Probe, split: Split) -> None:
     assert cfg.data.local is not None
-    path = Path(cfg.data.local, _folder(cfg.data, split), CLASS_NAMES)
+    path = Path(cfg.data.local, cfg.data.split_name(split), CLASS_NAMES)
     names = read_class_names(path)
     if names is None:
         return
@@ -280,7 +276,7 @@ def _check_classes(cfg: Supervised | Probe, split: Split) -> None:
         cfg.model.num_classes,
         f"Set model.num_classes={len(names)}.",
     )
-    other_path = Path(cfg.data.local, _folder(cfg.data, "val" if split == "train" else "train"), CLASS_NAMES)
+    other_path = Path(cfg.data.local, cfg.data.split_name("val" if split == "train" else "train"), CLASS_NAMES)
     other = read_class_names(other_path)
     if other is not None and names != other:
         at, *_ = [i for i in range(len(names)) if other[i : i + 1] != names[i : i + 1]] or [len(names)]

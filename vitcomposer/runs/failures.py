@@ -27,6 +27,7 @@ from vitcomposer.escape import message
 from vitcomposer.runs.checkpoints import last_step
 from vitcomposer.runs.folder import run_folder
 from vitcomposer.runs.typed import typed_command
+from vitcomposer.schema.recipe import Recipe
 
 FAILED, UNMENDABLE, INTERRUPTED = 1, 2, 130  # a start of the same command may help; it cannot; by Ctrl-C
 SECONDS_FOR_OTHERS = 5.0  # until a rank that has not told why it ends counts as silent
@@ -42,7 +43,7 @@ _OF_THE_CODE += (ArithmeticError, NotImplementedError)
 Report = dict[str, Any]  # status, text: the line, or None where another rank must know the cause
 
 
-def explain(error: BaseException, cfg: Any) -> Report | None:
+def explain(error: BaseException, cfg: Recipe) -> Report | None:
     """What a user can do about an error; None for one that a user cannot cause, which deserves its traceback."""
     if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):  # whatever died of it
         return {"status": INTERRUPTED, "text": _interrupted(cfg)}
@@ -85,28 +86,28 @@ def _is_of_another_rank(error: BaseException) -> bool:
     return distributed or (isinstance(error, RuntimeError) and _OTHER_RANK.search(str(error)) is not None)
 
 
-def _again(cfg: Any) -> str:
+def _again(cfg: Recipe) -> str:
     step = last_step(run_folder(cfg) / "checkpoints")
     if step is None:
         return "Then start the same command: it begins anew, for there is no checkpoint yet."
     return f"Then start the same command: it goes on after step {step:,}."
 
 
-def _interrupted(cfg: Any) -> str:
+def _interrupted(cfg: Recipe) -> str:
     step = last_step(run_folder(cfg) / "checkpoints")
     if step is None:
         return f"Interrupted before the first checkpoint. Start again: {typed_command()}"
     return f"Interrupted. Go on after step {step:,}: {typed_command()}"
 
 
-def _disk(error: OSError, cfg: Any) -> str:
+def _disk(error: OSError, cfg: Recipe) -> str:
     place = error.filename or run_folder(cfg)
     if error.errno in _FULL:
         return f"{place} cannot be written: {error.strerror}. What was saved before is whole. Make room. {_again(cfg)}"
     return f"{place} cannot be used: {error.strerror}. See its disk and who may write there. {_again(cfg)}"
 
 
-def _worker(pids: str, text: str, cfg: Any) -> str:
+def _worker(pids: str, text: str, cfg: Recipe) -> str:
     workers = cfg.data.num_workers
     if "Bus error" in text and (cut := _cut_shard(cfg)):
         return f"Loader worker {pids} has died: {cut}. It was cut while the run read it: put it back. {_again(cfg)}"
@@ -120,27 +121,27 @@ def _worker(pids: str, text: str, cfg: Any) -> str:
     return f"Loader worker {pids} has died, {cause}{less}. {_again(cfg)}"
 
 
-def _late(cfg: Any) -> str:
+def _late(cfg: Recipe) -> str:
     return (
         f"No batch came for data.timeout, {cfg.data.timeout:g} s: a loader worker hangs, or {cfg.data.local} cannot be "
         f"reached. See what the workers wait for (py-spy dump), or raise data.timeout. {_again(cfg)}"
     )
 
 
-def _open_files(error: OSError, cfg: Any) -> str:
+def _open_files(error: OSError, cfg: Recipe) -> str:
     return (
         f"{error.strerror}: the limit of open files is too low for this run. Raise it (ulimit -n 65536). {_again(cfg)}"
     )
 
 
-def _cut_shard(cfg: Any) -> str | None:
+def _cut_shard(cfg: Recipe) -> str | None:
     if cfg.data.local is None:
         return None
     splits = (Path(cfg.data.local, split) for split in (cfg.data.train_split, cfg.data.val_split))
     return next((cut for cut in map(describe_cut_shard, splits) if cut), None)
 
 
-def _out_of_memory(cfg: Any) -> str:
+def _out_of_memory(cfg: Recipe) -> str:
     share = cfg.global_train_batch_size // dist.get_world_size()
     now = cfg.run.device_train_microbatch_size or share
     less = max(1, now // 2) if isinstance(now, int) else share // 2
@@ -150,7 +151,7 @@ def _out_of_memory(cfg: Any) -> str:
     )
 
 
-def end_together(error: BaseException, cfg: Any) -> int:
+def end_together(error: BaseException, cfg: Recipe) -> int:
     """Say once, for all ranks, why the run ends, within some seconds; returns the status for this process to exit with.
 
     An error that nobody can explain is printed with its traceback too, by the rank that it happened on.
@@ -218,7 +219,7 @@ def _name_causes(causes: dict[int, Report], ranks: int) -> str:
     return f"{_place(rank)}: {found['text']}" if ranks > 1 else found["text"]
 
 
-def _name_silent(reports: dict[int, Report], ranks: int, error: BaseException, cfg: Any) -> str:
+def _name_silent(reports: dict[int, Report], ranks: int, error: BaseException, cfg: Recipe) -> str:
     said = str(error).splitlines()[0].rstrip(".")
     silent = [rank for rank in range(ranks) if rank not in reports]
     if not torch.distributed.is_initialized():

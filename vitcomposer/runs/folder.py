@@ -19,6 +19,7 @@ from vitcomposer.runs.checkpoints import has_checkpoints, newest_whole, ranks_an
 from vitcomposer.runs.identity import IDENTITY, difference, plain, read_identity
 from vitcomposer.runs.metrics import read_object
 from vitcomposer.runs.remote import restore_remote
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import set_aside
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
@@ -39,7 +40,7 @@ def initialize_dist(timeout: float = 600) -> None:
         dist.initialize_dist(current_device(), timeout=timeout)
 
 
-def run_folder(cfg: Any) -> Path:
+def run_folder(cfg: Recipe) -> Path:
     """The folder that tells the whole story of one run."""
     return Path(cfg.run.folder) / cfg.run.name
 
@@ -47,7 +48,7 @@ def run_folder(cfg: Any) -> Path:
 _new: set[Path] = set()  # folders that were not there when this process took their lock
 
 
-def lock_run_folder(cfg: Any) -> bool:
+def lock_run_folder(cfg: Recipe) -> bool:
     """Make this process the only one that writes the run folder; returns whether it was not before. For rank 0.
 
     Raises:
@@ -68,13 +69,13 @@ def lock_run_folder(cfg: Any) -> bool:
     return taken
 
 
-def _free_name(cfg: Any) -> str:
+def _free_name(cfg: Recipe) -> str:
     folder = run_folder(cfg)
     numbered = (f"{cfg.run.name}_{number}" for number in range(2, 1 << 20))
     return next(name for name in numbered if not folder.with_name(name).exists())
 
 
-def unlock_run_folder(cfg: Any) -> None:
+def unlock_run_folder(cfg: Recipe) -> None:
     """Give back what :func:`lock_run_folder` took; a start that was refused before its first step leaves nothing."""
     folder = run_folder(cfg)
     if folder in _new:
@@ -87,7 +88,7 @@ def unlock_run_folder(cfg: Any) -> None:
 
 
 @contextmanager
-def only_writer_of_run(cfg: Any) -> Iterator[None]:
+def only_writer_of_run(cfg: Recipe) -> Iterator[None]:
     """Hold the lock of the run folder, on all ranks or on none.
 
     Raises:
@@ -110,7 +111,7 @@ def only_writer_of_run(cfg: Any) -> Iterator[None]:
             unlock_run_folder(cfg)
 
 
-def already_finished(cfg: Any) -> bool:
+def already_finished(cfg: Recipe) -> bool:
     """Whether the run folder holds this run, complete; its lock is held from here on, see :func:`unlock_run_folder`.
 
     Raises:
@@ -135,7 +136,7 @@ def already_finished(cfg: Any) -> bool:
     return bool(answer[0])
 
 
-def _look_at_run_folder(cfg: Any) -> bool:
+def _look_at_run_folder(cfg: Recipe) -> bool:
     """Whether the run that the folder holds is complete.
 
     Raises:
@@ -191,7 +192,7 @@ def _set_aside(path: Path, what_follows: str) -> None:
     print(f"{path} is not as the run wrote it and is set aside as {set_aside(path).name}. {what_follows}")
 
 
-def check_images(cfg: Any) -> dict[str, Any]:
+def check_images(cfg: Recipe) -> dict[str, Any]:
     """What a run notes down of the images of its splits; all ranks have to call it, once the indexes are here.
 
     Raises:
@@ -209,14 +210,14 @@ def check_images(cfg: Any) -> dict[str, Any]:
     return answer[0]
 
 
-def _compare_images(cfg: Any) -> dict[str, Any]:
+def _compare_images(cfg: Recipe) -> dict[str, Any]:
     """By split, what the run began with, and what is here of the others."""
     folder = run_folder(cfg)
     recorded = (read_identity(folder) or {}).get("images", {})
     before = recorded or _images_of_older_run(folder)
     found = {}
     for split in ("train", "val"):
-        name = getattr(cfg.data, f"{split}_split")
+        name = cfg.data.split_name(split)
         now = images_of(cfg.data, name)
         found[split] = recorded.get(split) or now
         was = before.get(split)
@@ -253,7 +254,7 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") ->
     return changed
 
 
-def resumes(cfg: Any) -> bool:
+def resumes(cfg: Recipe) -> bool:
     """Whether rank 0 sees a checkpoint that this run goes on from."""
     found = [dist.get_global_rank() == 0 and newest_whole(run_folder(cfg) / "checkpoints").path is not None]
     dist.broadcast_object_list(found, src=0)
@@ -306,7 +307,7 @@ def _choose_checkpoint(folder: Path) -> str | None:
     return str(found.path)
 
 
-def check_folders(cfg: Any) -> None:
+def check_folders(cfg: Recipe) -> None:
     """Refuse folders that cannot be written, before anything is read; all ranks have to call it.
 
     Raises:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.runs.metrics import read_object
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import write_whole
 
 IDENTITY = "identity.json"
@@ -20,12 +21,12 @@ _DIGEST = "sha256"
 Images = dict[str, Any]  # of a split: source, samples, classes (names in label order, or None), index (sha256, or None)
 
 
-def plain(cfg: Any) -> dict[str, Any]:
+def plain(cfg: Recipe) -> dict[str, Any]:
     """A configuration in the types of JSON."""
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def identity_of(cfg: Any, config_yaml: str, images: Mapping[str, Images | None]) -> dict[str, Any]:
+def identity_of(cfg: Recipe, config_yaml: str, images: Mapping[str, Images | None]) -> dict[str, Any]:
     """The content of the file, for :func:`write_identity`."""
     return {"config_sha256": hashlib.sha256(config_yaml.encode()).hexdigest(), "config": plain(cfg), "images": images}
 

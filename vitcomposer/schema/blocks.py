@@ -171,6 +171,10 @@ class Data:
         _fraction("data.max_bad_fraction", self.max_bad_fraction, remedy)
         require_within("data.synthetic_samples", self.synthetic_samples, 1, 10**9, "Use 1024.")
 
+    def split_name(self, split: Literal["train", "val"]) -> str:
+        """The folder of a split."""
+        return self.train_split if split == "train" else self.val_split
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:

@@ -1,7 +1,7 @@
 """The keys of yamls that evaluate features: recipes ``probe`` and ``knn``, and the k-NN monitor in pre-training."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vitcomposer.errors import noting, require, require_within
 from vitcomposer.schema.blocks import (
@@ -18,8 +18,10 @@ from vitcomposer.schema.blocks import (
     Schedule,
     check_colors,
 )
-from vitcomposer.schema.times import check_interval, check_seed, check_steps
+from vitcomposer.schema.recipe import check_steps
+from vitcomposer.schema.times import check_interval, check_seed
 
+NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
 NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)
 
 
@@ -101,6 +103,11 @@ class Probe:
         """Off: a linear classifier is trained on the labels as they are."""
         return NO_MIXING
 
+    @property
+    def algorithms(self) -> dict[str, dict[str, Any]]:
+        """None: the protocol has one way to train the heads."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbors:
@@ -141,4 +148,9 @@ class Neighbors:
     @property
     def max_duration(self) -> str:
         """No step is taken."""
-        return "0ba"
+        return NO_STEP
+
+    @property
+    def algorithms(self) -> dict[str, dict[str, Any]]:
+        """None: no step is taken."""
+        return {}

@@ -1,15 +1,14 @@
 """Checks which batches a number of ranks can share, and says what is rounded for them."""
 
-from typing import Any
-
 from vitcomposer.errors import ConfigError
 from vitcomposer.schema.moco import MoCo
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.schema.self_supervised import SelfSupervised
 from vitcomposer.schema.supervised import Supervised
 from vitcomposer.schema.swav import SwAV
 
 
-def check_ranks(cfg: Any, ranks: int, ranks_of_node: int) -> None:
+def check_ranks(cfg: Recipe, ranks: int, ranks_of_node: int) -> None:
     """Refuse batches that so many ranks cannot share.
 
     Raises:
@@ -17,9 +16,9 @@ def check_ranks(cfg: Any, ranks: int, ranks_of_node: int) -> None:
     """
     train = cfg.global_train_batch_size
     problems = _share_faults("global_train_batch_size", train, ranks)
-    evaluation = getattr(cfg, "evaluation", None)
-    if evaluation is not None and evaluation.global_batch_size is not None:
-        problems += _share_faults("evaluation.global_batch_size", evaluation.global_batch_size, ranks)
+    evaluation = cfg.evaluation.global_batch_size
+    if evaluation is not None:
+        problems += _share_faults("evaluation.global_batch_size", evaluation, ranks)
     if not problems:
         problems += _pair_faults(cfg, train // ranks, ranks, ranks_of_node)
     if problems:
@@ -32,7 +31,7 @@ def _share_faults(key: str, size: int, ranks: int) -> list[str]:
     return [f"{key} must be divisible by the {ranks} ranks, got {size}. {choice}"] if size % ranks else []
 
 
-def _pair_faults(cfg: Any, share: int, ranks: int, ranks_of_node: int) -> list[str]:
+def _pair_faults(cfg: Recipe, share: int, ranks: int, ranks_of_node: int) -> list[str]:
     """Of what needs more than one image on a rank."""
     key, batch = "global_train_batch_size", cfg.global_train_batch_size
     mixing = cfg.mixing if isinstance(cfg, Supervised) else None
@@ -60,7 +59,7 @@ def sync_bn_ranks(sync_bn: str | int, ranks: int, ranks_of_node: int) -> int:
     return min(size, ranks)
 
 
-def adjustments(cfg: Any, ranks: int) -> list[str]:
+def adjustments(cfg: Recipe, ranks: int) -> list[str]:
     """What a run changes of its configuration to fit, a line each."""
     lines = []
     if isinstance(cfg, SelfSupervised) and isinstance(cfg.sync_bn, int) and cfg.sync_bn > ranks:

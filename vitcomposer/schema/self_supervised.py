@@ -19,7 +19,7 @@ from vitcomposer.schema.blocks import (
     check_colors,
 )
 from vitcomposer.schema.probe import KNN
-from vitcomposer.schema.times import check_steps
+from vitcomposer.schema.recipe import check_steps
 
 MAX_CROPS = 100  # of an image
 

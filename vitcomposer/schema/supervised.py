@@ -16,7 +16,7 @@ from vitcomposer.schema.blocks import (
     Run,
     Schedule,
 )
-from vitcomposer.schema.times import check_steps
+from vitcomposer.schema.recipe import check_steps
 
 
 @dataclass(frozen=True, kw_only=True)

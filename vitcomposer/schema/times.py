@@ -1,10 +1,10 @@
-"""Parses Composer's time strings (300ep, 500ba), and checks the schedule of every recipe with steps."""
+"""Parses Composer's time strings (300ep, 500ba), and checks durations, intervals, warm-ups and seeds."""
 
 import math
 import re
 from typing import Any
 
-from vitcomposer.errors import ConfigError, noting, require, require_within
+from vitcomposer.errors import ConfigError, require, require_within
 
 MAX_SEED = 4_294_000_000  # NumPy takes 32 bits, and every rank adds its number
 _TIME = re.compile(r"(\d+(?:\.\d*)?(?:e\+?\d+)?|\.\d+)(ep|ba|sp|dur)")
@@ -60,17 +60,3 @@ def check_schedule(max_duration: str, t_warmup: str) -> None:
 def check_seed(key: str, seed: Any) -> None:
     """Refuse a seed that the generators do not take."""
     require_within(key, seed, 0, MAX_SEED, "Use 0.")
-
-
-def check_steps(recipe: Any, *, usual: str) -> None:
-    """Refuse a seed, a batch, a duration or a warm-up that no run of the recipe can have.
-
-    Args:
-        usual: A batch of somebody, for the remedy.
-    """
-    with noting():
-        check_seed("seed", recipe.seed)
-    with noting():
-        require_within("global_train_batch_size", recipe.global_train_batch_size, 1, 10**7, usual)
-    with noting():
-        check_schedule(recipe.max_duration, recipe.schedule.t_warmup)

@@ -1,7 +1,6 @@
 """Builds a Trainer that takes no step, for recipes that look at a network and train nothing."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from composer import Trainer
 from composer.core import Callback, DataSpec
@@ -10,12 +9,13 @@ from torch.optim import SGD
 
 from vitcomposer.callbacks import Preemption, Throughput
 from vitcomposer.runs.folder import run_folder
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.training.setup import BatchShare
 from vitcomposer.training.trainer import build_loggers, build_record
 
 
 def build_measurement(
-    cfg: Any, share: BatchShare, *, task: ComposerModel, data: DataSpec, callbacks: Sequence[Callback]
+    cfg: Recipe, share: BatchShare, *, task: ComposerModel, data: DataSpec, callbacks: Sequence[Callback]
 ) -> Trainer:
     """What ``trainer.fit`` runs the start and the end of, between which the callbacks do their work.
 

@@ -16,6 +16,7 @@ from vitcomposer.errors import require
 from vitcomposer.models.layers import Block
 from vitcomposer.models.transformer import ImageTransformer, num_recomputed
 from vitcomposer.schema import Run
+from vitcomposer.schema.recipe import Trainable
 
 GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few stages of patch dropout
 SHARDED = "fsdp2"
@@ -100,7 +101,7 @@ def compile_forward(module: nn.Module) -> None:
     module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
 
-def shard_blocks(task: nn.Module, cfg: Any, *, world_size: int) -> ParallelismConfig:
+def shard_blocks(task: nn.Module, cfg: Trainable, *, world_size: int) -> ParallelismConfig:
     """FSDP2 with every transformer block gathered by itself, in float32: autocast computes what it does under DDP.
 
     What else the networks of the task have, and each of its heads, is gathered as one.

@@ -1,7 +1,6 @@
 """Runs a Trainer to its end, and frees what it held."""
 
 import atexit
-from typing import Any
 
 from composer import Trainer
 from composer.core import Event
@@ -14,6 +13,8 @@ from vitcomposer.callbacks import (
 from vitcomposer.runs.folder import (
     only_writer_of_run,
 )
+from vitcomposer.schema.probe import NO_STEP
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.training.execution import (
     attention_order,
 )
@@ -21,10 +22,8 @@ from vitcomposer.training.trainer import (
     _say_where_it_goes_on,
 )
 
-NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
 
-
-def fit(trainer: Trainer, cfg: Any) -> int:
+def fit(trainer: Trainer, cfg: Recipe) -> int:
     """Train to the end, or measure where a recipe has no step.
 
     Returns:

@@ -1,7 +1,7 @@
 """Builds the network that training starts from, with its weights."""
 
 import dataclasses
-from typing import Any, cast
+from typing import cast
 
 from composer.utils import dist
 from torch import nn
@@ -14,9 +14,10 @@ from vitcomposer.runs.folder import (
     resumes,
 )
 from vitcomposer.schema import Init, Model
+from vitcomposer.schema.recipe import Recipe
 
 
-def starting_point(cfg: Any) -> Init:
+def starting_point(cfg: Recipe) -> Init:
     """``cfg.init``, without its file where a run goes on: a checkpoint holds every weight, and the file may be gone.
 
     Raises:

@@ -2,7 +2,6 @@
 
 import ctypes
 import dataclasses
-from typing import Any
 
 from composer.utils import dist, reproducibility
 
@@ -13,6 +12,7 @@ from vitcomposer.runs.folder import (
     initialize_dist,
 )
 from vitcomposer.schema.ranks import check_ranks
+from vitcomposer.schema.recipe import Recipe
 from vitcomposer.training.execution import (
     check_execution,
 )
@@ -30,7 +30,7 @@ class BatchShare:
     device_eval_batch_size: int
 
 
-def prepare(cfg: Any) -> BatchShare:
+def prepare(cfg: Recipe) -> BatchShare:
     """Start the process group, seed every generator and share the batch out over the ranks.
 
     Raises:
@@ -47,11 +47,9 @@ def prepare(cfg: Any) -> BatchShare:
     ranks = dist.get_world_size()
     check_ranks(cfg, ranks, dist.get_local_world_size())
     train = cfg.global_train_batch_size
-    # A recipe without labels has no evaluation of its own.
-    evaluate = cfg.evaluation.global_batch_size or train if hasattr(cfg, "evaluation") else train
+    evaluate = cfg.evaluation.global_batch_size or train
     share = train // ranks
-    algorithms = getattr(cfg, "algorithms", {})
-    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=algorithms)
+    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=cfg.algorithms)
     return BatchShare(
         device=device,
         world_size=ranks,

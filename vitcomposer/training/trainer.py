@@ -40,6 +40,7 @@ from vitcomposer.runs.folder import (
 from vitcomposer.runs.identity import identity_of
 from vitcomposer.runs.typed import typed_command
 from vitcomposer.schema.algorithms import SCHEDULE_FREE
+from vitcomposer.schema.recipe import Recipe, Trainable
 from vitcomposer.training.execution import (
     SHARDED,
     average_gradients,
@@ -50,7 +51,7 @@ from vitcomposer.training.execution import (
 from vitcomposer.training.setup import BatchShare
 
 
-def check_evaluation_size(cfg: Any, network: nn.Module) -> None:
+def check_evaluation_size(cfg: Recipe, network: nn.Module) -> None:
     """Refuse images for evaluation that the network cannot cut into patches: it would fail after an epoch of training.
 
     Raises:
@@ -71,7 +72,7 @@ def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval:
 
 @own_reader()
 def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
-    cfg: Any,
+    cfg: Trainable,
     share: BatchShare,
     *,
     task: ComposerModel,
@@ -154,14 +155,14 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     return trainer
 
 
-def _check_steps_done(state: State, cfg: Any, folder: Path) -> None:
+def _check_steps_done(state: State, cfg: Recipe, folder: Path) -> None:
     done, steps = state.timestamp.batch.value, total_steps(state)
     rule, given = f"at least the {done:,} steps that {folder} has trained", f"{cfg.max_duration}, {steps:,} steps"
     remedy = "Raise it, or set run.name to start a shorter run."
     require(done <= steps, "max_duration", rule, given, remedy)
 
 
-def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
+def _checkpoint_of_this_kind(folder: Path, cfg: Recipe) -> str | None:
     path = checkpoint_to_load(folder)
     shares = path is not None and Path(path).is_dir()
     rule = f"{str(shares).lower()} to go on from {path}"
@@ -171,7 +172,7 @@ def _checkpoint_of_this_kind(folder: Path, cfg: Any) -> str | None:
     return path
 
 
-def build_record(cfg: Any, facts: dict[str, Any], throughput: Throughput) -> RunRecord:
+def build_record(cfg: Recipe, facts: dict[str, Any], throughput: Throughput) -> RunRecord:
     """What writes the run folder.
 
     Raises:
@@ -183,7 +184,7 @@ def build_record(cfg: Any, facts: dict[str, Any], throughput: Throughput) -> Run
     return RunRecord(run_folder(cfg), text, facts, throughput=throughput, log_interval=interval, identity=identity)
 
 
-def build_loggers(cfg: Any, folder: Path) -> list[LoggerDestination]:
+def build_loggers(cfg: Recipe, folder: Path) -> list[LoggerDestination]:
     make = {
         "tensorboard": lambda: TensorboardLogger(log_dir=str(folder / "tensorboard")),
         "wandb": lambda: WandBLogger(name=cfg.run.name),
