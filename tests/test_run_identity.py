@@ -11,7 +11,8 @@ from tests.conftest import run_train
 from tests.data.conversion.conversion import write_images
 from tests.faults.small_run import DEIT, tiny
 from vitcomposer.cli import main
-from vitcomposer.runs.identity import IDENTITY, read_identity
+from vitcomposer.runs.identity import read_identity
+from vitcomposer.runs.layout import IDENTITY
 
 CLASSES = {"cat": 12, "dog": 12}
 

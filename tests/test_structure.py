@@ -17,6 +17,7 @@ import yaml
 
 from vitcomposer import cli, config
 from vitcomposer.data.augment.policies import RandAugment
+from vitcomposer.runs import layout
 from vitcomposer.schema import CONFIGS, pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ LAYERS = {
     "vitcomposer.collectives": 0,
     "vitcomposer.json_file": 0,
     "vitcomposer.whole_files": 0,
+    "vitcomposer.runs.layout": 0,
     "vitcomposer.folder_lock": 1,
     "vitcomposer.data.jpeg": 1,
     "vitcomposer.schema": 2,
@@ -125,6 +127,30 @@ def test_a_configuration_has_a_type_and_is_not_asked_which_recipe_it_is() -> Non
     for path in outside:
         found = re.findall(r"\b(?:has|get)attr\(\s*(?:cfg|recipe)\b.*|\b(?:cfg|recipe): Any\b.*", path.read_text())
         assert found == [], path
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The strings of a module, without its docstrings."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
+
+
+def test_names_of_files_in_a_run_folder_are_spelled_in_its_layout_alone() -> None:
+    """A sentence for a user may name them. The stored data sets of data/ have files of their own."""
+    names = [value for key, value in vars(layout).items() if key.isupper() and isinstance(value, str)]
+    files = {Path(name).name for name in names if "." in name}
+    assert {"config.yaml", "latest-rank0.pt", "metrics.jsonl", "whole.json"} <= files
+    folders = "|".join(name for name in names if "." not in name)
+    folder = re.compile(rf'(?:/|Path\([^()]*,) "(?:{folders})"')
+    assert folder.search('Path(source, "checkpoints")') and folder.search('run / "checkpoints" / name')
+    for path in SOURCES:
+        if module_name(path).startswith(("vitcomposer.data.", "vitcomposer.runs.layout")):
+            continue
+        assert [text for text in texts(path) if files & set(text.split("/"))] == [], path
+        assert folder.findall(path.read_text()) == [], path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 from vitcomposer.config.values import known
-from vitcomposer.data.mds.index import INDEX, no_split
+from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, no_split
 from vitcomposer.errors import ConfigError
+from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
 from vitcomposer.schema.recipe import Recipe
 
@@ -34,7 +35,7 @@ def _has_checkpoints(cfg: Recipe) -> bool:
     folder, name = known(cfg, "run.folder"), known(cfg, "run.name")
     if folder is None or name is None or known(cfg, "run.remote") is not None:
         return True  # they may be in the store
-    return any(Path(folder, name, "checkpoints").glob("*"))
+    return any(Path(folder, name, layout.CHECKPOINTS).glob("*"))
 
 
 def _data_faults(cfg: Recipe) -> list[str]:
@@ -47,7 +48,7 @@ def _data_faults(cfg: Recipe) -> list[str]:
     if absent:
         return [no_split(local, absent[0])]
     classes = known(cfg, "model.num_classes")
-    names = Path(local, data.train_split, "class_names.json")
+    names = Path(local, data.train_split, CLASS_NAMES)
     if not isinstance(cfg, Supervised | Probe) or classes is None or not names.is_file():
         return []
     try:

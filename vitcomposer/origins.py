@@ -9,9 +9,8 @@ import yaml
 
 from vitcomposer.errors import ConfigError
 from vitcomposer.json_file import read_json
+from vitcomposer.runs import layout
 
-LATEST = Path("checkpoints", "latest-rank0.pt")
-RECORDED = "config.yaml"
 EXPORTED = ("config.json", "model.safetensors")
 # Of the block ``model``: what the weights were trained as. The rest (classes, dropout, size) the new run chooses.
 ARCHITECTURE = (
@@ -33,8 +32,8 @@ ARCHITECTURE = (
 def weights_file(source: str | PathLike[str]) -> Path:
     """The file that a run folder (its newest checkpoint) or an exported folder stands for; any other path is itself."""
     source = Path(source)
-    if (source / RECORDED).is_file():
-        return source / LATEST
+    if (source / layout.CONFIG).is_file():
+        return source / layout.LATEST_CHECKPOINT
     if all((source / name).is_file() for name in EXPORTED):
         return source / EXPORTED[1]
     return source
@@ -43,7 +42,7 @@ def weights_file(source: str | PathLike[str]) -> Path:
 def page_of(source: str | PathLike[str]) -> Path | None:
     """The config.yaml of the run, or the config.json of the exported folder, that weights lie in."""
     file = weights_file(source)
-    if file.parent.name == LATEST.parent.name and (page := file.parent.parent / RECORDED).is_file():
+    if file.parent.name == layout.CHECKPOINTS and (page := file.parent.parent / layout.CONFIG).is_file():
         return page
     page = file.parent / EXPORTED[0]
     return page if file.name == EXPORTED[1] and page.is_file() else None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"  # ends the name of what is being written
+BAD = ".bad"  # ends the name of what is set aside
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def set_aside(path: Path) -> Path:
     """Give a file that cannot be read another name, which is returned: ``.bad`` behind its own, or ``.bad2``."""
-    names = (path.with_name(f"{path.name}.bad{number if number > 1 else ''}") for number in range(1, 1 << 20))
+    names = (path.with_name(f"{path.name}{BAD}{number if number > 1 else ''}") for number in range(1, 1 << 20))
     aside = next(name for name in names if not os.path.lexists(name))
     path.rename(aside)
     return aside

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, run_train, tiny_photo_overrides
-from vitcomposer.runs.checkpoints import LATEST
+from vitcomposer.runs.layout import LATEST
 
 DEIT = str(ROOT / "yamls/deit_ti.yaml")
 STEPS = 8

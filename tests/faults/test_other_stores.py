@@ -19,7 +19,8 @@ from tests.faults.object_store import free_ports
 from tests.faults.test_remote_runs import fake_run
 from tests.faults.test_s3 import read
 from vitcomposer.errors import ConfigError, ShardError
-from vitcomposer.runs.remote import POINTER, RunStore
+from vitcomposer.runs.layout import REMOTE_POINTER
+from vitcomposer.runs.remote import RunStore
 from vitcomposer.stores.objects import open_store
 
 pytestmark = pytest.mark.timeout(120)
@@ -119,7 +120,7 @@ def check_copy(uri: str, tmp_path: Path) -> None:
     newest = (folder / "checkpoints/ep0-ba6-rank0.pt").read_bytes()
     (folder / "summary.json").unlink()
     assert store.sync() == 0
-    names = {"checkpoints/ep0-ba4-rank0.pt", "checkpoints/ep0-ba6-rank0.pt", POINTER, "config.yaml"}
+    names = {"checkpoints/ep0-ba4-rank0.pt", "checkpoints/ep0-ba6-rank0.pt", REMOTE_POINTER, "config.yaml"}
     assert set(store._names()) == names
     shutil.rmtree(folder)
     came = RunStore(uri, folder, keep=2).fetch(None)

@@ -19,7 +19,8 @@ from tests.faults.conftest import Tell
 from tests.faults.object_store import BUCKET, SECRET, Proxy, free_ports
 from vitcomposer.callbacks import mirror
 from vitcomposer.errors import ConfigError
-from vitcomposer.runs.remote import POINTER, RunStore
+from vitcomposer.runs.layout import REMOTE_POINTER
+from vitcomposer.runs.remote import RunStore
 from vitcomposer.stores.objects import open_store
 
 pytestmark = pytest.mark.timeout(120)
@@ -72,7 +73,7 @@ def is_copy(kept: dict[str, bytes], folder: dict[str, bytes]) -> bool:
     """All but the older checkpoints, which a store that was slow or down has not got."""
     older = set(sorted(name for name in folder if name.startswith("checkpoints/"))[:-1])
     missing = {name for name in folder if kept.get(name) != folder[name]}
-    return POINTER in kept and missing <= older and kept.keys() <= folder.keys() | {POINTER}
+    return REMOTE_POINTER in kept and missing <= older and kept.keys() <= folder.keys() | {REMOTE_POINTER}
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def test_store_that_fails_stops_no_run_and_catches_up(
         record.getMessage() for record in caplog.records if "run.remote" in record.message or bucket in record.message
     ]
     assert len([text for text in said if "cannot be written" in text]) == 1, "once, not for every try"
-    assert POINTER not in stored("down/run")
+    assert REMOTE_POINTER not in stored("down/run")
     proxy.rules()
     began = time.monotonic()
     assert train(tmp_path, "run", remote) == 0
@@ -192,7 +193,7 @@ def test_store_keeps_what_the_folder_keeps(bucket: str, tmp_path: Path) -> None:
     assert {name for name in stored("unit/kept")} == {
         "checkpoints/ep0-ba4-rank0.pt",
         "checkpoints/ep0-ba6-rank0.pt",
-        POINTER,
+        REMOTE_POINTER,
         "config.yaml",
         "summary.json",
     }
@@ -314,7 +315,7 @@ def test_uploads_catch_up_during_the_run(
     proxy.rules()
     wait_for(lambda: any("is up to date again" in message for message in caplog.messages))
     keeper.close(nothing, nothing)
-    assert {"checkpoints/ep0-ba4-rank0.pt", POINTER} <= stored("unit/later").keys()
+    assert {"checkpoints/ep0-ba4-rank0.pt", REMOTE_POINTER} <= stored("unit/later").keys()
     assert len(caplog.messages) == 2
     tell("the store of run.remote answers 503 for some seconds", caplog.messages[0], time.monotonic() - began)
 

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from vitcomposer.errors import SaveError
 from vitcomposer.models.weights.sharded import digests_of_rank
-from vitcomposer.runs.checkpoints import LATEST, finish_shares, keep_newest, partial_of, remove, save_whole
+from vitcomposer.runs import layout
+from vitcomposer.runs.checkpoints import finish_shares, keep_newest, partial_of, remove, save_whole
 
 
 class Checkpoints(CheckpointSaver):
@@ -35,7 +36,7 @@ class Checkpoints(CheckpointSaver):
         super().__init__(
             folder=str(folder),
             remote_file_name=None,
-            latest_filename=LATEST,
+            latest_filename=layout.LATEST,
             latest_remote_file_name=None,
             save_interval=interval,
             overwrite=True,  # by the same state, where a run went on from an older checkpoint

@@ -11,6 +11,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from vitcomposer.runs import layout
+from vitcomposer.runs.folder import run_folder
 from vitcomposer.runs.remote import RunStore, describe
 from vitcomposer.schema.recipe import Recipe
 
@@ -66,7 +68,7 @@ class MirrorRun(Callback):
         if self._store is None:
             return
         try:
-            latest = os.readlink(self._store.folder / "checkpoints" / "latest-rank0.pt")
+            latest = os.readlink(self._store.folder / layout.LATEST_CHECKPOINT)
         except OSError:
             return
         if latest != self._latest:
@@ -103,6 +105,7 @@ def build_mirror(cfg: Recipe, folder: Path) -> MirrorRun:
     Raises:
         ConfigError: The store cannot be reached.
     """
+    assert cfg.run.remote is not None
     sends = dist.get_global_rank() == 0
     return MirrorRun(RunStore(cfg.run.remote, folder, keep=cfg.run.keep_checkpoints) if sends else None)
 
@@ -115,7 +118,7 @@ def finish_mirror(cfg: Recipe, status: int) -> int:
     """
     answer = [status]
     if cfg.run.remote is not None:
-        folder = Path(cfg.run.folder) / cfg.run.name
+        folder = run_folder(cfg)
         if dist.get_global_rank() == 0 and not _send_rest(cfg.run.remote, folder, cfg.run.keep_checkpoints):
             answer[0] = status or os.EX_IOERR
         dist.broadcast_object_list(answer, src=0)  # a rank that ended before would take rank 0 with it

@@ -18,10 +18,11 @@ from vitcomposer.callbacks.throughput import Throughput
 from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.errors import ConfigError, SaveError
+from vitcomposer.runs import layout
 from vitcomposer.runs.environment import describe_environment
 from vitcomposer.runs.identity import write_identity
 from vitcomposer.runs.metrics import split_metrics
-from vitcomposer.whole_files import set_aside, write_whole
+from vitcomposer.whole_files import BAD, set_aside, write_whole
 
 FACTS = ("recipe", "model", "seed", "lr_peak")
 
@@ -104,11 +105,11 @@ class RunRecord(LoggerDestination):
         self._environment = describe_environment()
         self.run_folder.mkdir(parents=True, exist_ok=True)
         # First: beside a new config.yaml, the summary of a shorter run would say that this one is finished.
-        (self.run_folder / "summary.json").unlink(missing_ok=True)
-        write_whole(self.run_folder / "config.yaml", self.config_yaml)
+        (self.run_folder / layout.SUMMARY).unlink(missing_ok=True)
+        write_whole(self.run_folder / layout.CONFIG, self.config_yaml)
         if self.identity is not None:
             write_identity(self.run_folder, self.identity)
-        write_whole(self.run_folder / "environment.json", _to_json(self._environment))
+        write_whole(self.run_folder / layout.ENVIRONMENT, _to_json(self._environment))
         self._write_class_names(state)
         self._open_metrics(state.timestamp.batch.value)
         if self._measured:  # before the first step
@@ -116,7 +117,7 @@ class RunRecord(LoggerDestination):
 
     def _write_class_names(self, state: State) -> None:
         """A model outlives its data set: what its outputs stand for must be beside it."""
-        dataset, path = getattr(state.dataloader, "dataset", None), self.run_folder / CLASS_NAMES
+        dataset, path = getattr(state.dataloader, "dataset", None), self.run_folder / layout.CLASS_NAMES
         if not isinstance(dataset, ImageStream) or not (dataset.stream.folder / CLASS_NAMES).is_file():
             return
         try:
@@ -128,12 +129,12 @@ class RunRecord(LoggerDestination):
             write_whole(path, (dataset.stream.folder / CLASS_NAMES).read_bytes())
 
     def _open_metrics(self, step: int) -> None:
-        path = self.run_folder / "metrics.jsonl"
+        path = self.run_folder / layout.METRICS
         found, bad = split_metrics(path.read_bytes()) if path.exists() else ([], [])
         if bad:
-            with path.with_name(path.name + ".bad").open("ab") as file:
+            with path.with_name(path.name + BAD).open("ab") as file:
                 file.writelines(text + b"\n" for text in bad)
-            print(f"{path}: {len(bad)} of its lines cannot be read and are set aside in {path.name}.bad.")
+            print(f"{path}: {len(bad)} of its lines cannot be read and are set aside in {path.name}{BAD}.")
         lines = [line for line in found if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (open as long as the run)
@@ -207,13 +208,13 @@ class RunRecord(LoggerDestination):
         # One unbuffered write per line: a kill can cut short nothing but the last line.
         data = (json.dumps(line) + "\n").encode()
         if self._file.write(data) < len(data):  # what a full disk does first
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run_folder / "metrics.jsonl"))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run_folder / layout.METRICS))
         self._last_line = line
 
     def _check_still_there(self, state: State) -> None:
         """An open file can be written after it was deleted: the run would go on for hours and leave nothing."""
         assert self._file is not None
-        path = self.run_folder / "metrics.jsonl"
+        path = self.run_folder / layout.METRICS
         try:
             same = os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
@@ -262,7 +263,7 @@ class RunRecord(LoggerDestination):
             "git_commit": self._environment["git_commit"],
             "finished": self._is_finished(state),
         }
-        write_whole(self.run_folder / "summary.json", _to_json(summary))
+        write_whole(self.run_folder / layout.SUMMARY, _to_json(summary))
 
     def _is_finished(self, state: State) -> bool:
         evaluated = not state.evaluators or self._evaluated_step == state.timestamp.batch.value

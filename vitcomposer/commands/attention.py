@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vitcomposer.commands.arguments import add_reading, given_reading
 from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
+from vitcomposer.runs import layout
 from vitcomposer.schema import Neighbors, Probe, SelfSupervised
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import whole_file
@@ -88,7 +89,7 @@ def load_network(source: str, overrides: Sequence[str], *, weights: "Weights") -
 
     path = Path(source)
     run = path if path.is_dir() else path.parent.parent
-    page = path if path.suffix in (".yaml", ".yml") else run / "config.yaml"
+    page = path if path.suffix in (".yaml", ".yml") else run / layout.CONFIG
     cfg: Recipe | None = config.load(page, overrides) if page.is_file() else None
     if not isinstance(cfg, SelfSupervised | Probe | Neighbors):
         return load_trained(source, overrides, weights=weights)
@@ -97,13 +98,13 @@ def load_network(source: str, overrides: Sequence[str], *, weights: "Weights") -
 
 
 def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained":
-    from vitcomposer.evaluation.trained import LATEST, Trained
+    from vitcomposer.evaluation.trained import Trained
     from vitcomposer.models import load_weights
     from vitcomposer.training.network import build_network
 
     # A probe and a search for neighbours leave the trunk as it was.
     own = isinstance(cfg, SelfSupervised) and path.suffix not in (".yaml", ".yml")
-    file = (path / LATEST if path.is_dir() else path) if own else cfg.init.weights
+    file = (path / layout.LATEST_CHECKPOINT if path.is_dir() else path) if own else cfg.init.weights
     remedy = "Set init.weights=FILE."
     require(file is not None, "init.weights", "the file of the trained network", None, remedy)
     model = replace(cfg.model, num_classes=0)

@@ -15,6 +15,7 @@ from vitcomposer.commands.arguments import add_reading, given_reading
 from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
+from vitcomposer.runs import layout
 from vitcomposer.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
         fits = any(data.real is not None for data in sets)
         require(fits, "--data", "files such as ILSVRC2012_val_00000001.JPEG with --real", args.data, remedy)
     networks = {kind: model.network.to(device) for kind, model in models.items()}
-    out = args.out or (Path(args.source, "eval") if Path(args.source, "config.yaml").is_file() else None)
+    out = args.out or (Path(args.source, layout.EVALUATION) if Path(args.source, layout.CONFIG).is_file() else None)
     results: list[dict[str, Any]] = []
     for data in sets:
         with tqdm(

@@ -5,7 +5,6 @@ Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from vitcomposer.evaluation.trained import Trained
 from vitcomposer.export.folder import check_target, write_folder
+from vitcomposer.runs import layout
 
 # Options that change how a network is trained, not what its weights mean: a soup is about runs that differ in them.
 _OF_TRAINING = {
@@ -86,12 +86,12 @@ def last_checkpoints(source: str, last: int | None) -> list[str]:
     Raises:
         ValueError: There is no such thing, or the run kept fewer.
     """
-    folder = Path(source, "checkpoints")
+    folder = Path(source, layout.CHECKPOINTS)
     if not Path(source).exists():
         raise ValueError(f"There is no {source}. Give run folders, checkpoints in them, or exported folders.")
     if last is None or not folder.is_dir():
         return [source]
-    steps = {int(m[1]): path for path in folder.glob("*-rank0.pt") if (m := re.search(r"-ba(\d+)-rank0$", path.stem))}
+    steps = {int(name[2]): path for path in folder.iterdir() if (name := layout.CHECKPOINT.fullmatch(path.name))}
     if len(steps) < last:
         raise ValueError(
             f"--last must be at most the {len(steps)} checkpoints that {source} kept, got {last}. "

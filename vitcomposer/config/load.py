@@ -16,7 +16,8 @@ from omegaconf.resolvers import oc
 from vitcomposer.config.trees import Plain, Tree, find_page, is_null, read_overrides, read_page
 from vitcomposer.config.values import is_mapping, read
 from vitcomposer.errors import ConfigError, collect, did_you_mean
-from vitcomposer.origins import LATEST, RECORDED, recorded_model, recorded_page, recorded_statistics, take_over
+from vitcomposer.origins import recorded_model, recorded_page, recorded_statistics, take_over
+from vitcomposer.runs import layout
 from vitcomposer.schema import CONFIGS, Run, expand_home
 from vitcomposer.schema.credentials import variable_within
 from vitcomposer.schema.recipe import Recipe
@@ -128,9 +129,9 @@ def _start_from_recorded(tree: Tree, given: set[str], path: Path) -> None:
     weights = init.get("weights") if isinstance(init, dict) else None
     if not isinstance(weights, str) or is_null(weights) or not isinstance(model, dict) or not isinstance(run, dict):
         return
-    if path.name == RECORDED and "init.weights" not in given:
+    if path.name == layout.CONFIG and "init.weights" not in given:
         return  # a run's own page, which says what its network became
-    own = Path(str(run.get("folder", Run.folder)), str(run.get("name"))) / LATEST
+    own = Path(str(run.get("folder", Run.folder)), str(run.get("name"))) / layout.LATEST_CHECKPOINT
     started = recorded_page(own).get("init")
     source = own if isinstance(started, dict) and started.get("weights") == weights else weights
     recorded, measured_as_it_is = recorded_model(source), tree.get("recipe") in ("probe", "knn")

@@ -9,20 +9,20 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from vitcomposer import config
+from vitcomposer.data.mds.index import CLASS_NAMES
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.json_file import read_json, to_block
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.weights.averages import averaging_window, better_weights, saved_weights
 from vitcomposer.models.weights.formats import model_tensors
 from vitcomposer.models.weights.load import read_checkpoint
-from vitcomposer.origins import EXPORTED, LATEST, weights_file
+from vitcomposer.origins import EXPORTED, weights_file
+from vitcomposer.runs import layout
 from vitcomposer.runs.metrics import last_evaluation
 from vitcomposer.schema import Evaluation, Model, Probe, Supervised
 
 Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]
-
-CLASS_NAMES = "class_names.json"
 
 _LARGEST_SIDE = 1 << 14  # pixels, to which an exported model has images resized
 _SMALL_NETWORK = 10_000_000  # weights
@@ -133,18 +133,18 @@ def _find(source: Path, overrides: Sequence[str]) -> _Saved:
     if source.is_dir() and all((source / name).is_file() for name in EXPORTED):
         return _exported(source, overrides)
     if source.is_dir() and not (source / ".metadata").is_file():  # which a checkpoint of shares has
-        if not (source / "config.yaml").is_file():
+        if not (source / layout.CONFIG).is_file():
             raise ValueError(
                 f"{source} must be a run folder (config.yaml, checkpoints) or a folder of `vitcomposer export` "
                 f"({', '.join(EXPORTED)}); it is neither."
             )
-        return _of_run(source, source / LATEST, overrides)
+        return _of_run(source, source / layout.LATEST_CHECKPOINT, overrides)
     if source.suffix in (".yaml", ".yml"):
         return _of_yaml(source, overrides)
     if not source.exists():
         raise ValueError(f"There is no {source}. Give a run folder, a checkpoint in one, an exported folder or a yaml.")
     run = source.parent.parent
-    if not (run / "config.yaml").is_file():
+    if not (run / layout.CONFIG).is_file():
         raise ValueError(
             f"{source} must lie in the folder checkpoints of a run, whose config.yaml says what it is. "
             f"Name the network in a yaml instead: give YAML init.weights={source}"
@@ -153,14 +153,14 @@ def _find(source: Path, overrides: Sequence[str]) -> _Saved:
 
 
 def _of_run(run: Path, file: Path, overrides: Sequence[str]) -> _Saved:
-    cfg = _load_config(run / "config.yaml", overrides)
+    cfg = _load_config(run / layout.CONFIG, overrides)
     if not file.exists():
         raise ValueError(
             f"{run} must hold {file.relative_to(run)}, it has no checkpoint yet. Train on, or name a file."
         )
-    recorded = run / CLASS_NAMES
+    recorded = run / layout.CLASS_NAMES
     names = _names_in(recorded) if recorded.is_file() else _names_of_data(cfg)
-    return _saved(cfg, file, str(run if file == run / LATEST else file), names)
+    return _saved(cfg, file, str(run if file == run / layout.LATEST_CHECKPOINT else file), names)
 
 
 def _of_yaml(path: Path, overrides: Sequence[str]) -> _Saved:
@@ -216,7 +216,7 @@ def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None) ->
 def _better_of(content: Mapping[str, Any], algorithms: Mapping[str, Any], file: Path) -> tuple[str, str]:
     """By what the run measured whose folder the file lies in, else by how long it was averaged."""
     time = content["state"]["timestamp"]["Timestamp"]
-    measured = last_evaluation(file.parent.parent / "metrics.jsonl", time["batch"])
+    measured = last_evaluation(file.parent.parent / layout.METRICS, time["batch"])
     # A yaml which names the file of a run in init.weights may have another EMA, or none.
     window = averaging_window(**algorithms["EMA"]) if "EMA" in algorithms else None
     return better_weights(time["batch"], {"ba": time["batch"], "ep": time["epoch"]}, measured, window)

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vitcomposer.folder_lock import beside, only_writer
+from vitcomposer.runs import layout
 from vitcomposer.whole_files import PARTIAL
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _CHECKED_BATCHES = (1, 3)
 
 def metrics_of_run(folder: Path) -> dict[str, Any]:
     """What a finished run measured at its end; nothing for any other source."""
-    path = folder / "summary.json"
+    path = folder / layout.SUMMARY
     found = read_object(path)
     if found is None and path.is_file():
         print(f"{path} cannot be read: the model card has no accuracy.")
@@ -50,7 +51,7 @@ def check_target(out: Path, *, force: bool) -> None:
     """Raise ConfigError where a folder cannot be written or holds what would be lost."""
     require(not out.exists() or out.is_dir(), "--out", "a folder", str(out), "Name another.")
     rule = "a folder of its own, this is that of a run"
-    require(not (out / "config.yaml").exists(), "--out", rule, str(out), f"Use {out / 'export'}.")
+    require(not (out / layout.CONFIG).exists(), "--out", rule, str(out), f"Use {out / 'export'}.")
     present = [name for name in (*FILES.values(), CONFIG, CARD) if (out / name).exists()]
     rule = f"a folder without {present[0] if present else ''}"
     require(force or not present, "--out", rule, str(out), "Name another, or add --force to replace what is there.")

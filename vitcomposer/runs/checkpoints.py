@@ -18,10 +18,8 @@ from vitcomposer.models.weights.plain_pickle import UnsafeError
 from vitcomposer.models.weights.sharded import DIGESTS, check_shares
 from vitcomposer.models.weights.torch_file import check_directory, check_torch_file
 from vitcomposer.models.weights.zip_records import with_digest
-
-LATEST = "latest-rank0.pt"  # a link to the newest
-_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-_PARTIAL = ".partial"
+from vitcomposer.runs import layout
+from vitcomposer.whole_files import PARTIAL
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,12 @@ class Found:
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run has saved anything there, whole or not."""
-    return bool(_in_order(folder)) or os.path.lexists(folder / LATEST)
+    return bool(_in_order(folder)) or os.path.lexists(folder / layout.LATEST)
 
 
 def last_step(folder: Path) -> int | None:
     """The step of the newest checkpoint by its name, without a look into it; None where there is none."""
-    names = [match for path in _in_order(folder) if (match := _NAME.fullmatch(path.name))]
+    names = [match for path in _in_order(folder) if (match := layout.CHECKPOINT.fullmatch(path.name))]
     return int(names[0][2]) if names else None
 
 
@@ -57,7 +55,7 @@ def newest_whole(folder: Path) -> Found:
     Whatever keeps one from being read has the one before it tried.
     """
     candidates, refused, unsafe = _in_order(folder), [], None
-    latest = folder / LATEST
+    latest = folder / layout.LATEST
     if os.path.lexists(latest):
         # No link where a copy was made by something that follows them.
         first = folder / os.readlink(latest) if latest.is_symlink() else latest
@@ -78,7 +76,7 @@ def newest_whole(folder: Path) -> Found:
 
 def _in_order(folder: Path) -> list[Path]:
     """Checkpoints by their names, the latest step first; of two of one step the one after the end of its epoch."""
-    found = [(match, path) for path in folder.glob("ep*.pt") if (match := _NAME.fullmatch(path.name))]
+    found = [(match, path) for path in folder.glob("*.pt") if (match := layout.CHECKPOINT.fullmatch(path.name))]
     return [path for _, path in sorted(found, key=lambda each: _place(each[0]), reverse=True)]
 
 
@@ -171,7 +169,7 @@ def save_whole(content: Any, path: Path) -> None:
 
 def partial_of(path: Path) -> Path:
     """Where a checkpoint is written until it is whole."""
-    return path.with_name(path.name + _PARTIAL)
+    return path.with_name(path.name + PARTIAL)
 
 
 def finish_shares(path: Path, digests: Mapping[str, str]) -> None:
@@ -194,10 +192,10 @@ def finish_shares(path: Path, digests: Mapping[str, str]) -> None:
 
 
 def _point_to(path: Path) -> None:
-    link = path.with_name(LATEST + _PARTIAL)
+    link = path.with_name(layout.LATEST + PARTIAL)
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
-    link.replace(path.with_name(LATEST))
+    link.replace(path.with_name(layout.LATEST))
 
 
 def _to_disk(folder: Path) -> None:
@@ -214,7 +212,7 @@ def keep_newest(folder: Path, path: Path, keep: int) -> None:
     older = _in_order(folder)
     older = older[older.index(path) :]
     whole = [each for each in older if damage(each, read=False) is None]
-    for left in (*whole[keep:], *folder.glob(f"*{_PARTIAL}")):
+    for left in (*whole[keep:], *folder.glob(f"*{PARTIAL}")):
         remove(left)
 
 

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from vitcomposer.data.mds.shards import describe_cut_shard
 from vitcomposer.errors import ConfigError, NonFiniteError, SaveError, ShardError
 from vitcomposer.escape import message
+from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoints import last_step
 from vitcomposer.runs.folder import run_folder
 from vitcomposer.runs.typed import typed_command
@@ -87,14 +88,14 @@ def _is_of_another_rank(error: BaseException) -> bool:
 
 
 def _again(cfg: Recipe) -> str:
-    step = last_step(run_folder(cfg) / "checkpoints")
+    step = last_step(run_folder(cfg) / layout.CHECKPOINTS)
     if step is None:
         return "Then start the same command: it begins anew, for there is no checkpoint yet."
     return f"Then start the same command: it goes on after step {step:,}."
 
 
 def _interrupted(cfg: Recipe) -> str:
-    step = last_step(run_folder(cfg) / "checkpoints")
+    step = last_step(run_folder(cfg) / layout.CHECKPOINTS)
     if step is None:
         return f"Interrupted before the first checkpoint. Start again: {typed_command()}"
     return f"Interrupted. Go on after step {step:,}: {typed_command()}"

@@ -13,20 +13,22 @@ import yaml
 from composer.utils import dist
 
 from vitcomposer import config, folder_lock
-from vitcomposer.data.mds.shards import CLASS_NAMES, images_of, read_class_names
+from vitcomposer.data.mds.shards import images_of, read_class_names
 from vitcomposer.errors import ConfigError
+from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoints import has_checkpoints, newest_whole, ranks_and_step, remove
-from vitcomposer.runs.identity import IDENTITY, difference, plain, read_identity
+from vitcomposer.runs.identity import difference, plain, read_identity
 from vitcomposer.runs.metrics import read_object
-from vitcomposer.runs.remote import restore_remote
+from vitcomposer.runs.remote import DOWNLOADED, restore_remote
 from vitcomposer.schema.recipe import Recipe
-from vitcomposer.whole_files import set_aside
+from vitcomposer.whole_files import PARTIAL, set_aside
 
 # What a resumed run may change: how long, where the data lies, how it is read and what is printed.
 FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "cache.remote")
 
 # What a kill leaves of files that were being written, and of downloads from run.remote.
-_UNFINISHED = ("*.partial", ".*.partial*", "*.part", "checkpoints/*.partial", "checkpoints/*.part")
+_UNFINISHED = (f"*{PARTIAL}", f".*{PARTIAL}*", f"*{DOWNLOADED}")
+_UNFINISHED += (f"{layout.CHECKPOINTS}/*{PARTIAL}", f"{layout.CHECKPOINTS}/*{DOWNLOADED}")
 
 
 def current_device() -> str:
@@ -80,9 +82,9 @@ def unlock_run_folder(cfg: Recipe) -> None:
     folder = run_folder(cfg)
     if folder in _new:
         _new.remove(folder)
-        metrics = folder / "metrics.jsonl"
+        metrics, summary = folder / layout.METRICS, folder / layout.SUMMARY
         has_lines = metrics.is_file() and metrics.stat().st_size > 0
-        if not has_lines and not has_checkpoints(folder / "checkpoints") and not (folder / "summary.json").exists():
+        if not has_lines and not has_checkpoints(folder / layout.CHECKPOINTS) and not summary.exists():
             shutil.rmtree(folder, ignore_errors=True)
     folder_lock.release(folder_lock.beside(folder))
 
@@ -124,7 +126,7 @@ def already_finished(cfg: Recipe) -> bool:
         try:
             lock_run_folder(cfg)
             if cfg.run.remote is not None:
-                here = newest_whole(run_folder(cfg) / "checkpoints").path
+                here = newest_whole(run_folder(cfg) / layout.CHECKPOINTS).path
                 name = None if here is None else here.name
                 restore_remote(cfg.run.remote, run_folder(cfg), keep=cfg.run.keep_checkpoints, here=name)
             answer[0] = _look_at_run_folder(cfg)
@@ -155,21 +157,21 @@ def _look_at_run_folder(cfg: Recipe) -> bool:
             f"Set run.name to start another run, or delete the folder."
         )
     _compare_images(cfg)
-    summary = read_object(folder / "summary.json")
-    if summary is None and (folder / "summary.json").is_file():
-        _set_aside(folder / "summary.json", "The run is finished again from its last checkpoint.")
+    summary = read_object(folder / layout.SUMMARY)
+    if summary is None and (folder / layout.SUMMARY).is_file():
+        _set_aside(folder / layout.SUMMARY, "The run is finished again from its last checkpoint.")
     return bool(summary and summary.get("finished")) and old.get("max_duration", cfg.max_duration) == cfg.max_duration
 
 
 def _recorded_config(folder: Path) -> dict[str, Any] | None:
     """The configuration of the run in a folder, from config.yaml, or from identity.json where that one is damaged."""
-    path, identity = folder / "config.yaml", read_identity(folder)
-    if identity is None and (folder / IDENTITY).is_file():
-        _set_aside(folder / IDENTITY, "Whether these are the images that the run began with is not checked.")
+    path, identity = folder / layout.CONFIG, read_identity(folder)
+    if identity is None and (folder / layout.IDENTITY).is_file():
+        _set_aside(folder / layout.IDENTITY, "Whether these are the images that the run began with is not checked.")
     content = path.read_bytes() if path.is_file() else None
     if identity is not None and (content is None or hashlib.sha256(content).hexdigest() != identity["config_sha256"]):
         if content is not None:
-            _set_aside(path, f"{IDENTITY} holds the same.")
+            _set_aside(path, f"{layout.IDENTITY} holds the same.")
         return identity["config"]
     if content is None:
         return None
@@ -235,7 +237,7 @@ def _compare_images(cfg: Recipe) -> dict[str, Any]:
 def _images_of_older_run(folder: Path) -> dict[str, Any]:
     """What a run that noted nothing down tells of its images: the names of their classes."""
     try:
-        names = read_class_names(folder / CLASS_NAMES)
+        names = read_class_names(folder / layout.CLASS_NAMES)
     except ConfigError:
         return {}
     return {} if names is None else {"train": {"source": "mds", "samples": None, "classes": names, "index": None}}
@@ -256,7 +258,7 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") ->
 
 def resumes(cfg: Recipe) -> bool:
     """Whether rank 0 sees a checkpoint that this run goes on from."""
-    found = [dist.get_global_rank() == 0 and newest_whole(run_folder(cfg) / "checkpoints").path is not None]
+    found = [dist.get_global_rank() == 0 and newest_whole(run_folder(cfg) / layout.CHECKPOINTS).path is not None]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
@@ -286,7 +288,7 @@ def checkpoint_to_load(folder: Path) -> str | None:
 
 
 def _choose_checkpoint(folder: Path) -> str | None:
-    found = newest_whole(folder / "checkpoints")
+    found = newest_whole(folder / layout.CHECKPOINTS)
     said = [f"Refused {each}." for each in found.refused]
     if found.path is None:
         if found.unsafe:
@@ -317,6 +319,7 @@ def check_folders(cfg: Recipe) -> None:
     if dist.get_global_rank() == 0:
         problem = _unwritable("run.folder", cfg.run.folder, run_folder(cfg), "Set run.folder to one that is.")
     if problem is None and cfg.data.remote is not None and dist.get_local_rank() == 0:
+        assert cfg.data.local is not None, "the schema wants a cache for what is remote"
         remedy = "It caches data.remote: set data.local to one that is."
         problem = _unwritable("data.local", cfg.data.local, Path(cfg.data.local), remedy)
     problem = next((each for each in dist.all_gather_object(problem) if each), None)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vitcomposer.runs import layout
 from vitcomposer.runs.metrics import read_object
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import write_whole
 
-IDENTITY = "identity.json"
 _DIGEST = "sha256"
 
 Images = dict[str, Any]  # of a split: source, samples, classes (names in label order, or None), index (sha256, or None)
@@ -33,12 +33,12 @@ def identity_of(cfg: Recipe, config_yaml: str, images: Mapping[str, Images | Non
 
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     """Create or replace the file."""
-    write_whole(folder / IDENTITY, json.dumps({**identity, _DIGEST: _digest(identity)}, indent=1) + "\n")
+    write_whole(folder / layout.IDENTITY, json.dumps({**identity, _DIGEST: _digest(identity)}, indent=1) + "\n")
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
     """What :func:`write_identity` wrote; None where there is none, or it is damaged."""
-    found = read_object(folder / IDENTITY)
+    found = read_object(folder / layout.IDENTITY)
     if found is None or found.pop(_DIGEST, None) != _digest(found):
         return None
     return found

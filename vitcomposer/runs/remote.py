@@ -24,17 +24,17 @@ from composer.utils import (
 from composer.utils.object_store import ObjectStore
 
 from vitcomposer.errors import ConfigError
+from vitcomposer.runs import layout
 from vitcomposer.stores.addresses import masked
+from vitcomposer.whole_files import PARTIAL
 
 log = logging.getLogger(__name__)
 
-POINTER = "checkpoints/whole.json"  # written after the checkpoints that it names
-STATE = ".remote.json"  # in the run folder: what of it has arrived, so that a new start sends nothing twice
-HELD = ".remote"  # in the run folder: a second name of the checkpoint that is being sent
-_LAST = ("summary.json", "report.html")  # they say that a run is finished: never beside an older checkpoint
-_CHECKPOINT = re.compile(r"checkpoints/ep(\d+)-ba(\d+)-rank0\.pt")
-_LATEST = "latest-rank0.pt"  # a link
-_PASSING = (".part", ".partial", ".tmp", ".lock")
+DOWNLOADED = ".part"  # ends the name of what has not arrived here
+_LAST = (layout.SUMMARY, layout.REPORT)  # they say that a run is finished: never beside an older checkpoint
+_FOLDER = f"{layout.CHECKPOINTS}/"
+_CHECKPOINT = re.compile(re.escape(_FOLDER) + layout.CHECKPOINT.pattern)
+_PASSING = (DOWNLOADED, PARTIAL, ".tmp", ".lock")
 _ATTEMPTS = 3
 # Bounded, since boto3's own time-outs and retries add up to minutes without a word.
 _S3_CLIENT = {
@@ -57,7 +57,7 @@ class Whole:
 class RunStore:
     """The copy of one run folder below ``uri``, under the folder's name.
 
-    A checkpoint is named by ``checkpoints/whole.json`` only after all of it has arrived, so an upload that was cut off
+    A checkpoint is named by ``layout.REMOTE_POINTER`` only after all of it has arrived, so an upload that was cut off
     is never found. Not safe in several processes at a time: rank 0 sends.
     """
 
@@ -73,13 +73,13 @@ class RunStore:
         self._prefix = "/".join(part for part in (parse_uri(uri)[2].strip("/"), folder.name) if part)
         self._sent: dict[str, list[int]] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # then all is sent again
-            state = json.loads((folder / STATE).read_bytes())
+            state = json.loads((folder / layout.REMOTE_STATE).read_bytes())
             if state["uri"] == self.uri:
                 self._sent = {name: [int(size), int(time)] for name, (size, time) in state["sent"].items()}
 
     def check(self) -> None:
         """Raise ConfigError unless this machine may write and delete here."""
-        probe = self.folder / HELD / "access"
+        probe = self.folder / layout.REMOTE_HELD / "access"
         with self._explained():
             shutil.rmtree(probe.parent, ignore_errors=True)  # what a killed run has held
             probe.parent.mkdir(parents=True)
@@ -104,7 +104,7 @@ class RunStore:
         """
         with self._explained():
             known = self._read_pointer()
-            if not known or (here is not None and _place(f"checkpoints/{here}") >= _place(known[0].name)):
+            if not known or (here is not None and _place(f"{_FOLDER}{here}") >= _place(known[0].name)):
                 return None
             if here is not None:
                 aside = self.folder.with_name(f"{self.folder.name}.older-{int(time.time())}")
@@ -112,7 +112,7 @@ class RunStore:
                 log.warning("%s is further than %s, which is now %s.", self.uri, self.folder, aside)
             names = self._names()
             for name in names:
-                if not name.startswith("checkpoints/"):
+                if not name.startswith(_FOLDER):
                     self._download(name)
             return self._fetch_checkpoint(known)
 
@@ -152,11 +152,11 @@ class RunStore:
                 status = path.stat()
                 found[name] = [status.st_size, status.st_mtime_ns]
         newest = sorted((name for name in found if _CHECKPOINT.fullmatch(name)), key=_place)[-1:]
-        others = [name for name in found if not name.startswith("checkpoints/")]
+        others = [name for name in found if not name.startswith(_FOLDER)]
         return {name: found[name] for name in [*newest, *others]}
 
     def _send_checkpoint(self, name: str, version: list[int]) -> None:
-        held = self.folder / HELD / Path(name).name
+        held = self.folder / layout.REMOTE_HELD / Path(name).name
         held.parent.mkdir(exist_ok=True)
         held.unlink(missing_ok=True)
         try:
@@ -169,33 +169,33 @@ class RunStore:
             arrived = Whole(name, version[0], _hash(held))
             self._upload(name, held)
         finally:
-            if held.parent.name == HELD:
+            if held.parent.name == layout.REMOTE_HELD:
                 held.unlink(missing_ok=True)
         older = [one for one in self._read_pointer() if _place(one.name) < _place(name)]
         kept = [arrived, *older][: self._keep]
         self._write_pointer(kept)
         self._remember(name, version)
         names = {one.name for one in kept}
-        for old in self._names("checkpoints/ep"):
+        for old in self._names(f"{_FOLDER}ep"):
             if old not in names:
                 self._delete(old)
                 self._remember(old, None)
 
     def _write_pointer(self, whole: list[Whole]) -> None:
-        path = self.folder / HELD / "whole.json"
+        path = self.folder / layout.REMOTE_HELD / Path(layout.REMOTE_POINTER).name
         path.write_text(json.dumps({"checkpoints": [asdict(one) for one in whole]}, indent=2) + "\n")
-        self._upload(POINTER, path)
+        self._upload(layout.REMOTE_POINTER, path)
         path.unlink()
 
     def _read_pointer(self) -> list[Whole]:
         """Newest first; none where the run has not got so far."""
-        place = self.folder / HELD / "whole.json"
+        place = self.folder / layout.REMOTE_HELD / Path(layout.REMOTE_POINTER).name
         try:
-            self._store.download_object(self._key(POINTER), place, overwrite=True)
+            self._store.download_object(self._key(layout.REMOTE_POINTER), place, overwrite=True)
         except FileNotFoundError:
             # Composer calls a refusal (403) that too, while listing tells the difference.
-            if POINTER in self._names("checkpoints/"):
-                raise PermissionError(f"{POINTER} is there and may not be read") from None
+            if layout.REMOTE_POINTER in self._names(_FOLDER):
+                raise PermissionError(f"{layout.REMOTE_POINTER} is there and may not be read") from None
             return []
         found = json.loads(place.read_text())["checkpoints"]
         place.unlink()
@@ -212,7 +212,7 @@ class RunStore:
                 faults.append(f"{one.name}: {error}")
                 log.warning("%s/%s is not whole: %s", self.uri, one.name, error)
                 continue
-            latest = path.with_name(_LATEST)
+            latest = path.with_name(layout.LATEST)
             latest.unlink(missing_ok=True)
             latest.symlink_to(path.name)
             return path
@@ -220,7 +220,7 @@ class RunStore:
 
     def _download(self, name: str, expected: Whole | None = None) -> Path:
         path = self.folder / name
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(path.name + DOWNLOADED)
         _retried(lambda: self._store.download_object(self._key(name), part, overwrite=True))
         if expected is not None:
             size, found = part.stat().st_size, _hash(part)
@@ -252,9 +252,9 @@ class RunStore:
             self._sent.pop(name, None)
         else:
             self._sent[name] = version
-        path = self.folder / STATE
+        path = self.folder / layout.REMOTE_STATE
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(STATE + ".partial")
+        partial = path.with_name(layout.REMOTE_STATE + PARTIAL)
         partial.write_text(json.dumps({"uri": self.uri, "sent": self._sent}))
         partial.replace(path)
 

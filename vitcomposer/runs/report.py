@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from vitcomposer.runs import layout
 from vitcomposer.runs.metrics import read_object, split_metrics
 from vitcomposer.whole_files import whole_file, write_whole
 
@@ -93,7 +94,7 @@ def write_report(run_folder: str | Path) -> Path:
         ValueError: The folder has no ``metrics.jsonl``.
     """
     folder = Path(run_folder)
-    path = folder / "metrics.jsonl"
+    path = folder / layout.METRICS
     if not path.is_file():
         raise ValueError(
             f"run_folder must be the folder of a run, with a metrics.jsonl, got {folder}. "
@@ -104,14 +105,18 @@ def write_report(run_folder: str | Path) -> Path:
         print(f"{path}: {len(bad)} of its lines cannot be read and are left out of the report.")
     # Less than an epoch is better told in steps.
     x = "epoch" if lines and (lines[-1].get("epoch") or 0) >= 1 else "step"
-    pictures = {"curves": _draw(lines, x), "attention": _draw_attention(lines, x), "more": _draw_more(lines, x)}
+    pictures = {
+        layout.CURVES: _draw(lines, x),
+        layout.ATTENTION: _draw_attention(lines, x),
+        layout.MORE: _draw_more(lines, x),
+    }
     for name, figure in pictures.items():
         if figure is None:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # of an older report
+            (folder / name).unlink(missing_ok=True)  # of an older report
         else:
-            with whole_file(folder / f"{name}.png") as partial:
+            with whole_file(folder / name) as partial:
                 figure.savefig(partial)
-    report = folder / "report.html"
+    report = folder / layout.REPORT
     write_whole(report, _page(folder))
     return report
 
@@ -119,10 +124,10 @@ def write_report(run_folder: str | Path) -> Path:
 def has_report(run_folder: str | Path) -> bool:
     """Whether the report of a finished run is there, later than its last number, or cannot be made."""
     folder = Path(run_folder)
-    metrics, report = folder / "metrics.jsonl", folder / "report.html"
+    metrics, report = folder / layout.METRICS, folder / layout.REPORT
     if not metrics.is_file():
         return True
-    is_whole = report.is_file() and (folder / "curves.png").is_file()
+    is_whole = report.is_file() and (folder / layout.CURVES).is_file()
     return is_whole and report.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
 
 
@@ -329,9 +334,9 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _page(folder: Path) -> str:
-    summary = _read_json(folder / "summary.json")
-    environment = _read_json(folder / "environment.json")
-    sections = [_picture(folder / "curves.png", "Loss, top-1, learning rate and speed over the run")]
+    summary = _read_json(folder / layout.SUMMARY)
+    environment = _read_json(folder / layout.ENVIRONMENT)
+    sections = [_picture(folder / layout.CURVES, "Loss, top-1, learning rate and speed over the run")]
     if summary is None:
         sections.append("<h2>Summary</h2><p>The run has not ended yet, or was cut off.</p>")
     else:
@@ -339,12 +344,12 @@ def _page(folder: Path) -> str:
         cells = "\n".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
         sections.append(f"<h2>Summary</h2>\n<table>\n{cells}\n</table>")
     for name, title, alt in (
-        ("attention.png", "Attention", "Non-locality of each layer and gates of each head over the run"),
-        ("more.png", "More measurements", "Everything else that the run logged"),
+        (layout.ATTENTION, "Attention", "Non-locality of each layer and gates of each head over the run"),
+        (layout.MORE, "More measurements", "Everything else that the run logged"),
     ):
         if (folder / name).is_file():
             sections.append(f"<h2>{title}</h2>\n{_picture(folder / name, alt)}")
-    config = folder / "config.yaml"
+    config = folder / layout.CONFIG
     texts = {
         "Configuration": config.read_text(errors="replace") if config.is_file() else None,
         "Environment": None if environment is None else json.dumps(environment, indent=2),

@@ -30,8 +30,8 @@ from vitcomposer.callbacks import (
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import message
 from vitcomposer.models.weights.averages import EMA_LABEL
+from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoint_loading import own_reader
-from vitcomposer.runs.checkpoints import LATEST
 from vitcomposer.runs.folder import (
     check_images,
     checkpoint_to_load,
@@ -99,13 +99,13 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     throughput = Throughput(train_flops_per_image=train_flops_per_image, precision=cfg.precision)
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
     every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), BadImageCount()]
-    skip, latest = cfg.run.skip_nonfinite_steps, folder / "checkpoints" / LATEST
+    skip, latest = cfg.run.skip_nonfinite_steps, folder / layout.LATEST_CHECKPOINT
     every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
     if cfg.run.progress_bar:
         every.append(Progress(throughput))
     if cfg.run.remote is not None:
         every.append(build_mirror(cfg, folder))
-    saver = Checkpoints(folder / "checkpoints", interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
+    saver = Checkpoints(folder / layout.CHECKPOINTS, interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
     record = build_record(cfg, facts, throughput)
     schedule = optim.CosineWithWarmup(
         cfg.schedule.t_warmup,
@@ -186,7 +186,7 @@ def build_record(cfg: Recipe, facts: dict[str, Any], throughput: Throughput) -> 
 
 def build_loggers(cfg: Recipe, folder: Path) -> list[LoggerDestination]:
     make = {
-        "tensorboard": lambda: TensorboardLogger(log_dir=str(folder / "tensorboard")),
+        "tensorboard": lambda: TensorboardLogger(log_dir=str(folder / layout.TENSORBOARD)),
         "wandb": lambda: WandBLogger(name=cfg.run.name),
         "mlflow": lambda: MLFlowLogger(run_name=cfg.run.name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")),
     }

@@ -21,7 +21,7 @@ import xxhash
 from vitcomposer.data.jpeg.markers import read_index
 from vitcomposer.data.jpeg.pixels import UNKNOWN_FORMAT, is_deep, open_image, scaling
 from vitcomposer.data.jpeg.raw import read_raw_size
-from vitcomposer.data.mds.index import index_fault
+from vitcomposer.data.mds.index import CLASS_NAMES, index_fault
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.json_file import MOST_BYTES, parse_json
 from vitcomposer.stores.objects import LocalStore, Store, open_store
@@ -116,7 +116,7 @@ def _check_name(basename: str, where: str) -> None:
 def _inspect_split(
     store: Store, prefix: str, shards: list[dict[str, Any]], class_counts: dict[str, int] | None
 ) -> SplitReport:
-    class_names = store.read(f"{prefix}class_names.json", most=MOST_BYTES)
+    class_names = store.read(f"{prefix}{CLASS_NAMES}", most=MOST_BYTES)
     report = SplitReport(
         name=prefix.rstrip("/") or ".",
         samples=sum(shard["samples"] for shard in shards),

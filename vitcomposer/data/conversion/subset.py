@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vitcomposer.data.conversion.inspect import columns_of_row, read_shard_index
 from vitcomposer.data.conversion.plan import read_json, to_json
 from vitcomposer.data.conversion.sources import hash_order
+from vitcomposer.data.mds.index import CLASS_NAMES
 from vitcomposer.data.mds.reader import LABEL_COLUMNS, LABEL_FORMATS
 from vitcomposer.stores.objects import Store, open_store
 
@@ -68,9 +69,9 @@ def _write_subset(store: Store, name: str, fraction: float, seed: int, split: st
     record |= {"images": len(chosen), "class_counts": {str(label): counts[label] for label in sorted(counts)}}
     store.write(f"{name}/{_RECORD}", to_json(record))
     entries = list(_write_shards(store, split, name, shards, set(chosen.tolist())))
-    class_names = store.read(f"{split}/class_names.json")
+    class_names = store.read(f"{split}/{CLASS_NAMES}")
     if class_names is not None:
-        store.write(f"{name}/class_names.json", class_names)
+        store.write(f"{name}/{CLASS_NAMES}", class_names)
     store.write(f"{name}/index.json", json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode())
     store.clean()
     return record

@@ -40,6 +40,7 @@ from vitcomposer.data.conversion.plan import Part, check_room, plan_split, read_
 from vitcomposer.data.conversion.shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.conversion.sources import Source, check_same_classes
 from vitcomposer.data.jpeg import reading
+from vitcomposer.data.mds.index import CLASS_NAMES
 from vitcomposer.stores.objects import LocalStore, Store, open_store
 
 Progress = Callable[[int, int], None]
@@ -350,7 +351,7 @@ def _finish_split(store: Store, class_names: list[str], split: str, markers: lis
         widths[width] += count
         heights[height] += count
     counts = {name: total["classes"][str(label)] for label, name in enumerate(class_names)}
-    write_new(store, f"{split}/class_names.json", to_json(class_names))
+    write_new(store, f"{split}/{CLASS_NAMES}", to_json(class_names))
     # laid out as MDSWriter does, without line breaks
     write_new(store, f"{split}/index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
     return {

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "index.json"
+CLASS_NAMES = "class_names.json"  # beside it: a list in the order of the labels
 
 
 def no_split(local: str, split: str) -> str:

@@ -18,7 +18,7 @@ from streaming.base.stream import Stream
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
-from vitcomposer.data.mds.index import INDEX, index_fault, no_split
+from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, index_fault, no_split
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.json_file import MOST_BYTES, read_json
@@ -27,8 +27,6 @@ from vitcomposer.stores.addresses import masked
 from vitcomposer.stores.download import DownloadError, download, longest_wait, open_downloader, remove_parts
 
 log = logging.getLogger(__name__)
-
-CLASS_NAMES = "class_names.json"
 
 
 class ShardStream(Stream):
