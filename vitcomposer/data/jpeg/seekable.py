@@ -149,7 +149,7 @@ def _index_holds(data: bytes) -> bool:
         return False
     if index.scan != markers.scan.start or index.mcus_per_segment != markers.scan.restart_interval:
         return False
-    ends = np.cumsum(np.array(index.lengths) + 2) + index.scan - 2
+    ends = np.cumsum(np.array(index.lengths) + 2) + index.scan - 2  # (segments,): where each one's marker must stand
     found = np.frombuffer(data, np.uint8)
     expected = 0xD0 + np.arange(len(ends)) % 8
     expected[-1] = 0xD9
@@ -175,11 +175,12 @@ def _copy(jpeg: bytes, markers: Markers) -> Seekable | None:
     bits, end = _read_bits(jpeg, scan, rows * columns)
     if _marker_at(jpeg, end) != EOI:
         return Seekable(jpeg, "unchanged", "markers after the image")
-    marks = np.empty((rows * columns, 4 * len(scan.components) + 1), np.int32)
+    marks = np.empty((rows * columns, 4 * len(scan.components) + 1), np.int32)  # see walk
     _check(walk(bits, _decoders(scan), order.component, marks))
+    # int64 (components, 256, 2): code and length of each DC symbol.
     codes = np.stack([_codes(scan.huffman.get((0, dc), _NO_TABLE)) for _, dc, _ in scan.components])
     for size in _segment_sizes(columns, rows, end - scan.start):
-        lengths = np.empty(rows * columns // size, np.int64)
+        lengths = np.empty(rows * columns // size, np.int64)  # bytes of each segment
         differences = len(scan.components) * (len(lengths) + len(bits.starts))  # each may take 31 bits more than it did
         out = np.empty(2 * (end - scan.start + 4 * differences + 2 * len(lengths)) + PADDING, np.uint8)
         written = splice(bits, marks, size, codes, out, lengths)
@@ -202,14 +203,14 @@ def _recode(jpeg: bytes) -> Seekable | None:
             return Seekable(jpeg, "unchanged", "quantisation tables change between scans")
     every = Scan(tuple((i, min(i, 1), min(i, 1)) for i in range(len(markers.components))), 0, 63, 0, 0, 0, {}, 0)
     order = _order(markers, every)
-    coefficients = _read_coefficients(jpeg, markers, scans, order.blocks.size)
-    choice = np.array([dc for _, dc, _ in every.components])
+    coefficients = _read_coefficients(jpeg, markers, scans, order.blocks.size)  # int16 (blocks, 64)
+    choice = np.array([dc for _, dc, _ in every.components])  # (components,): 0 for luma's tables, 1 for chroma's
     coded = sum(scan_end(jpeg, scan.start) - scan.start for scan in scans)
     for size in _segment_sizes(columns, rows, coded):
-        counts = np.zeros((2 * (choice.max() + 1), 256), np.int64)
+        counts = np.zeros((2 * (choice.max() + 1), 256), np.int64)  # DC, AC of each choice
         _check(count_symbols(coefficients, order, size, choice, counts))
         huffman = [_optimal_table(row) for row in counts]
-        codes = np.stack([_codes(table) for table in huffman])
+        codes = np.stack([_codes(table) for table in huffman])  # int64 (2 or 4, 256, 2)
         bits = int((counts * (codes[:, :, 1] + np.arange(256) % 16)).sum())
         lengths = np.empty(rows * columns // size, np.int64)
         out = np.empty(bits // 4 + 4 * len(lengths) + PADDING, np.uint8)
@@ -290,7 +291,7 @@ def _read_bits(jpeg: bytes, scan: Scan, mcus: int) -> tuple[Bits, int]:
     # one more segment: some encoders end the scan with a restart marker
     starts, ends = np.zeros(segments + 1, np.int64), np.zeros(segments + 1, np.int64)
     room = len(jpeg) - scan.start + segments + 1 + PADDING
-    plain = np.zeros(-(-room // 4) * 4, np.uint8)
+    plain = np.zeros(-(-room // 4) * 4, np.uint8)  # without stuffing, a whole number of words
     found, end = unstuff(data, scan.start, plain, starts, ends)
     if found < segments:
         raise ValueError("the restart markers are not those that the header announces")
@@ -298,7 +299,7 @@ def _read_bits(jpeg: bytes, scan: Scan, mcus: int) -> tuple[Bits, int]:
 
 
 def _read_coefficients(jpeg: bytes, markers: Markers, scans: list[Scan], blocks: int) -> np.ndarray:
-    coefficients = np.zeros((blocks, 64), np.int16)
+    coefficients = np.zeros((blocks, 64), np.int16)  # zigzag order
     for scan in scans:
         progressive = markers.sof == SOF2
         if progressive and (scan.last > 0 if scan.first == 0 else len(scan.components) > 1):
@@ -331,7 +332,7 @@ def _order(markers: Markers, scan: Scan) -> Order:
     blocks = [
         planes[i].reshape(rows, planes[i].shape[0] // rows, columns, -1).swapaxes(1, 2) for i, _, _ in scan.components
     ]
-    blocks = [plane.reshape(rows * columns, -1) for plane in blocks]
+    blocks = [plane.reshape(rows * columns, -1) for plane in blocks]  # (MCUs, blocks of this component in an MCU)
     component = np.repeat(np.arange(len(blocks)), [plane.shape[1] for plane in blocks])
     return Order(np.ascontiguousarray(np.concatenate(blocks, 1)), component)
 
@@ -341,7 +342,7 @@ def _decoders(scan: Scan) -> Decoders:
         (scan.huffman.get((0, dc), _NO_TABLE), scan.huffman.get((1, ac), _NO_TABLE)) for _, dc, ac in scan.components
     ]
     tables = list(dict.fromkeys(table for pair in pairs for table in pair))
-    rows = np.array([[tables.index(table) for table in pair] for pair in pairs])
+    rows = np.array([[tables.index(table) for table in pair] for pair in pairs])  # (components, 2): DC and AC
     look, limit, delta, symbols, skip = map(np.stack, zip(*map(_decoder, tables), strict=True))
     return Decoders(look, limit, delta, symbols, skip, rows)
 
