@@ -253,7 +253,8 @@ def build_plan(
 
     Args:
         max_duration: A whole number of ep, ba or sp; a batch that is begun is finished.
-        train_flops: ``flops.train_flops``, or with what else a training image costs.
+        train_flops: Of one image forward and backward, from the network, the pixels of a side and, for PatchDropout,
+            ``patch_keep_rate``: ``flops.train_flops``, or more where more than the network runs.
 
     Raises:
         ConfigError: Fewer steps than stages need.

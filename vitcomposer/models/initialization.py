@@ -59,6 +59,7 @@ def _init_linear(linear: nn.Linear, scheme: str, name: str) -> None:
     if scheme == "deit":
         nn.init.normal_(linear.weight, std=INIT_STD)
     else:
+        # The weight of qkv is (3 D, D): each of its three D x D matrices is taken by itself.
         parts = linear.out_features // linear.in_features if own in _ATTENTION_INPUTS else 1
         _xavier_uniform(linear.weight, linear.in_features, linear.out_features // parts)
     if linear.bias is None:
@@ -72,7 +73,7 @@ def _init_linear(linear: nn.Linear, scheme: str, name: str) -> None:
 def _init_patches(projection: nn.Conv2d, scheme: str) -> None:
     if scheme == "deit":
         return
-    pixels = projection.weight[0].numel()
+    pixels = projection.weight[0].numel()  # values of one patch, in three colours
     if scheme == "moco3":
         _xavier_uniform(projection.weight, pixels, projection.out_channels)
     else:

@@ -61,7 +61,8 @@ def sincos_positions(grid: Grid, embed_dim: int, kind: str = "sincos", *, temper
     rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid)
     axes = [axis.reshape(-1, 1) * omega for axis in torch.meshgrid(rows, columns, indexing="ij")]  # y, x: (N, D / 4)
     first, second = axes if kind == "sincos_moco3" else axes[::-1]
-    return torch.cat((first.sin(), first.cos(), second.sin(), second.cos()), dim=1).float().unsqueeze(0)
+    embedding = torch.cat((first.sin(), first.cos(), second.sin(), second.cos()), dim=1)  # (N, D)
+    return embedding.float().unsqueeze(0)
 
 
 def axis_offsets(size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -168,6 +168,7 @@ class ImageTransformer(nn.Module):
             rows = num_position_rows + self.grid_size[0] * self.grid_size[1]
             self.pos_embed = nn.Parameter(torch.zeros(1, rows, config.embed_dim))
         else:
+            # No part of the state dict: it follows from the grid.
             computed = sincos_positions(self.grid_size, config.embed_dim, positions)
             self.register_buffer("pos_embed", computed, persistent=False)
         self.pos_drop = nn.Dropout(config.drop_rate)
@@ -257,6 +258,7 @@ class ImageTransformer(nn.Module):
         return head.train(self.training)
 
     def _positions(self, grid: Grid) -> Tensor:
+        """``pos_embed`` (1, rows, D) for a grid of patches, with the rows of prefix tokens that have one."""
         return resize_positions(
             self.pos_embed, old_grid=self.grid_size, new_grid=grid, num_prefix_rows=self.num_position_rows
         )

@@ -42,7 +42,7 @@ class DistillationTask(ClassificationTask):
         return self.loss_function(outputs, batch["target"], self.answers(batch), lam)
 
     def answers(self, batch: dict[str, Tensor]) -> TeacherAnswers:
-        """What the teacher says about a training batch."""
+        """What the teacher says about a training batch: of its B images as they are, or as the student sees them."""
         if self.teacher is None:
             return TeacherAnswers(batch[TEACHER_CLASSES], batch[TEACHER_LOGITS], batch[TEACHER_REST])
         return self.teacher(batch[UNMIXED if self.sees_unmixed else "image"])
