@@ -132,7 +132,7 @@ def train_timm(images: Path, seed: int) -> dict[str, Any]:
 
 def train_ours(images: Path, work: Path, seed: int) -> dict[str, Any]:
     """One run of train.py in this process, on the same files as MDS."""
-    import train as train_script
+    from vitcomposer.train import main as train_main
 
     local, runs = work / "mds", work / "runs"
     if not (local / "val" / "index.json").exists():
@@ -141,7 +141,7 @@ def train_ours(images: Path, work: Path, seed: int) -> dict[str, Any]:
     changes = [f"{key}={value}" for key, value in {**OURS, "data.local": local, "seed": seed}.items()]
     name = f"seed{seed}"
     shutil.rmtree(runs / name, ignore_errors=True)
-    if train_script.main([str(ROOT / "yamls/deit_ti.yaml"), *changes, f"run.folder={runs}", f"run.name={name}"]):
+    if train_main([str(ROOT / "yamls/deit_ti.yaml"), *changes, f"run.folder={runs}", f"run.name={name}"]):
         raise SystemExit(f"seed {seed} did not finish")
     summary = json.loads((runs / name / "summary.json").read_text())
     lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]

@@ -93,14 +93,14 @@ CROP_SETS = 4  # of fashion's stored answers, all ten logits of each
 
 def train(name: str, recipe: str, overrides: Mapping[str, Any], runs: Path) -> dict[str, Any]:
     """One run of train.py in this process; its summary."""
-    import train as train_script
+    from vitcomposer.train import main as train_main
 
     folder = runs / name
     if not is_finished(folder):
         shutil.rmtree(folder, ignore_errors=True)
         page = write_page(recipe, runs)
         changes = [f"{key}={value}" for key, value in overrides.items()]
-        if train_script.main([str(page), *changes, f"run.name={name}", f"run.folder={runs}"]):
+        if train_main([str(page), *changes, f"run.name={name}", f"run.folder={runs}"]):
             raise SystemExit(f"{name} did not finish")
     return json.loads((folder / "summary.json").read_text())
 
