@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitcomposer.collectives import gather, gather_with_gradient, rank_and_world_size
+from vitcomposer.losses.precision import at_least_float32
 
 
 def info_nce(*views: Tensor, temperature: float) -> Tensor:
@@ -69,4 +70,4 @@ def moco_contrastive(queries: Tensor, keys: Tensor, *, temperature: float) -> Te
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+    return F.normalize(at_least_float32(embeddings), dim=-1)

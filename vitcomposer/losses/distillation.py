@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitcomposer.losses.precision import at_least_float32
 from vitcomposer.losses.supervised import soft_target_cross_entropy
 
 
@@ -83,14 +84,14 @@ class DistillationLoss(nn.Module):
         return (1 - self.alpha) * label + self.alpha * teacher(teacher_logits, answers, lam)
 
     def _hard(self, logits: Tensor, answers: TeacherAnswers, lam: Tensor | None) -> Tensor:
-        logits, best = _at_least_float32(logits), _best_class(answers)
+        logits, best = at_least_float32(logits), _best_class(answers)
         if lam is None:
             return F.cross_entropy(logits, best)  # eq. 3
         one_hot = best[:, None] == torch.arange(logits.shape[1], device=logits.device)  # (B, K)
         return soft_target_cross_entropy(logits, _mix(one_hot.to(logits.dtype), lam))
 
     def _soft(self, logits: Tensor, answers: TeacherAnswers, lam: Tensor | None) -> Tensor:
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         taught = _all_logits(answers, logits.shape[1], logits.dtype)  # (B, K)
         probabilities = (taught / self.temperature).softmax(dim=1)
         if lam is not None:
@@ -119,7 +120,3 @@ def _all_logits(answers: TeacherAnswers, num_classes: int, dtype: torch.dtype) -
 def _mix(targets: Tensor, lam: Tensor) -> Tensor:
     # Targets (B, K); the partner of image b is image B - 1 - b, as in the mixing of images and labels.
     return targets * lam[:, None] + targets.flip(0) * (1 - lam[:, None])
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitcomposer.collectives import all_reduce
+from vitcomposer.losses.precision import at_least_float32
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
         (B, K) in float32, or float64 for float64 scores. Every row sums to 1; the sums over all samples of all ranks
         are equal in the limit of many iterations.
     """
-    log_codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # (B, K)
+    log_codes = at_least_float32(scores) / epsilon  # (B, K)
     # The largest entry of every prototype becomes exp(0). That scales rows alone, as the first step below does anyway.
     log_codes = log_codes - all_reduce(log_codes.amax(dim=0), dist.ReduceOp.MAX)
     for _ in range(iterations):

@@ -3,9 +3,10 @@
 They are computed in float32 even where autocast hands over bfloat16 or float16 logits; float64 stays float64.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitcomposer.losses.precision import at_least_float32
 
 
 def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     rows sum to 1.
     """
     # With targets of its input's shape torch's cross-entropy takes them for distributions, not for class numbers.
-    return F.cross_entropy(_at_least_float32(logits), _at_least_float32(targets))
+    return F.cross_entropy(at_least_float32(logits), at_least_float32(targets))
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -25,9 +26,5 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     positive classes. Label smoothing raises all targets above 0 and so would make every class of every image positive:
     it has to be 0 with this loss.
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

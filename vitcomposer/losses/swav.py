@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitcomposer.collectives import gather, rank_and_world_size
 from vitcomposer.losses.cross_view import cross_view_entropy
+from vitcomposer.losses.precision import at_least_float32
 from vitcomposer.losses.sinkhorn import sinkhorn
 
 
@@ -100,7 +101,7 @@ class SwAVLoss(nn.Module):
         return torch.stack(losses).mean()
 
     def _loss_of_head(self, scores: Tensor, weight: Tensor, queued: Tensor | None, hard: bool) -> Tensor:
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = at_least_float32(scores)
         by_crop = scores.view(self.num_crops, -1, scores.shape[-1])  # (V, B, K)
         codes = torch.stack(
             [
