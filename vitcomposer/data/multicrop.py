@@ -1,4 +1,4 @@
-"""Makes multi-crop (SwAV, arXiv:2006.09882, section 3.3): several views of different sizes from one decode."""
+"""Makes multi-crop (SwAV, arXiv:2006.09882): several views of different sizes from one decode."""
 
 import random
 from collections.abc import Sequence

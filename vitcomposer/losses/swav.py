@@ -20,7 +20,7 @@ from vitcomposer.losses.sinkhorn import sinkhorn
 class SwAVLoss(nn.Module):
     """``1 / |A| sum_a 1 / (V - 1) sum_(v != a) mean_b -sum_k q_a log softmax(s_v / temperature)_k``.
 
-    Eq. 2 of the paper, with every other crop as in its section 3.2. The codes ``q_a`` are :func:`sinkhorn` of the
+    Eq. 2 of the paper, with every other crop (multi-crop). The codes ``q_a`` are :func:`sinkhorn` of the
     scores ``s_a`` over all ranks. With a queue, its embeddings meet the present prototypes and take part in the codes.
     The queue holds those of all ranks and every rank has the same one, in the buffer ``queue`` (A, queue_length, D),
     newest first: a checkpoint has all of it, and the number of ranks does not matter.

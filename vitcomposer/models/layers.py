@@ -87,7 +87,7 @@ def add_on_subset(x: Tensor, branch: Callable[[Tensor], Tensor], kept: int) -> T
 
 
 class LayerScale(nn.Module):
-    """Learned factor per channel (D,) on a residual branch (B, N, D) (arXiv:2103.17239, eq. 3)."""
+    """Learned factor per channel (D,) on a residual branch (B, N, D) (arXiv:2103.17239, section 2)."""
 
     def __init__(self, embed_dim: int, init_values: float) -> None:
         super().__init__()
