@@ -1,4 +1,4 @@
-"""A classifier as a ComposerModel.
+"""Trains and measures a classifier on labels, as Composer's Trainer wants it (ComposerModel).
 
 A batch is a dict: ``image`` float32 (B, 3, H, W), normalised; ``label`` int64 (B,); in training also ``target`` float32
 (B, num_classes), the label after smoothing and mixing.
