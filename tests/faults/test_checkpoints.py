@@ -24,16 +24,9 @@ from tests.faults.small_run import DEIT, STEPS, assert_same, rows, saved, tiny, 
 from vitcomposer import config
 from vitcomposer.models.weights.load import read_checkpoint
 from vitcomposer.runs.checkpoint_loading import own_reader
-from vitcomposer.runs.checkpoints import (
-    LATEST,
-    Found,
-    _check_file,
-    keep_newest,
-    newest_whole,
-    ranks_and_step,
-    save_whole,
-)
+from vitcomposer.runs.checkpoints import Found, _check_file, keep_newest, newest_whole, ranks_and_step, save_whole
 from vitcomposer.runs.folder import checkpoint_to_load
+from vitcomposer.runs.layout import LATEST
 from vitcomposer.training.fit import fit
 
 __all__ = ["unbroken"]
