@@ -100,6 +100,14 @@ def test_imports_go_only_downwards(path: Path) -> None:
         assert below, f"{own} imports {other}, which is not below it"
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Inside a room too, and where only the type checker looks."""
+    waiting = {module_name(path): {other for other in imports(path) if is_module(other)} for path in SOURCES}
+    while free := {module for module, others in waiting.items() if not (others - {module}) & waiting.keys()}:
+        waiting = {module: others for module, others in waiting.items() if module not in free}
+    assert waiting.keys() == set(), "each of them needs another that needs it, or one that does"
+
+
 def test_the_codec_imports_nothing_of_ours_but_errors() -> None:
     for path in SOURCES:
         if unit(module_name(path)) == CODEC:

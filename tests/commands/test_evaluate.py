@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.conftest import PHOTOS, VAL_PER_CLASS
 from vitcomposer.cli import main
-from vitcomposer.data.labelled import model_classes, read_real_labels
+from vitcomposer.data.labeled_sets import model_classes, read_real_labels
 from vitcomposer.evaluation.accuracy import measure, open_labelled, with_real_labels
 from vitcomposer.evaluation.confusion import confusions, draw_confusion
 from vitcomposer.evaluation.trained import Trained, load_trained

@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     """Measure a trained classifier: top-1, top-5, loss, per-class accuracy and confusions."""
     from tqdm import tqdm
 
-    from vitcomposer.data.labelled import read_real_labels
+    from vitcomposer.data.labeled_sets import read_real_labels
     from vitcomposer.evaluation.accuracy import measure, open_labelled, with_real_labels
 
     device = choose_device(args)

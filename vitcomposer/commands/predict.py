@@ -89,7 +89,7 @@ def _find(inputs: Sequence[str], batch_size: int) -> "Iterator[ImageSet]":
     paths: list[str] = []
     for given in inputs:
         if os.path.isfile(os.path.join(given, "index.json")):
-            from vitcomposer.data.labelled import open_split  # Composer takes seconds to import
+            from vitcomposer.data.labeled_sets import open_split  # Composer takes seconds to import
 
             if paths:
                 yield _of_files(paths)

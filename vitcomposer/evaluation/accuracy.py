@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from vitcomposer.data.augment.transforms import EvalTransform
 from vitcomposer.data.files import ImageSet, crop_loader
-from vitcomposer.data.labelled import model_classes, open_labelled_images, real_of_files
+from vitcomposer.data.labeled_sets import model_classes, open_labelled_images, real_of_files
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.evaluation.trained import Trained
 

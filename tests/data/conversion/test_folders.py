@@ -11,7 +11,7 @@ from vitcomposer.data.conversion import folder_splits
 from vitcomposer.data.conversion.folders import Report, find_images, read_file
 from vitcomposer.data.conversion.sources import FolderSource, ListSource
 from vitcomposer.data.conversion.write import convert
-from vitcomposer.data.labelled import open_labelled_images
+from vitcomposer.data.labeled_sets import open_labelled_images
 
 pytestmark = pytest.mark.timeout(120)
 

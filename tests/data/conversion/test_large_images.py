@@ -22,7 +22,7 @@ from vitcomposer.data.conversion.write import convert
 from vitcomposer.data.files import crop_loader
 from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.data.jpeg import decode as jpeg
-from vitcomposer.data.labelled import open_labelled_images
+from vitcomposer.data.labeled_sets import open_labelled_images
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -18,7 +18,7 @@ from vitcomposer.data.files import crop_loader
 from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.jpeg.raw import raw_sample
-from vitcomposer.data.labelled import open_labelled_images
+from vitcomposer.data.labeled_sets import open_labelled_images
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -6,31 +6,39 @@ shard for each process and thread that downloads, and a run ends where they leav
 
 from collections.abc import Callable
 from time import sleep, time_ns
-from typing import TYPE_CHECKING
 
 import numpy as np
+from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _ShardState
-
-if TYPE_CHECKING:
-    from vitcomposer.data.mds.stream import ImageStream
+from streaming.base.format import Reader
 
 _REMOTE, _PREPARING, _LOCAL = (int(state) for state in (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL))
 
 
-def prepare_within_limit(stream: "ImageStream", shard_id: int, *, may_wait: bool, check: Callable[[], None]) -> bool:
+def prepare_within_limit(
+    dataset: StreamingDataset,
+    shard_id: int,
+    download: Callable[[Reader], int],
+    *,
+    may_wait: bool,
+    check: Callable[[], None],
+) -> bool:
     """Download a shard that is not here; False where it is, another process is at it, or it has to wait and may not.
 
+    The lock, the states and the counts are Streaming's own, which all processes of a node share.
+
     Args:
+        download: Fetches a shard; returns how many bytes came.
         may_wait: For the downloads of others to end, where the limit has no room beside them.
         check: Called while waiting; raises what ends the wait.
 
     Raises:
         Exception: Of the download; the shard is absent again, and its room free.
     """
-    shard = stream.shards[shard_id]
+    shard = dataset.shards[shard_id]
     need = shard.get_max_size()  # of both forms, where it is compressed
-    while (room := _take_room(stream, shard_id, need)) is None:
+    while (room := _take_room(dataset, shard_id, need)) is None:
         if not may_wait:
             return False
         check()
@@ -39,28 +47,28 @@ def prepare_within_limit(stream: "ImageStream", shard_id: int, *, may_wait: bool
         return False
     added, state = 0, _REMOTE
     try:
-        added, state = stream.stream.prepare_shard(shard), _LOCAL
+        added, state = download(shard), _LOCAL
     finally:
-        with stream._cache_filelock:
-            stream.cache_usage += added - need
-            stream._shard_access_times[shard_id] = time_ns()
-            stream._shard_states[shard_id] = state
+        with dataset._cache_filelock:
+            dataset.cache_usage += added - need
+            dataset._shard_access_times[shard_id] = time_ns()
+            dataset._shard_states[shard_id] = state
     return True
 
 
-def _take_room(stream: "ImageStream", shard_id: int, need: int) -> bool | None:
+def _take_room(dataset: StreamingDataset, shard_id: int, need: int) -> bool | None:
     """Count a shard's bytes and mark it; False where it is not absent, None where others have to end first."""
-    states = stream._shard_states.numpy()
-    with stream._cache_filelock:
+    states = dataset._shard_states.numpy()
+    with dataset._cache_filelock:
         if states[shard_id] != _REMOTE:
             return False
-        limit = stream.cache_limit
+        limit = dataset.cache_limit
         assert isinstance(limit, int)
-        while stream.cache_usage + need > limit and np.any(states == _LOCAL):
-            stream._evict_coldest_shard()
+        while dataset.cache_usage + need > limit and np.any(states == _LOCAL):
+            dataset._evict_coldest_shard()
         # Alone, a shard comes even where the index fills the limit: nothing would make room later.
-        if stream.cache_usage + need > limit and np.any(states == _PREPARING):
+        if dataset.cache_usage + need > limit and np.any(states == _PREPARING):
             return None
-        stream.cache_usage += need
+        dataset.cache_usage += need
         states[shard_id] = _PREPARING
         return True

@@ -280,8 +280,8 @@ class ImageStream(StreamingDataset):
         self._failure.raise_if_set()
         self._enter_process()
         try:
-            check = self._failure.raise_if_set
-            if self.cache_limit and prepare_within_limit(self, shard_id, may_wait=blocking, check=check):
+            check, download = self._failure.raise_if_set, self.stream.prepare_shard
+            if self.cache_limit and prepare_within_limit(self, shard_id, download, may_wait=blocking, check=check):
                 return
             if blocking or not self.cache_limit:
                 super().prepare_shard(shard_id, blocking)
