@@ -1,51 +1,90 @@
-"""``vitcomposer convert | inspect | eval | export | ...``: the command line around training.
+"""``vitcomposer COMMAND``: finds the command in a table, and imports its module alone.
 
-A command is one function: it adds its parser and names the function that runs it. Heavy imports stay inside the run.
-Exit codes: 0 done, 1 a check failed, 2 something to mend (one line on stderr), 130 interrupted.
+A module of ``commands`` has ``add_command``, which adds its parser and names the function that runs it; heavy imports
+stay inside that function. Exit codes: 0 done, 1 a check failed, 2 something to mend (one line on stderr), 130 Ctrl-C.
 """
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
 
-from vitcomposer.commands import (
-    arguments,
-    attention,
-    bench,
-    cache_teacher,
-    convert,
-    evaluate,
-    export,
-    launch,
-    plan,
-    predict,
-    soup,
-)
+from vitcomposer.commands import arguments
 from vitcomposer.data.jpeg import Reading, reading
-from vitcomposer.escape import message
+from vitcomposer.errors import did_you_mean
+from vitcomposer.escape import for_terminal, message
+from vitcomposer.installed import version_line
 from vitcomposer.schema import expand_home
 
-if TYPE_CHECKING:
-    pass
-from vitcomposer.commands.inspect import _add_inspect
 
-_COMMANDS = (attention, bench, cache_teacher, evaluate, export, launch, plan, predict, soup)
-_WITH_KEYS = ("attention", "bench", "cache-teacher", "eval", "export", "launch", "plan", "predict", "soup")
+class Command(NamedTuple):
+    """A word after ``vitcomposer``.
+
+    Attributes:
+        group: The line of the help that it stands in.
+        takes_keys: Whether ``key=value`` may stand anywhere behind it.
+        module: In ``vitcomposer.commands``; empty where it has the same name.
+    """
+
+    name: str
+    group: str
+    takes_keys: bool = False
+    module: str = ""
+
+
+COMMANDS = (  # as the help lists them
+    Command("convert", "start"),
+    Command("attention", "look", takes_keys=True),
+    Command("inspect", "look"),
+    Command("eval", "use", takes_keys=True, module="evaluate"),
+    Command("predict", "use", takes_keys=True),
+    Command("export", "use", takes_keys=True),
+    Command("soup", "use", takes_keys=True),
+    Command("plan", "plan", takes_keys=True),
+    Command("bench", "plan", takes_keys=True),
+    Command("launch", "clusters", takes_keys=True),
+    Command("cache-teacher", "clusters", takes_keys=True, module="cache_teacher"),
+)
 _SHELL = ("setup",)  # arguments that a shell expands, where it runs them
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, text: str) -> NoReturn:
+        self.exit(2, f"error: {message(text)}. `{self.prog} --help` shows what it takes.\n")
+
+
+def help_text() -> str:
+    """What ``vitcomposer`` prints by itself."""
+    groups = dict.fromkeys(command.group for command in COMMANDS)
+    rows = [f"  {group:<11}{'  '.join(c.name for c in COMMANDS if c.group == group)}" for group in groups]
+    head = "Train Vision Transformers: your photos or ImageNet, one GPU or many nodes."
+    return "\n".join([head, *rows, "vitcomposer COMMAND --help   vitcomposer --version"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
-    parser = argparse.ArgumentParser(prog="vitcomposer", description="Data, runs and models of vitcomposer.")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_command in (convert.add_command, _add_inspect, *(module.add_command for module in _COMMANDS)):
-        add_command(commands)
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words  # after the command too
     words = [word for word in words if word != "--traceback"]
-    takes_keys = next((word for word in words if not word.startswith("-")), None) in _WITH_KEYS
-    args = arguments.parse(parser, words) if takes_keys else parser.parse_args(words)
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(version_line())
+        return 0
+    command = next((command for command in COMMANDS if command.name == words[0]), None)
+    if command is None:
+        near = did_you_mean(words[0], [command.name for command in COMMANDS]).replace("'", "")
+        hint = near or " `vitcomposer --help` lists them."
+        print(f"error: no command {for_terminal(words[0])!r}.{hint}", file=sys.stderr)
+        return 2
+    return _run(command, words, traceback)
+
+
+def _run(command: Command, words: list[str], traceback: bool) -> int:
+    args = _parse(command, words)
     try:
         for name, value in vars(args).items():
             if name not in _SHELL:
@@ -60,3 +99,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {message(str(error))}", file=sys.stderr)
         return 2
+
+
+def _parse(command: Command, words: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="vitcomposer")
+    subparsers: Any = parser.add_subparsers()
+    parser.prog = f"vitcomposer {command.name}"  # of what the command itself takes
+    import_module(f"vitcomposer.commands.{command.module or command.name}").add_command(subparsers)
+    return arguments.parse(parser, words) if command.takes_keys else parser.parse_args(words)

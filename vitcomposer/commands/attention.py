@@ -30,8 +30,7 @@ init.weights=FILE, of networks trained without labels too. Layers and heads coun
 
 def add_command(commands: Any) -> None:
     """Add ``attention`` to the subcommands of a parser."""
-    help_text = "draw where a model looks"
-    parser = commands.add_parser("attention", help=help_text, description=_run.__doc__, epilog=EPILOG)
+    parser = commands.add_parser("attention", description=_run.__doc__, epilog=EPILOG)
     parser.add_argument("source", help="run folder, checkpoint, exported folder or yaml")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the PNG files")

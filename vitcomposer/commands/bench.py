@@ -19,7 +19,7 @@ from vitcomposer.cost.input_speed import _count, cores_for, measure, mechanics
 
 def add_command(commands: Any) -> None:
     """Add ``bench`` to the subcommands of a parser."""
-    parser = commands.add_parser("bench", help="how fast images come", description=_run.__doc__)
+    parser = commands.add_parser("bench", description=_run.__doc__)
     parser.add_argument("yaml", help="a recipe's yaml, or the name of one of ours, such as deit_s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.local=FOLDER")
     parser.add_argument("--workers", default="0,1,2,4", help="numbers of loader processes (default: %(default)s)")

@@ -13,7 +13,7 @@ from vitcomposer.schema import Distill
 
 def add_command(commands: Any) -> None:
     """Add ``cache-teacher`` to the subcommands of a parser."""
-    parser = commands.add_parser("cache-teacher", help="store a teacher's answers", description=_run.__doc__)
+    parser = commands.add_parser("cache-teacher", description=_run.__doc__)
     parser.add_argument("yaml", help="of the recipe distill")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.local=FOLDER")
     parser.add_argument("--crop-sets", type=int, required=True, help="views of each image; call again for more")

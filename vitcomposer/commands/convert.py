@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
     """Add ``convert`` to the subcommands of a parser."""
     from vitcomposer.data.conversion.left_out import MAX_BAD_FRACTION
 
-    parser = commands.add_parser("convert", help="write images as MDS shards", description=_run_convert.__doc__)
+    parser = commands.add_parser("convert", description=_run_convert.__doc__)
     kinds = parser.add_subparsers(metavar="SOURCE", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workers", type=int, help="processes (default: one per core)")

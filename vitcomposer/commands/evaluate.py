@@ -28,7 +28,7 @@ init.weights=FILE. With --real the labels are those of ImageNet-ReaL for data se
 
 def add_command(commands: Any) -> None:
     """Add ``eval`` to the subcommands of a parser."""
-    parser = commands.add_parser("eval", help="measure a trained model", description=_run.__doc__, epilog=EPILOG)
+    parser = commands.add_parser("eval", description=_run.__doc__, epilog=EPILOG)
     parser.add_argument("source", help="run folder, checkpoint, exported folder or yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.image_size=384")
     help_text = "MDS data set (s3://... too) or a folder with one folder per class; several are measured in turn"

@@ -14,9 +14,7 @@ from vitcomposer.export.folder import FILES, check_target, metrics_of_run, write
 
 def add_command(commands: Any) -> None:
     """Add ``export`` to the subcommands of a parser."""
-    parser = commands.add_parser(
-        "export", help="a trained model for timm, ONNX, torch.export", description=_run.__doc__
-    )
+    parser = commands.add_parser("export", description=_run.__doc__)
     parser.add_argument("source", help="run folder, checkpoint in one, exported folder, or a yaml with init.weights=")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.image_size=256")
     parser.add_argument("--out", required=True, type=Path, help="folder, made where it is missing")

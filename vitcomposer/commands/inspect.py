@@ -14,18 +14,19 @@ if TYPE_CHECKING:
 _SHOWN = 5  # class names that are printed
 
 
-def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser("inspect", help="what a data set holds", description=_run_inspect.__doc__)
+def add_command(commands: Any) -> None:
+    """Add ``inspect`` to the subcommands of a parser."""
+    parser = commands.add_parser("inspect", description=_run.__doc__)
     parser.add_argument("path", help="folder or s3://bucket/prefix")
     parser.add_argument("--split", help="only this split (default: all)")
     parser.add_argument("--verify", action="store_true", help="read every shard and compare its hashes")
     help_text = "decode every image and list those that training would leave out"
     parser.add_argument("--decode", action="store_true", help=help_text)
     add_max_pixels(parser)
-    parser.set_defaults(run=_run_inspect)
+    parser.set_defaults(run=_run)
 
 
-def _run_inspect(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Show what a data set holds and check that its shards are what the index says. Exit code 1 if they are not."""
     from vitcomposer.data.conversion.inspect import inspect_data
 

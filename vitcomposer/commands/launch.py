@@ -20,7 +20,7 @@ _TIME = r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}"
 
 def add_command(commands: Any) -> None:
     """Add ``launch`` to the subcommands of a parser."""
-    parser = commands.add_parser("launch", help="the launch file of SLURM, Kubernetes, ...", description=_run.__doc__)
+    parser = commands.add_parser("launch", description=_run.__doc__)
     engines = parser.add_subparsers(metavar="ENGINE", dest="engine", required=True)
     everywhere, shell, queued, pods = _common(), _shell(), _queued(), _pods()
 

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.data.mds.index import index_fault
-from vitcomposer.errors import ConfigError, require
-from vitcomposer.schema import Data
+from vitcomposer.data.mds.index import count_samples
+from vitcomposer.errors import require
 from vitcomposer.shipped import RESULTS
 from vitcomposer.whole_files import write_whole
 
@@ -19,7 +18,7 @@ IMAGENET_IMAGES = 1_281_167
 
 def add_command(commands: Any) -> None:
     """Add ``plan`` to the subcommands of a parser."""
-    parser = commands.add_parser("plan", help="what a recipe costs on given GPUs", description=_run.__doc__)
+    parser = commands.add_parser("plan", description=_run.__doc__)
     parser.add_argument("yaml", help="a recipe's yaml, or the name of one of ours, such as deit_s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_duration=100ep")
     parser.add_argument("--gpu", required=True, help="such as h100, h200, a100 or a100-40")
@@ -35,41 +34,19 @@ def add_command(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Say what a recipe costs on given GPUs: FLOPs, images/s, memory, hours, and what the data must deliver."""
     from vitcomposer import config
-    from vitcomposer.cost.estimate import costs_of
 
     price = args.price
     require(price is None or price >= 0, "--price", "0 or more an hour", price, "Leave it out.")
     cfg = config.load(args.yaml, args.overrides)
-    images = (images_of(cfg.data) or IMAGENET_IMAGES) if args.images is None else args.images
+    from vitcomposer.cost.estimate import costs_of  # torch comes with it
+
+    images = (count_samples(cfg.data, cfg.data.train_split) or IMAGENET_IMAGES) if args.images is None else args.images
     found = costs_of(cfg, gpu=args.gpu, gpus=args.gpus, images=images, results=args.results)
     found["cost"] = None if price is None or found["gpu_hours"] is None else price * found["gpu_hours"]
     _print(found)
     if args.json:
         write_whole(Path(args.json), json.dumps(found, indent=1) + "\n")
     return 0
-
-
-def images_of(data: Data) -> int | None:
-    """Number of training samples, by the index of the split; None where it is not here.
-
-    Raises:
-        ConfigError: The index is none.
-    """
-    if data.source == "synthetic":
-        return data.synthetic_samples
-    index = Path(data.local or "", data.train_split, "index.json")
-    if not index.is_file():
-        return None
-    try:
-        content = json.loads(index.read_bytes())
-        fault = index_fault(content)
-    except (ValueError, RecursionError) as error:
-        content, fault = {}, str(error)
-    if fault:
-        raise ConfigError(
-            f"{index} must be the index of an MDS data set: {fault}. Write it with `vitcomposer convert`."
-        )
-    return sum(shard["samples"] for shard in content["shards"])
 
 
 def _print(found: dict[str, Any]) -> None:

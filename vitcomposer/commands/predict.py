@@ -34,7 +34,7 @@ and left out; the exit status is then 1. EXIF orientation is ignored, as it is i
 
 def add_command(commands: Any) -> None:
     """Add ``predict`` to the subcommands of a parser."""
-    parser = commands.add_parser("predict", help="classify images", description=_run.__doc__, epilog=EPILOG)
+    parser = commands.add_parser("predict", description=_run.__doc__, epilog=EPILOG)
     parser.add_argument("source", help="run folder, checkpoint, exported folder or yaml")
     help_text = "image, folder of images, folder with the index.json of an MDS split, or - for paths on stdin"
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=help_text)

@@ -28,7 +28,7 @@ _OF_TRAINING = {
 
 def add_command(commands: Any) -> None:
     """Add ``soup`` to the subcommands of a parser."""
-    parser = commands.add_parser("soup", help="the mean of several models' weights", description=_run.__doc__)
+    parser = commands.add_parser("soup", description=_run.__doc__)
     help_text = "run folder, checkpoint in one, or exported folder"
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help=help_text)
     help_text = "of the runs' yamls, such as evaluation.image_size=384"

@@ -1,7 +1,6 @@
 """Records what a run ran on: versions, git commit, hardware."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from composer.utils import dist
 from torch.version import cuda as cuda_version
+
+from vitcomposer.installed import git_state, version_of
 
 PACKAGES = (
     "torch",
@@ -29,14 +30,14 @@ PACKAGES = (
 
 def describe_environment() -> dict[str, Any]:
     """Source, versions and hardware of this process; nothing that names the host or its user."""
-    commit, dirty = _git_state()
+    commit, dirty = git_state()
     gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return {
         "git_commit": commit,
         "git_dirty": dirty,
         "command": shlex.join(sys.argv),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -46,30 +47,6 @@ def describe_environment() -> dict[str, Any]:
         "world_size": dist.get_world_size(),
         "nodes": max(1, dist.get_world_size() // dist.get_local_world_size()),
     }
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    """Commit of the source tree and whether files differ from it; nulls for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-    try:
-        # A package installed somewhere inside another repository must not report that repository's commit.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str | None:

@@ -1,7 +1,11 @@
 """Checks an ``index.json`` of MDS: what is read from it has the type and the range that its readers rely on."""
 
+import json
 from pathlib import Path
 from typing import Any
+
+from vitcomposer.errors import ConfigError
+from vitcomposer.schema import Data
 
 INDEX = "index.json"
 CLASS_NAMES = "class_names.json"  # beside it: a list in the order of the labels
@@ -21,6 +25,29 @@ def no_split(local: str, split: str) -> str:
 
 
 _SHARD_BYTES = 1 << 32
+
+
+def count_samples(data: Data, split: str) -> int | None:
+    """Number of samples of a split, by its index; None where it is not here.
+
+    Raises:
+        ConfigError: The index is none.
+    """
+    if data.source == "synthetic":
+        return data.synthetic_samples
+    index = Path(data.local or "", split, INDEX)
+    if not index.is_file():
+        return None
+    try:
+        content = json.loads(index.read_bytes())
+        fault = index_fault(content)
+    except (ValueError, RecursionError) as error:
+        content, fault = {}, str(error)
+    if fault:
+        raise ConfigError(
+            f"{index} must be the index of an MDS data set: {fault}. Write it with `vitcomposer convert`."
+        )
+    return sum(shard["samples"] for shard in content["shards"])
 
 
 def index_fault(index: Any) -> str | None:
