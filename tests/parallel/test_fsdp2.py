@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import PHOTOS, ROOT, tiny_photo_overrides
+from tests.conftest import PHOTOS, ROOT, VAL_PER_CLASS, tiny_photo_overrides
 from tests.parallel.ranks import STOP, train_on
 from tests.training.test_train import losses
 from vitcomposer import config
 from vitcomposer.algorithms import averaged_weights
 from vitcomposer.cli import main
 from vitcomposer.models import build_model, load_weights
+from vitcomposer.runs.predictions import read_predictions
 from vitcomposer.teacher.writer import write_cache
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -176,6 +177,11 @@ def test_evaluations_and_monitors_agree(runs: Runs) -> None:
     assert len(whole) >= 2
     assert shared == pytest.approx(whole, abs=1e-4)
     assert resumed == shared
+    if runs.recipe in LABELLED:
+        for run in (runs.whole, runs.shared):  # two ranks, of which one writes
+            said = read_predictions(run / "predictions.csv")
+            assert said is not None and said.sample_id.tolist() == list(range(VAL_PER_CLASS * len(PHOTOS)))
+            assert said.right.mean() == pytest.approx(json.loads((run / "summary.json").read_text())["top1"])
 
 
 @pytest.mark.parametrize("runs", LABELLED, indirect=True)

@@ -6,6 +6,7 @@ from vitcomposer.callbacks.checkpoints import Checkpoints
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
 from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
 from vitcomposer.callbacks.numerics import NumericsMonitor
+from vitcomposer.callbacks.predictions import KeptPredictions
 from vitcomposer.callbacks.preemption import Preemption
 from vitcomposer.callbacks.progress import Progress
 from vitcomposer.callbacks.record import RunRecord
@@ -19,6 +20,7 @@ __all__ = [
     "BadImageCount",
     "Checkpoints",
     "KNNMonitor",
+    "KeptPredictions",
     "MirrorRun",
     "NonFiniteError",
     "NumericsMonitor",

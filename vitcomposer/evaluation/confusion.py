@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from vitcomposer.escape import for_terminal
+from vitcomposer.evaluation.confused import confusions
 from vitcomposer.whole_files import whole_file
 
 LABELLED_CLASSES = 40  # up to here every class has its name beside the matrix
@@ -35,14 +36,6 @@ def write_per_class(
             top1 = f"{right[label] / images[label]:.4f}"
             other = "" if guess is None else _name(guess, names)
             lines.writerow((_name(label, names), images[label], top1, other, count))
-
-
-def confusions(truth: NDArray[np.int32], predictions: NDArray[np.int32]) -> list[tuple[int, int, int]]:
-    """True class, predicted class and how many images, the most frequent first, equal ones by class."""
-    wrong = truth != predictions
-    pairs, counts = np.unique(np.stack((truth[wrong], predictions[wrong])), axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return list(zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True)) if len(counts) else []
 
 
 def draw_confusion(

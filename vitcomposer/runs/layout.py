@@ -6,6 +6,7 @@ RUN/config.yaml         the whole configuration
     class_names.json    what the outputs stand for: a copy of the file of the training split
     metrics.jsonl       a line per logged step
     summary.json        what came out, from the end of training on
+    predictions.csv     what the last evaluation said about each image, with predictions_ema.csv of the averaged weights
     report.html         the whole story on one page, with curves.png, attention.png and more.png
     checkpoints/        ep3-ba1200-rank0.pt: after epoch 3 and step 1200; latest-rank0.pt leads to the newest
     tensorboard/        of run.loggers
@@ -23,6 +24,7 @@ ENVIRONMENT = "environment.json"
 CLASS_NAMES = "class_names.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+PREDICTIONS, PREDICTIONS_EMA = "predictions.csv", "predictions_ema.csv"
 REPORT = "report.html"
 CURVES, ATTENTION, MORE = "curves.png", "attention.png", "more.png"  # pictures of the report
 CHECKPOINTS = "checkpoints"

@@ -19,6 +19,7 @@ from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import (
     BadImageCount,
     Checkpoints,
+    KeptPredictions,
     NumericsMonitor,
     Preemption,
     Progress,
@@ -101,6 +102,8 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), BadImageCount()]
     skip, latest = cfg.run.skip_nonfinite_steps, folder / layout.LATEST_CHECKPOINT
     every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
+    if evaluators:
+        every.append(KeptPredictions(folder))
     if cfg.run.progress_bar:
         every.append(Progress(throughput))
     if cfg.run.remote is not None:

@@ -21,7 +21,7 @@ import xxhash
 from vitcomposer.data.jpeg.markers import read_index
 from vitcomposer.data.jpeg.pixels import UNKNOWN_FORMAT, is_deep, open_image, scaling
 from vitcomposer.data.jpeg.raw import read_raw_size
-from vitcomposer.data.mds.index import CLASS_NAMES, index_fault
+from vitcomposer.data.mds.index import CLASS_NAMES, IMAGE_COLUMNS, IMAGE_ENCODINGS, index_fault
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.json_file import MOST_BYTES, parse_json
 from vitcomposer.stores.objects import LocalStore, Store, open_store
@@ -211,7 +211,7 @@ def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
     from vitcomposer.data.jpeg.decode import decode_rgb
     from vitcomposer.data.jpeg.raw import raw_sample
     from vitcomposer.data.jpeg.region import decodes_to
-    from vitcomposer.data.mds.reader import IMAGE_COLUMNS, IMAGE_ENCODINGS, LOW_RESOLUTION_COLUMN
+    from vitcomposer.data.mds.reader import LOW_RESOLUTION_COLUMN
     from vitcomposer.errors import ShardError
 
     for name, (encoding, value) in columns.items():

@@ -20,7 +20,7 @@ from torch import Tensor
 from vitcomposer.data.jpeg import Box
 from vitcomposer.data.jpeg.markers import INDEX_MAGIC, scan_end
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image
-from vitcomposer.data.jpeg.raw import Encoded, _is_raw, _raw_pixels, check_jpeg_size
+from vitcomposer.data.jpeg.raw import Encoded, _is_raw, check_jpeg_size, raw_pixels
 from vitcomposer.data.jpeg.region import decode_seekable
 from vitcomposer.data.jpeg.resize import resize_rgb
 
@@ -45,7 +45,7 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
             check_jpeg_size(height, width, encoded)
             return height, width
     if _is_raw(encoded):
-        return _raw_pixels(encoded).shape[:2]
+        return raw_pixels(encoded).shape[:2]
     with _open(encoded) as image:
         return image.height, image.width
 
@@ -69,7 +69,7 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
                 except ValueError:
                     pass  # harmless damage, such as stray bytes before a marker, which Pillow reads over, or broken
     if _is_raw(encoded):
-        return _raw_pixels(encoded)
+        return raw_pixels(encoded)
     with _open(encoded) as image:
         try:
             pixels = np.array(eight_bits(image))  # uint8 (height, width, 3), or (height, width) of a grey one

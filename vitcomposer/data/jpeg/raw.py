@@ -63,7 +63,7 @@ def _is_raw(encoded: Encoded) -> bool:
     return encoded[:4] == RAW_MAGIC
 
 
-def _raw_pixels(encoded: Encoded) -> np.ndarray:
+def raw_pixels(encoded: Encoded) -> np.ndarray:
     """The pixels of a raw sample where they lie."""
     if len(encoded) < _RAW_HEAD.size:
         raise ValueError(f"a raw sample starts with {_RAW_HEAD.size} bytes, got {len(encoded)}. The shard is damaged.")

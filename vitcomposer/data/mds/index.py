@@ -9,6 +9,8 @@ from vitcomposer.schema import Data
 
 INDEX = "index.json"
 CLASS_NAMES = "class_names.json"  # beside it: a list in the order of the labels
+IMAGE_COLUMNS = ("image", "x")
+IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 
 
 def no_split(local: str, split: str) -> str:

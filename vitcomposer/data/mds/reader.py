@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from streaming.base.format.mds.reader import MDSReader
 
 from vitcomposer.data.jpeg.raw import raw_sample
+from vitcomposer.data.mds.index import IMAGE_COLUMNS, IMAGE_ENCODINGS
 from vitcomposer.errors import ConfigError, ShardError
 
-IMAGE_COLUMNS = ("image", "x")
-IMAGE_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 LOW_RESOLUTION_COLUMN = "image_small"
 LABEL_COLUMNS = ("label", "y", "target")
 LABEL_FORMATS = {
