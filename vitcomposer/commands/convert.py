@@ -113,7 +113,7 @@ def _add_parts(group: Any) -> None:
 def _run_convert(args: argparse.Namespace) -> int:
     """Write images as MDS shards that StreamingDataset reads. Call again after a crash: finished shards are kept."""
     from vitcomposer.data.conversion.encode import StoreOptions
-    from vitcomposer.data.conversion.parts import convert_share
+    from vitcomposer.data.conversion.parts import convert_part
     from vitcomposer.data.conversion.ray_engine import convert_with_ray
     from vitcomposer.data.conversion.write import convert
 
@@ -139,7 +139,7 @@ def _run_convert(args: argparse.Namespace) -> int:
             "on_progress": progress.update,
         }
         if part is not None:
-            left_out = convert_share(source, args.out, part, args.parts, **plan, **how)
+            left_out = convert_part(source, args.out, part, args.parts, **plan, **how)
             summary = {}
         elif args.engine == "ray":
             summary = convert_with_ray(source, args.out, args.parts, **plan, **how)
@@ -165,7 +165,7 @@ def _part(args: argparse.Namespace) -> int | None:
         require(args.parts is None, "--parts", rule, args.parts, remedy)
         return None
     require(args.parts is not None, "--parts", "given with --part", args.parts, "Give the number of parts in all.")
-    from vitcomposer.data.conversion.parts import check_share
+    from vitcomposer.data.conversion.parts import check_part
 
     text = args.part
     if text == "auto":
@@ -174,7 +174,7 @@ def _part(args: argparse.Namespace) -> int | None:
         require(bool(found), "--part", rule, text, "Run it in a SLURM array or an Indexed Job.")
         text = found[0]
     require(text.isdecimal(), "--part", "a number from 0, or auto", text, "The first part is --part 0.")
-    check_share(int(text), args.parts)  # here, as listing the images may take minutes
+    check_part(int(text), args.parts)  # here, as listing the images may take minutes
     return int(text)
 
 

@@ -47,8 +47,8 @@ class LocalStore:
         with self._explained():
             self.root.mkdir(parents=True, exist_ok=True)
 
-    def one_writer(self, share: str = "") -> contextlib.AbstractContextManager[Any]:
-        """Keep other processes from writing here, or from making the same ``share`` of what is written here.
+    def one_writer(self, part: str = "") -> contextlib.AbstractContextManager[Any]:
+        """Keep other processes from writing here, or from making the same ``part`` of what is written here.
 
         Raises:
             ConfigError: One does.
@@ -56,7 +56,7 @@ class LocalStore:
         """
         stack = contextlib.ExitStack()
         with self._explained():
-            stack.enter_context(only_writer(self.root / f".lock{share}", self.url, "choose another folder"))
+            stack.enter_context(only_writer(self.root / f".lock{part}", self.url, "choose another folder"))
         return stack
 
     def free_bytes(self) -> int | None:
@@ -101,7 +101,7 @@ class LocalStore:
         return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir()) if self.root.is_dir() else []
 
     def clean(self) -> None:
-        """Remove what a killed conversion left half written, and the locks of killed shares."""
+        """Remove what a killed conversion left half written, and the locks of killed parts."""
         shutil.rmtree(self.root / _PARTIAL, ignore_errors=True)
         for left in self.root.glob(".lock.*"):
             left.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ class S3Store:
         with self._explained("reached"):
             self._client.head_bucket(Bucket=self.bucket)
 
-    def one_writer(self, share: str = "") -> contextlib.AbstractContextManager[Any]:
+    def one_writer(self, part: str = "") -> contextlib.AbstractContextManager[Any]:
         """Nothing: a bucket has no lock. Objects are whole, and a plan on record refuses another one."""
         return contextlib.nullcontext()
 

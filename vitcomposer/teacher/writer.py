@@ -1,8 +1,8 @@
 """Writes a teacher cache: one pass of the teacher over K augmented views of every training image.
 
-A part is the rows of some neighbouring images in one crop-set, which is one shard. It is stored whole and then noted
-down beside its hash, so what is noted down survives any end of the process. Several sets of the same images are made in
-turn, since their views come from one decode. The layout is that of :mod:`vitcomposer.teacher.cache`.
+A shard holds the rows of some neighbouring images in one crop-set. It is stored whole and then noted down beside its
+hash, so what is noted down survives any end of the process. Several sets of the same images are made in turn, since
+their views come from one decode. The layout is that of :mod:`vitcomposer.teacher.cache`.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ _SHARD_IMAGES, _SHARD_BYTES = 16384, 64 << 20
 _SETS_AT_ONCE = 8
 _TIMEOUT = 7 * 24 * 3600.0  # seconds: a rank that has done its share waits for the others
 
-Part = tuple[int, int]  # crop-set and number of the shard
+_Place = tuple[int, int]  # crop-set, and number of a shard in it or of a sample
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Task:
         return len(self.ids) * len(self.crop_sets)
 
     @property
-    def views(self) -> list[Part]:
+    def views(self) -> list[_Place]:
         """Crop-set and sample_id; the views of a sample are neighbours."""
         return [(crop_set, sample_id) for sample_id in self.ids for crop_set in self.crop_sets]
 
@@ -203,20 +203,20 @@ def _check_plan(
     return made_from
 
 
-def _missing(store: Store, plan: dict[str, Any], crop_sets: int) -> set[Part]:
-    """Parts that are not noted down, or whose shard is not as long as was noted down."""
+def _missing(store: Store, plan: dict[str, Any], crop_sets: int) -> set[_Place]:
+    """Shards that are not noted down, or are not as long as was noted down."""
     sizes = store.sizes()
     count = -(-plan["images"] // plan["shard_images"])
     missing = set()
-    for part in [(crop_set, number) for crop_set in range(crop_sets) for number in range(count)]:
-        size = sizes.get(_shard(part))
-        entry = read_json(store, _note(part)) if size is not None and _note(part) in sizes else None
+    for place in [(crop_set, number) for crop_set in range(crop_sets) for number in range(count)]:
+        size = sizes.get(_shard(place))
+        entry = read_json(store, _note(place)) if size is not None and _note(place) in sizes else None
         if entry is None or entry["raw_data"]["bytes"] != size:
-            missing.add(part)
+            missing.add(place)
     return missing
 
 
-def _tasks(plan: dict[str, Any], missing: set[Part], *, exact: bool) -> list[_Task]:
+def _tasks(plan: dict[str, Any], missing: set[_Place], *, exact: bool) -> list[_Task]:
     tasks, rows = [], plan["shard_images"]
     at_once = _SETS_AT_ONCE if exact else 1  # an approximate decode is one of a single box
     for number in sorted({number for _, number in missing}):
@@ -287,7 +287,7 @@ class _Samples:
     def __init__(self, stream: ImageStream) -> None:
         self._stream = stream
 
-    def __getitem__(self, at: Part) -> Sample:
+    def __getitem__(self, at: _Place) -> Sample:
         crop_set, sample_id = at
         return {**self._stream[sample_id], "epoch": crop_set}
 
@@ -298,7 +298,7 @@ class _Batches:
     def __init__(self, tasks: list[_Task], batch_size: int) -> None:
         self._tasks, self._batch_size = tasks, batch_size
 
-    def __iter__(self) -> Iterator[list[Part]]:
+    def __iter__(self) -> Iterator[list[_Place]]:
         for task in self._tasks:
             views = task.views
             yield from (views[at : at + self._batch_size] for at in range(0, len(views), self._batch_size))
@@ -364,10 +364,10 @@ def _fill(rows: NDArray[Any], batch: Batch, answers: TeacherAnswers) -> None:
 def _store_task(store: Store, task: _Task, rows: NDArray[Any]) -> None:
     sets = rows.reshape(len(task.ids), len(task.crop_sets))
     for at, crop_set in enumerate(task.crop_sets):
-        part = crop_set, task.number
+        place = crop_set, task.number
         data, entry = encode_rows(np.ascontiguousarray(sets[:, at]), shard_name(task.number))
-        store.write(_shard(part), data)
-        store.write(_note(part), json.dumps(entry).encode())
+        store.write(_shard(place), data)
+        store.write(_note(place), json.dumps(entry).encode())
 
 
 def _finish(store: Store, plan: dict[str, Any], crop_sets: int) -> None:
@@ -380,8 +380,8 @@ def _finish(store: Store, plan: dict[str, Any], crop_sets: int) -> None:
         )
     indexes = []
     for crop_set in range(crop_sets):
-        parts = [(crop_set, number) for number in range(-(-plan["images"] // plan["shard_images"]))]
-        entries = [read_json(store, _note(part)) for part in parts]
+        places = [(crop_set, number) for number in range(-(-plan["images"] // plan["shard_images"]))]
+        entries = [read_json(store, _note(place)) for place in places]
         index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
         store.write(f"{set_name(crop_set)}/{INDEX}", index)
         indexes.append(hashlib.sha256(index).hexdigest())
@@ -389,9 +389,9 @@ def _finish(store: Store, plan: dict[str, Any], crop_sets: int) -> None:
     store.clean()
 
 
-def _shard(part: Part) -> str:
-    return f"{set_name(part[0])}/{shard_name(part[1])}"
+def _shard(place: _Place) -> str:
+    return f"{set_name(place[0])}/{shard_name(place[1])}"
 
 
-def _note(part: Part) -> str:
-    return f"{STATE}/{set_name(part[0])}/{part[1]:05}.json"
+def _note(place: _Place) -> str:
+    return f"{STATE}/{set_name(place[0])}/{place[1]:05}.json"

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.data.conversion.conversion import jpeg, run_cli, tree, write_images
 from vitcomposer.cli import main
 from vitcomposer.data.conversion.encode import StoreOptions
-from vitcomposer.data.conversion.parts import convert_share, merge
+from vitcomposer.data.conversion.parts import convert_part, merge
 from vitcomposer.data.conversion.sources import FolderSource, ListSource
 from vitcomposer.data.conversion.write import convert
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.timeout(120)
 VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 
-def make(folder: Path, out: Path, *shares: int, count: int, **options) -> None:
-    for index in shares:
-        convert_share(FolderSource(folder), out, index, count, **{"workers": 1, "shard_size": "8kb", **options})
+def make(folder: Path, out: Path, *parts: int, count: int, **options) -> None:
+    for index in parts:
+        convert_part(FolderSource(folder), out, index, count, **{"workers": 1, "shard_size": "8kb", **options})
 
 
 def data_set(out: Path) -> dict[str, str]:
-    """All files but the markers of shares."""
+    """All files but the markers of parts."""
     return {name: digest for name, digest in tree(out).items() if "/shares/" not in name}
 
 
@@ -98,7 +98,7 @@ def test_merge_counts_the_bad_images_of_all_parts(folder: Path, tmp_path: Path) 
         (folder / f"train/cat/00{number}.JPEG").write_bytes(jpeg(number)[:300])
     make(folder, out, *range(3), count=3, max_bad_fraction=0.11)  # three of 28 in one part
     options = {"workers": 1, "shard_size": "8kb", "max_bad_fraction": 0.11}
-    assert sum(convert_share(FolderSource(folder), out, index, 3, **options) for index in range(3)) == 4
+    assert sum(convert_part(FolderSource(folder), out, index, 3, **options) for index in range(3)) == 4
     with pytest.raises(ValueError, match=r"4 of 28 in the split train, got 0\.1"):
         merge(out)
     assert not (out / "train/index.json").exists()
@@ -136,7 +136,7 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
         lines = [f"{name}/{number:03}.JPEG,{name}\n" for name in names for number in range(2)]
         (tmp_path / f"{split}.csv").write_text("".join(lines))
         source = ListSource(tmp_path / f"{split}.csv", split=split, root=tmp_path / split)
-        convert_share(source, tmp_path / "out", 0, 1, workers=1)
+        convert_part(source, tmp_path / "out", 0, 1, workers=1)
     with pytest.raises(ValueError, match="must have the same classes"):
         merge(tmp_path / "out")
 

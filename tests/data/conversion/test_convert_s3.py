@@ -56,12 +56,12 @@ def test_bucket_conversion_continues_from_its_markers(folder: Path, tmp_path: Pa
 
 
 def test_parts_in_a_bucket_are_merged_to_what_one_conversion_makes(folder: Path, tmp_path: Path, bucket: str) -> None:
-    from vitcomposer.data.conversion.parts import convert_share, merge
+    from vitcomposer.data.conversion.parts import convert_part, merge
     from vitcomposer.stores.objects import open_store
 
     url = f"{bucket}/parts"
     for index in (1, 0):
-        convert_share(FolderSource(folder), url, index, 2, workers=1, shard_size="8kb")
+        convert_part(FolderSource(folder), url, index, 2, workers=1, shard_size="8kb")
     convert(FolderSource(folder), tmp_path / "one", workers=1, shard_size="8kb")
     assert json.loads((tmp_path / "one/summary.json").read_text())["splits"] == merge(url)
     store = open_store(url)

@@ -1,7 +1,7 @@
 """Plans which image goes into which shard, and records it so that a later call continues the same conversion.
 
-A split's images are shuffled and cut into parts from their sizes alone, before anything is read. A part is the unit of
-work: one task makes it, and a done-marker says that it is stored.
+A split's images are shuffled and cut into chunks from their sizes alone, before anything is read. A chunk is the unit
+of work: one task makes it, and a done-marker says that it is stored.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ STATE = ".convert"
 _SHOWN = 10  # classes that an error lists
 
 
-class Part(NamedTuple):
+class Chunk(NamedTuple):
     """What becomes one shard, or several where stored images are larger than they came."""
 
     split: str
@@ -40,12 +40,12 @@ class Part(NamedTuple):
 
 
 def done_marker(split: str, number: int) -> str:
-    """Name of the object that says that a part is stored."""
+    """Name of the object that says that a chunk is stored."""
     return f"{STATE}/{split}/done/{number:05}.json"
 
 
-def plan_split(store: Store, source: Source, split: str, limit: int, options: StoreOptions) -> list[Part]:
-    """Record the plan, or compare with the one on record, and cut the items into parts.
+def plan_split(store: Store, source: Source, split: str, limit: int, options: StoreOptions) -> list[Chunk]:
+    """Record the plan, or compare with the one on record, and cut the items into chunks.
 
     Both splits are shuffled. In training StreamingDataset shuffles within blocks of neighbouring shards only, so a
     shard must hold a mixture of classes; of ``val`` any first part is then a fair sample.
@@ -77,7 +77,7 @@ def plan_split(store: Store, source: Source, split: str, limit: int, options: St
         raise ValueError(
             f"{store.url}/{split} was begun with other input: {found}. Repeat the first call, or choose an empty place."
         )
-    whole = Part(split, 0, items, options, limit, plan_hash(plan))
+    whole = Chunk(split, 0, items, options, limit, plan_hash(plan))
     return list(_cut(whole))
 
 
@@ -94,13 +94,13 @@ def plan_hash(plan: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def check_room(store: Store, pending: list[Part]) -> None:
+def check_room(store: Store, pending: list[Chunk]) -> None:
     """Raise ValueError if the disk cannot take the images as they came, which is the least that is stored.
 
     Resized and re-encoded images may be smaller; then nothing is known before they are made.
     """
-    parts = [part for part in pending if not part.options.short_side and not part.options.reencode]
-    needed = sum(item.size + sample_overhead(part.options.columns) for part in parts for item in part.items)
+    chunks = [chunk for chunk in pending if not chunk.options.short_side and not chunk.options.reencode]
+    needed = sum(item.size + sample_overhead(chunk.options.columns) for chunk in chunks for item in chunk.items)
     free = store.free_bytes()
     if free is not None and needed > free:
         raise ValueError(
@@ -119,8 +119,8 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def _cut(whole: Part) -> Iterator[Part]:
-    """Parts whose shards stay within the limit, filled as MDSWriter fills them."""
+def _cut(whole: Chunk) -> Iterator[Chunk]:
+    """Chunks whose shards stay within the limit, filled as MDSWriter fills them."""
     columns, limit = whole.options.columns, whole.limit
     empty, overhead = empty_shard_bytes(limit, columns), sample_overhead(columns)
     number, size, chosen = 0, empty, []

@@ -1,4 +1,4 @@
-"""Converts on a Ray cluster, or on a local Ray: one task per share, then the merge."""
+"""Converts on a Ray cluster, or on a local Ray: one task per part, then the merge."""
 
 import os
 from importlib import import_module
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcomposer.data.conversion.left_out import MAX_BAD_FRACTION, check_fraction
-from vitcomposer.data.conversion.parts import check_share, convert_share, merge
+from vitcomposer.data.conversion.parts import check_part, convert_part, merge
 from vitcomposer.data.conversion.sources import Item, Source
 from vitcomposer.data.conversion.write import Progress, begin, counted
 
@@ -30,14 +30,14 @@ def convert_with_ray(
     Raises:
         ChildProcessError: Ray lost a task for good.
     """
-    check_share(0, count)
+    check_part(0, count)
     check_fraction(max_bad_fraction)
     try:
         ray = import_module("ray")
     except ImportError as error:
         raise ValueError("--engine ray needs Ray. Install it with: pip install 'vitcomposer[ray]'") from error
-    _, parts = begin(source, out, **plan)  # one plan before all tasks, and its errors before Ray starts
-    images = [sum(len(part.items) for part in parts[index::count]) for index in range(count)]
+    _, chunks = begin(source, out, **plan)  # one plan before all tasks, and its errors before Ray starts
+    images = [sum(len(chunk.items) for chunk in chunks[index::count]) for index in range(count)]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "RAY_ADDRESS" in os.environ:
         ray.init()
@@ -46,7 +46,7 @@ def convert_with_ray(
     try:
         options = {**plan, "max_bad_fraction": max_bad_fraction}
         listed = ray.put((source, source.splits))
-        task = ray.remote(_make_share)
+        task = ray.remote(_make_part)
         waiting = {task.remote(listed, os.fspath(out), index, count, options): images[index] for index in range(count)}
         progress = counted(on_progress, sum(images))
         progress(0)
@@ -63,8 +63,8 @@ def convert_with_ray(
     return merge(out, max_bad_fraction)
 
 
-def _make_share(
+def _make_part(
     listed: tuple[Source, dict[str, list[Item]]], out: str, index: int, count: int, options: dict[str, Any]
 ) -> None:
     source, source.splits = listed  # a source travels without its lists
-    convert_share(source, out, index, count, workers=1, **options)
+    convert_part(source, out, index, count, workers=1, **options)

@@ -1,8 +1,8 @@
-"""Writes image data sets as MDS shards, in parallel and in parts, so that a second call continues a killed one.
+"""Writes image data sets as MDS shards, in parallel and in chunks, so that a second call continues a killed one.
 
-One task makes one part of the plan (conversion.plan), which is one shard or a few: it reads, checks and
+One task makes one chunk of the plan (conversion.plan), which is one shard or a few: it reads, checks and
 stores every image and then the done-marker. So the result does not depend on the number of workers, and after a crash
-only parts without a marker are made again::
+only chunks without a marker are made again::
 
     OUT/train/shard.00000.mds ...  index.json  class_names.json
     OUT/.convert/train/plan.json  items.json.gz  done/00000.json ...
@@ -36,7 +36,7 @@ from vitcomposer.data.conversion.left_out import (
     count_images,
     write_list,
 )
-from vitcomposer.data.conversion.plan import Part, check_room, plan_split, read_json, to_json
+from vitcomposer.data.conversion.plan import Chunk, check_room, plan_split, read_json, to_json
 from vitcomposer.data.conversion.shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.conversion.sources import Source, check_same_classes
 from vitcomposer.data.jpeg import reading
@@ -83,10 +83,10 @@ def convert(
     """
     check_fraction(max_bad_fraction)
     with open_store(out).one_writer():
-        store, parts = begin(source, out, shard_size=shard_size, seed=seed, stored=stored)
+        store, chunks = begin(source, out, shard_size=shard_size, seed=seed, stored=stored)
         store.clean()
-        done = make(source, store, parts, workers=workers, on_progress=on_progress)
-        markers = {split: [done[part.marker] for part in parts if part.split == split] for split in source.splits}
+        done = make(source, store, chunks, workers=workers, on_progress=on_progress)
+        markers = {split: [done[chunk.marker] for chunk in chunks if chunk.split == split] for split in source.splits}
         return finish(store, dict.fromkeys(source.splits, source.class_names), markers, max_bad_fraction)
 
 
@@ -97,7 +97,7 @@ def begin(
     shard_size: int | str = "64mb",
     seed: int = 0,
     stored: StoreOptions | None = None,
-) -> tuple[Store, list[Part]]:
+) -> tuple[Store, list[Chunk]]:
     """Open the place and record the plan there, or compare with the one on record.
 
     Raises:
@@ -108,34 +108,29 @@ def begin(
     _check_apart(source, store)
     store.check()
     options = dataclasses.replace(stored or StoreOptions(), seed=seed)
-    parts: list[Part] = []
+    chunks: list[Chunk] = []
     for split in source.splits:
         _check_split(store, source, split)
-        parts += plan_split(store, source, split, limit, options)
-    return store, parts
+        chunks += plan_split(store, source, split, limit, options)
+    return store, chunks
 
 
 def make(
-    source: Source,
-    store: Store,
-    parts: list[Part],
-    *,
-    workers: int | None,
-    on_progress: Progress | None,
+    source: Source, store: Store, chunks: list[Chunk], *, workers: int | None, on_progress: Progress | None
 ) -> dict[str, dict[str, Any]]:
-    """Make those parts that have no done-marker yet and return the markers of all, whose bad images are unchecked.
+    """Make those chunks that have no done-marker yet and return the markers of all, whose bad images are unchecked.
 
     Raises:
         ValueError: As of :func:`convert`.
     """
-    done = read_markers(store, {part.marker: part.plan for part in parts})
-    pending = [part for part in parts if part.marker not in done]
+    done = read_markers(store, {chunk.marker: chunk.plan for chunk in chunks})
+    pending = [chunk for chunk in chunks if chunk.marker not in done]
     check_room(store, pending)
-    progress = counted(on_progress, sum(len(part.items) for part in parts))
-    progress(sum(len(part.items) for part in parts if part.marker in done))
-    for part, marker in _run(source, store, pending, workers):
-        done[part.marker] = marker
-        progress(len(part.items))
+    progress = counted(on_progress, sum(len(chunk.items) for chunk in chunks))
+    progress(sum(len(chunk.items) for chunk in chunks if chunk.marker in done))
+    for chunk, marker in _run(source, store, pending, workers):
+        done[chunk.marker] = marker
+        progress(len(chunk.items))
     return done
 
 
@@ -208,7 +203,7 @@ def read_markers(store: Store, plans: dict[str, str]) -> dict[str, dict[str, Any
 
 def _read_marker(store: Store, name: str) -> dict[str, Any]:
     marker = read_json(store, name)
-    if "shards" not in marker:  # of a version that stored every image as it came, one shard a part
+    if "shards" not in marker:  # of a version that stored every image as it came, one shard a chunk
         marker["shards"] = [marker["shard"]] if marker["shard"] else []
         marker["original_bytes"] = marker["bytes"]
         marker["outcomes"] = {"kept": sum(marker["formats"].values())}
@@ -233,22 +228,22 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _make_part_in_worker(part: Part) -> dict[str, Any]:
-    return _make_part(part, *_job)
+def _make_chunk_in_worker(chunk: Chunk) -> dict[str, Any]:
+    return _make_chunk(chunk, *_job)
 
 
-def _make_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
-    with reading(part.options.reading):
-        return _store_part(part, source, store)
+def _make_chunk(chunk: Chunk, source: Source, store: Store) -> dict[str, Any]:
+    with reading(chunk.options.reading):
+        return _store_chunk(chunk, source, store)
 
 
-def _store_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
-    """Write the shards of a part and its done-marker; the marker's content is all that the merge needs."""
-    shards = _Shards(store, part)
+def _store_chunk(chunk: Chunk, source: Source, store: Store) -> dict[str, Any]:
+    """Write the shards of a chunk and its done-marker; the marker's content is all that the merge needs."""
+    shards = _Shards(store, chunk)
     bad: list[dict[str, str]] = []
     total = {key: Counter[str]() for key in ("sizes", "formats", "classes", "outcomes")}
     original_bytes = 0
-    for item in part.items:
+    for item in chunk.items:
         try:
             data = source.read(item)
         except OSError as error:  # a disk or network that fails is no bad image: nothing may be left out for it
@@ -257,7 +252,7 @@ def _store_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
             bad.append({"file": item.name, "reason": str(error)})
             continue
         try:
-            image = store_image(data, part.options, item.name)
+            image = store_image(data, chunk.options, item.name)
         except ValueError as error:
             bad.append({"file": item.name, "reason": str(error)})
             continue
@@ -268,17 +263,17 @@ def _store_part(part: Part, source: Source, store: Store) -> dict[str, Any]:
             counter[value] += 1
     shards.flush()
     sizes = {"bytes": shards.bytes, "original_bytes": original_bytes}
-    marker = {"bad": bad, "shards": shards.written, **total, **sizes, "plan": part.plan}
-    store.write(part.marker, to_json(marker))
+    marker = {"bad": bad, "shards": shards.written, **total, **sizes, "plan": chunk.plan}
+    store.write(chunk.marker, to_json(marker))
     return marker
 
 
 class _Shards:
-    """The shards of one part, none above the limit unless a single image is."""
+    """The shards of one chunk, none above the limit unless a single image is."""
 
-    def __init__(self, store: Store, part: Part) -> None:
-        self._store, self._part, self._limit = store, part, part.limit
-        self._columns = part.options.columns
+    def __init__(self, store: Store, chunk: Chunk) -> None:
+        self._store, self._chunk, self._limit = store, chunk, chunk.limit
+        self._columns = chunk.options.columns
         self._samples: list[Sample] = []
         self._size = 0
         self.written: list[dict[str, Any]] = []  # their entries in index.json
@@ -299,22 +294,24 @@ class _Shards:
     def flush(self) -> None:
         """Store what is held as a shard."""
         if self._samples:
-            basename = self._part.basename(len(self.written))
+            basename = self._chunk.basename(len(self.written))
             data, entry = encode_shard(self._samples, self._columns, self._limit, basename)
-            self._store.write(f"{self._part.split}/{basename}", data)
+            self._store.write(f"{self._chunk.split}/{basename}", data)
             self.written.append(entry)
             self._samples = []
 
 
-def _run(source: Source, store: Store, parts: list[Part], workers: int | None) -> Iterator[tuple[Part, dict[str, Any]]]:
-    """Make the parts in any order and yield each with its marker."""
+def _run(
+    source: Source, store: Store, chunks: list[Chunk], workers: int | None
+) -> Iterator[tuple[Chunk, dict[str, Any]]]:
+    """Make the chunks in any order and yield each with its marker."""
     if workers is not None and workers < 1:
         raise ValueError(f"--workers must be 1 or more, got {workers}. Leave it out for one per core.")
-    workers = min(workers or os.cpu_count() or 1, len(parts))
+    workers = min(workers or os.cpu_count() or 1, len(chunks))
     if workers <= 1:
-        yield from ((part, _make_part(part, source, store)) for part in parts)
+        yield from ((chunk, _make_chunk(chunk, source, store)) for chunk in chunks)
         return
-    if any(part.options.seekable for part in parts):
+    if any(chunk.options.seekable for chunk in chunks):
         from vitcomposer.data.jpeg.seekable import compile_kernels
 
         compile_kernels()  # once, not in every worker at the same time
@@ -322,7 +319,7 @@ def _run(source: Source, store: Store, parts: list[Part], workers: int | None) -
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source, store))
     try:
-        futures = {pool.submit(_make_part_in_worker, part): part for part in parts}
+        futures = {pool.submit(_make_chunk_in_worker, chunk): chunk for chunk in chunks}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
