@@ -3,6 +3,7 @@
 How images are read holds for the whole process: how many pixels an image may have, and which values of more than 8 bits
 are black and white. As with Pillow's own limit it is no argument, since an image is decoded far below of what knows the
 options. Loader workers are forked and have what their parent has. Of the rest of the project only errors is imported.
+docs/jpeg.md says how all of this works.
 """
 
 import math
