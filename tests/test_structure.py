@@ -34,7 +34,7 @@ LAYERS = {
     "vitcomposer.curriculum": 3,
     "vitcomposer.origins": 3,
     "vitcomposer.config": 4,
-    "vitcomposer.stores": 4,
+    "vitcomposer.stores": 3,
     "vitcomposer.models": 4,
     "vitcomposer.data": 5,
     "vitcomposer.needed_files": 6,

@@ -10,6 +10,7 @@ from vitcomposer.errors import ConfigError
 from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
 from vitcomposer.schema.recipe import Recipe
+from vitcomposer.stores.weights import how_to_get
 
 
 def check_needed_files(cfg: Recipe) -> None:
@@ -64,14 +65,13 @@ def _weights_faults(cfg: Recipe) -> list[str]:
     faults = []
     weights = known(cfg, "init.weights")
     if weights is not None and not Path(weights).exists():
-        faults.append(
-            f"init.weights must be a file that is there, got {weights!r}. Mend the path, or download it first."
-        )
+        remedy = how_to_get(weights, "init.weights")
+        faults.append(f"init.weights must be a file that is there, got {weights!r}. {remedy}")
     if not isinstance(cfg, Distill):
         return faults
     cache, teacher = known(cfg, "cache"), known(cfg, "teacher.weights")
     if cache is None and teacher is not None and not Path(teacher).is_file():
-        faults.append(f"teacher.weights must be a file, got {teacher!r}. Download it first.")
+        faults.append(f"teacher.weights must be a file, got {teacher!r}. {how_to_get(teacher, 'teacher.weights')}")
     if cache is not None and cache.remote is None and not Path(cache.local).is_dir():
         remedy = "Write it with `vitcomposer cache-teacher`, or set cache=null."
         faults.append(f"cache.local must be a folder that is there, got {cache.local!r}. {remedy}")

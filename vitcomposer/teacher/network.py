@@ -8,6 +8,7 @@ from torch import nn
 
 from vitcomposer.errors import did_you_mean
 from vitcomposer.models import build_model, load_weights, model_names
+from vitcomposer.stores.weights import how_to_get
 
 
 def build_teacher(
@@ -63,7 +64,8 @@ def _fill(teacher: nn.Module, weights: str | PathLike[str], name: str, num_class
     try:
         report = load_weights(teacher, weights, min_matched=1.0)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"teacher.weights must be a file, got {str(weights)!r}. Download it first.") from error
+        remedy = how_to_get(str(weights), "teacher.weights")
+        raise FileNotFoundError(f"teacher.weights must be a file, got {str(weights)!r}. {remedy}") from error
     except ValueError as error:
         said = str(error).replace("model.", "teacher.options.")
         raise ValueError(f"teacher.weights must hold the weights of {name}. {said}") from error

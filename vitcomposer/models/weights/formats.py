@@ -17,6 +17,7 @@ from torch import Tensor
 from vitcomposer.models.weights.plain_pickle import UnsafeError
 from vitcomposer.models.weights.sharded import read_shares
 from vitcomposer.models.weights.torch_file import read_torch_file
+from vitcomposer.stores.weights import how_to_get
 
 _WRAPPERS = ("state", "classy_state_dict", "base_model", "model", "state_dict", "teacher", "student")
 _LARGEST_HEADER = 1 << 20  # bytes, of a safetensors file with few tensors
@@ -42,6 +43,8 @@ def read_checkpoint(path: str | PathLike[str]) -> Any:
         ValueError: It is not safe or not readable.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}. {how_to_get(str(path))}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
