@@ -20,6 +20,7 @@ LAYERS = {
     "vitcomposer": 0,
     "vitcomposer.errors": 0,
     "vitcomposer.escape": 0,
+    "vitcomposer.foundations": 0,
     "vitcomposer.shipped": 0,
     "vitcomposer.collectives": 0,
     "vitcomposer.json_file": 0,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from composer.algorithms import EMA
-from composer.algorithms.ema.ema import EMAParameters
 from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
+from vitcomposer.foundations import average_should_start, new_average
 from vitcomposer.models.weights.averages import EMA_LABEL, averaging_window
 
 log = logging.getLogger(__name__)
@@ -70,13 +70,13 @@ class EvaluationEMA(EMA):
 
     def match(self, event: Event, state: State) -> bool:
         if event == self.update_event:
-            return self.ema_started or self._should_start(state)
+            return self.ema_started or average_should_start(self, state)
         return event in (Event.INIT, Event.FIT_START, Event.BATCH_START, Event.EVAL_START, Event.EVAL_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         model = _without_ddp(state.model)
         if event == Event.INIT:
-            self.ema_model = EMAParameters(model)  # a checkpoint loads into it
+            self.ema_model = new_average(model)  # a checkpoint loads into it
             return
         assert self.ema_model is not None, "Event.INIT runs before every other event"
         keep_shares(model)
@@ -114,7 +114,7 @@ class EvaluationEMA(EMA):
         """Have the average of a resumed run start where ``ema_start`` says now, as a share of a run that is longer."""
         start, done = self._start_step(state), state.timestamp.batch.value
         if self.ema_started and start >= done:
-            self.ema_model, self.ema_started = EMAParameters(model), start == done
+            self.ema_model, self.ema_started = new_average(model), start == done
 
     def _start_step(self, state: State) -> int:
         """The step after which the average starts."""
@@ -133,10 +133,10 @@ class EvaluationEMA(EMA):
     @torch.no_grad()
     def _update(self, model: nn.Module, state: State) -> None:
         if not self.ema_started:
-            self.ema_model = EMAParameters(model)
+            self.ema_model = new_average(model)
             self.ema_started = True
         elif state.timestamp.get(self.update_interval.unit).value % self.update_interval.value == 0:
-            assert isinstance(self.ema_model, EMAParameters) and self.smoothing is not None
+            assert self.ema_model is not None and self.smoothing is not None
             average = {**self.ema_model.named_parameters_dict, **self.ema_model.named_buffers_dict}
             current = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             floating = [name for name in average if average[name].is_floating_point()]
@@ -150,7 +150,7 @@ class EvaluationEMA(EMA):
                 average[name].copy_(current[name])
 
     def _shard(self, model: nn.Module) -> None:
-        assert isinstance(self.ema_model, EMAParameters)
+        assert self.ema_model is not None
         average = self.ema_model.named_parameters_dict
         for name, weight in model.named_parameters():
             if isinstance(weight, DTensor) and name in average and not isinstance(average[name], DTensor):

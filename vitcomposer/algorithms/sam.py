@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from composer.algorithms import SAM
-from composer.algorithms.sam.sam import SAMOptimizer
+from composer.algorithms.sam import SAMOptimizer
 from composer.core import Event, State
 from composer.loggers import Logger
 from torch.optim import Optimizer

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from composer.core import Callback, Event, State, Time
-from composer.core.precision import get_precision_context
+from composer.core import Callback, Event, State, Time, get_precision_context
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 from torch import Tensor, nn

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from vitcomposer.errors import SaveError
+from vitcomposer.foundations import save_checkpoints_with
 from vitcomposer.models.weights.sharded import digests_of_rank
 from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoints import finish_shares, keep_newest, partial_of, remove, save_whole
@@ -42,12 +43,13 @@ class Checkpoints(CheckpointSaver):
             overwrite=True,  # by the same state, where a run went on from an older checkpoint
             num_checkpoints_to_keep=keep,
         )
+        save_checkpoints_with(self, self._save)
         self.tmp_dir_for_symlink.cleanup()  # of uploads; a killed run would leave it behind
 
     def init(self, state: State, logger: Logger) -> None:
         """Nothing: the folder comes with the first checkpoint, so that a start which is refused leaves none."""
 
-    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+    def _save(self, state: State, logger: Logger) -> None:
         if state.fsdp_sharded_state_dict_enabled:
             self._save_shares(state)
         else:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from composer.core import Callback, DataSpec, Event, State, Time
-from composer.core.precision import get_precision_context
+from composer.core import Callback, DataSpec, Event, State, Time, get_precision_context
 from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from composer.algorithms.sam.sam import SAMOptimizer
+from composer.algorithms.sam import SAMOptimizer
 from composer.callbacks import CheckpointSaver
-from composer.core import Callback, DataSpec, Event, Precision, State
-from composer.core.precision import get_precision_context
+from composer.core import Callback, DataSpec, Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.utils import dist

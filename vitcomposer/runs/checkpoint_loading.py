@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.utils import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
+from vitcomposer.foundations import load_checkpoints_with
 from vitcomposer.models.weights.load import read_checkpoint
 from vitcomposer.models.weights.sharded import read_index, read_piece
 
@@ -25,13 +25,8 @@ from vitcomposer.models.weights.sharded import read_index, read_piece
 @contextmanager
 def own_reader() -> Iterator[None]:
     """Within it Composer loads checkpoints through ``read_checkpoint``."""
-    theirs = checkpoint._torch_load_with_validation, checkpoint.FileSystemReaderWithValidation
-    checkpoint._torch_load_with_validation = _load
-    checkpoint.FileSystemReaderWithValidation = _SharesReader
-    try:
+    with load_checkpoints_with(_load, _SharesReader):
         yield
-    finally:
-        checkpoint._torch_load_with_validation, checkpoint.FileSystemReaderWithValidation = theirs
 
 
 def _load(checkpoint_filepath: Path | str, map_location: str) -> Any:

@@ -16,14 +16,15 @@ import xxhash
 from composer.utils import (
     GCSObjectStore,
     LibcloudObjectStore,
+    ObjectStore,
     OCIObjectStore,
     S3ObjectStore,
     maybe_create_object_store_from_uri,
     parse_uri,
 )
-from composer.utils.object_store import ObjectStore
 
 from vitcomposer.errors import ConfigError
+from vitcomposer.foundations import delete_from_libcloud
 from vitcomposer.runs import layout
 from vitcomposer.stores.addresses import masked
 from vitcomposer.whole_files import PARTIAL
@@ -339,4 +340,4 @@ def _delete(store: ObjectStore, key: str) -> None:
     elif isinstance(store, OCIObjectStore):
         store.client.delete_object(store.namespace, store.bucket, key)
     elif isinstance(store, LibcloudObjectStore):
-        store._provider.delete_object(store._provider.get_object(store._container.name, key))
+        delete_from_libcloud(store, key)

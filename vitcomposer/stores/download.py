@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from streaming.base.storage.download import CloudDownloader, S3Downloader
+from streaming.base.storage import CloudDownloader
 
 from vitcomposer.stores.addresses import masked, s3_endpoint
 
@@ -39,19 +39,24 @@ class DownloadError(RuntimeError):
         self.was_answered = False
 
 
-class OneTryS3(S3Downloader):
-    """Streaming's reader of S3 without its nested retries: one request for a file, one failure for a fault.
+class OneTryS3:
+    """Reads S3 in place of Streaming's downloader and its nested retries: one request for a file, one failure a fault.
 
     boto3 tries a request three times and a body five, each up to its time-out of a minute, before anybody hears of it.
     """
 
-    most: int | None = None  # bytes of the next file
+    def __init__(self) -> None:
+        self.most: int | None = None  # bytes of the next file
+        self._client: Any = None
+        # The variable that Streaming reads, with the names of buckets between commas.
+        self._payers = [name.strip() for name in os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")]
 
-    def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+    def download(self, remote: str, local: str, timeout: float) -> None:
+        """Copy an object to a file whose folder is there."""
         from botocore.exceptions import NoCredentialsError
 
         try:
-            self._copy(self._s3_client or self._connect(timeout), remote, local, timeout)
+            self._copy(self._client or self._connect(timeout), remote, local, timeout)
         except NoCredentialsError:  # a public bucket needs none
             self._copy(self._connect(timeout, unsigned=True), remote, local, timeout)
 
@@ -68,12 +73,16 @@ class OneTryS3(S3Downloader):
             tcp_keepalive=True,
         )
         endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-        self._s3_client = boto3.session.Session().client("s3", config=config, endpoint_url=endpoint)
-        return self._s3_client
+        self._client = boto3.session.Session().client("s3", config=config, endpoint_url=endpoint)
+        return self._client
+
+    def clean_up(self) -> None:
+        """Let go of the connection: forked workers would share it."""
+        self._client = None
 
     def _copy(self, client: Any, remote: str, local: str, timeout: float) -> None:
         place = urlsplit(remote)
-        payer = {"RequestPayer": "requester"} if place.netloc in self._requester_pays_buckets else {}
+        payer = {"RequestPayer": "requester"} if place.netloc in self._payers else {}
         answer = client.get_object(Bucket=place.netloc, Key=place.path.lstrip("/"), **payer)
         began, done, size = time.monotonic(), 0, answer["ContentLength"]
         _check_size(size, self.most)
@@ -89,7 +98,7 @@ class OneTryS3(S3Downloader):
             raise ConnectionError(f"{done} of {size} bytes came")
 
 
-def open_downloader(remote: str | None) -> CloudDownloader:
+def open_downloader(remote: str | None) -> CloudDownloader | OneTryS3:
     """Streaming's downloader of a location, or ours for S3.
 
     Raises:
@@ -99,7 +108,7 @@ def open_downloader(remote: str | None) -> CloudDownloader:
 
 
 def download(  # noqa: PLR0913 (all but three are named at the call)
-    downloader: CloudDownloader,
+    downloader: CloudDownloader | OneTryS3,
     source: str,
     target: str | Path,
     *,

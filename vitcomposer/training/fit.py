@@ -1,7 +1,5 @@
 """Runs a Trainer to its end, and frees what it held."""
 
-import atexit
-
 from composer import Trainer
 from composer.core import Event
 from composer.utils import dist
@@ -10,6 +8,7 @@ from torch.distributed.checkpoint import state_dict
 from vitcomposer.callbacks import (
     Preemption,
 )
+from vitcomposer.foundations import forget_engine
 from vitcomposer.runs.folder import (
     only_writer_of_run,
 )
@@ -52,7 +51,7 @@ def fit(trainer: Trainer, cfg: Recipe) -> int:
 
 def _let_go(trainer: Trainer) -> None:
     """Drop what Composer and torch keep of a closed run to the end of the process: its weights and its optimizer."""
-    atexit.unregister(trainer.engine._close)
+    forget_engine(trainer)
     forget = getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", None)  # private, and a cache of modules
     if forget is not None:
         forget()

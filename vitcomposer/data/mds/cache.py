@@ -10,10 +10,11 @@ from time import sleep, time_ns
 import numpy as np
 from streaming import StreamingDataset
 from streaming.base.constant import TICK
-from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 
-_REMOTE, _PREPARING, _LOCAL = (int(state) for state in (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL))
+from vitcomposer.foundations import access_times, cache_lock, evict_coldest, shard_codes, shard_states
+
+_REMOTE, _PREPARING, _LOCAL = shard_codes()
 
 
 def prepare_within_limit(
@@ -49,23 +50,23 @@ def prepare_within_limit(
     try:
         added, state = download(shard), _LOCAL
     finally:
-        with dataset._cache_filelock:
+        with cache_lock(dataset):
             dataset.cache_usage += added - need
-            dataset._shard_access_times[shard_id] = time_ns()
-            dataset._shard_states[shard_id] = state
+            access_times(dataset)[shard_id] = time_ns()
+            shard_states(dataset)[shard_id] = state
     return True
 
 
 def _take_room(dataset: StreamingDataset, shard_id: int, need: int) -> bool | None:
     """Count a shard's bytes and mark it; False where it is not absent, None where others have to end first."""
-    states = dataset._shard_states.numpy()
-    with dataset._cache_filelock:
+    states = shard_states(dataset)
+    with cache_lock(dataset):
         if states[shard_id] != _REMOTE:
             return False
         limit = dataset.cache_limit
         assert isinstance(limit, int)
         while dataset.cache_usage + need > limit and np.any(states == _LOCAL):
-            dataset._evict_coldest_shard()
+            evict_coldest(dataset)
         # Alone, a shard comes even where the index fills the limit: nothing would make room later.
         if dataset.cache_usage + need > limit and np.any(states == _PREPARING):
             return None

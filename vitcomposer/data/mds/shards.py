@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from streaming import Stream
 from streaming.base.constant import TICK
 from streaming.base.format import FileInfo, Reader
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.hashing import get_hashes, is_hash
-from streaming.base.stream import Stream
 from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, index_fault, no_split
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.errors import ConfigError, ShardError
+from vitcomposer.foundations import transfer_with
 from vitcomposer.json_file import MOST_BYTES, read_json
 from vitcomposer.schema import Data
 from vitcomposer.stores.addresses import masked
@@ -62,11 +63,12 @@ class ShardStream(Stream):
                 download_retry=download_retry,
                 download_timeout=download_timeout,
             )
-            self._downloader = open_downloader(remote)
+            self.downloader = open_downloader(remote)
         except (ValueError, ImportError) as error:
             raise ConfigError(
                 f"data.remote must be a location that Streaming reads, got {remote!r}: {error}"
             ) from error
+        transfer_with(self, self._fetch, self._unpack)
         self.folder = Path(local, split)
         self._algorithm = validate_hash
         self._raw_sizes: dict[str, int] = {}
@@ -107,7 +109,7 @@ class ShardStream(Stream):
     def _fetch_index(self) -> None:
         for name in (CLASS_NAMES, INDEX):  # in this order: the other ranks of this node go on when they see the index
             try:
-                self._download_file(name)
+                self._fetch(name)
             except DownloadError as error:
                 # A store that did not answer for the first is not asked for the second, as often and as long again.
                 if name == INDEX or not error.was_answered:
@@ -126,24 +128,22 @@ class ShardStream(Stream):
             str(self.folder / INDEX), TICK, wait, f"{self.uri(INDEX)} did not come to this node in {wait:.0f} s."
         )
 
-    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+    def _fetch(self, basename: str) -> str:
         """Instead of Streaming's: a file appears whole, and is not asked for again where that can't help."""
-        local = self.folder / (to_basename or from_basename)
+        local = self.folder / basename
         if not local.exists():
             local.parent.mkdir(parents=True, exist_ok=True)
             download(
-                self._downloader,
-                self.uri(from_basename),
+                self.downloader,
+                self.uri(basename),
                 local,
                 retries=self.download_retry,
                 timeout=self.download_timeout,
-                most=self._most_bytes.get(from_basename, MOST_BYTES),
+                most=self._most_bytes.get(basename, MOST_BYTES),
             )
         return str(local)
 
-    def _decompress_shard_part(
-        self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None
-    ) -> None:
+    def _unpack(self, zip_info: FileInfo, zip_filename: str, raw_filename: str, compression: str | None) -> None:
         """Instead of Streaming's, which unpacks whatever is in there."""
         path, size = Path(zip_filename), self._raw_sizes[zip_info.basename]
         if fault := self._size_fault(zip_info):

@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
 from streaming.base.distributed import get_local_rank
-from streaming.base.shared import prefix
 from streaming.base.world import World
 
 from vitcomposer.errors import require
+from vitcomposer.foundations import choose_number, number_in_memory, put_locks
 
 _MEMORY = Path("/dev/shm")  # Linux: where blocks of shared memory can be listed
 _LOCKS = (BARRIER_FILELOCK, CACHE_FILELOCK)
@@ -42,17 +42,14 @@ def one_start_at_a_time() -> Iterator[None]:
     # Where the blocks are, which runs with temporary folders of their own share too.
     folder = _MEMORY if _MEMORY.is_dir() else Path(tempfile.gettempdir())
     lock = FileLock(folder / f"vitcomposer-{os.getuid()}-{node}.lock", timeout=60)
-    search = prefix._check_and_find
-    if _MEMORY.is_dir():
-        prefix._check_and_find = lambda *_, **__: _free_number(node)
     if get_local_rank() == 0:
         _acquire(lock)
     try:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
-        yield
+        with choose_number((lambda: _free_number(node)) if _MEMORY.is_dir() else None):
+            yield
     finally:
-        prefix._check_and_find = search
         lock.release()
 
 
@@ -155,9 +152,9 @@ def lock_in_memory(dataset: StreamingDataset) -> None:
     """
     if not _MEMORY.is_dir():
         return
-    number = f"{dataset._shm_prefix_int:06}"
+    number = f"{number_in_memory(dataset):06}"
     barrier, cache = (_MEMORY / f"{number}_{name}" for name in _LOCKS)
-    dataset._shared_barrier.filelock_path, dataset._cache_filelock_path = str(barrier), str(cache)
+    put_locks(dataset, barrier, cache)
     held = os.open(_MEMORY / f"{number}_{LOCALS}", os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(held, fcntl.LOCK_SH)
     weakref.finalize(dataset, os.close, held)

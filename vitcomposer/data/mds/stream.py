@@ -11,11 +11,8 @@ from time import time_ns
 from typing import Any, NoReturn, cast
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
-from streaming.base.constant import CACHE_FILELOCK
-from streaming.base.dataset import _ShardState
 from streaming.base.format.mds.reader import MDSReader
 from streaming.base.world import World
 
@@ -28,8 +25,18 @@ from vitcomposer.data.mds.reader import Image, RowReader
 from vitcomposer.data.mds.shards import INDEX, ShardStream
 from vitcomposer.data.mds.shared_memory import lock_in_memory, one_start_at_a_time
 from vitcomposer.errors import ConfigError, ShardError
+from vitcomposer.foundations import (
+    access_times,
+    begin_epoch,
+    cache_lock,
+    open_locks,
+    rank_of,
+    shard_codes,
+    shard_states,
+    wait_for_workers,
+)
 
-_LOCAL = int(_ShardState.LOCAL)
+_REMOTE, _PREPARING, _LOCAL = shard_codes()
 _RETRIES = 7  # how often a shard may be evicted before a sample of it is read
 _CHUNK = 64  # samples between two looks at failures and evictions, less than a tenth of a second of decoding
 _CHUNKS_PER_CHECK = 16  # of the mapped files, a microsecond each, and of whether their pages are in memory
@@ -144,10 +151,10 @@ class ImageStream(StreamingDataset):
         self._failure = _Failure()
         self._ahead: FetchAhead | None = None
         # Forked workers would share the connection that fetched the index.
-        self.stream._downloader.clean_up()
+        self.stream.downloader.clean_up()
 
     def _check_nodes(self) -> None:
-        canonical, nodes = self.num_canonical_nodes or 1, self._unique_rank_world.num_nodes
+        canonical, nodes = self.num_canonical_nodes or 1, rank_of(self).num_nodes
         if canonical % nodes and nodes % canonical or canonical > self.num_samples:
             raise ConfigError(
                 f"data.num_canonical_nodes must divide the {nodes} nodes or be a multiple of them, and not exceed the "
@@ -156,7 +163,7 @@ class ImageStream(StreamingDataset):
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch."""
-        return self._layout(self._unique_rank_world).samples_per_rank(self.num_samples)
+        return self._layout(rank_of(self)).samples_per_rank(self.num_samples)
 
     def _layout(self, world: World) -> Layout:
         assert self.batch_size is not None
@@ -169,22 +176,22 @@ class ImageStream(StreamingDataset):
             initial_nodes=self.initial_physical_nodes,
         )
 
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    def _ids_of_worker(self, epoch: int, first: int) -> NDArray[np.int64]:
         """Virtual ids of this worker: each computes the whole order, which is quicker than sharing it safely."""
-        world = self._unique_worker_world
+        world = self._worker
         shuffle = Shuffle(seed=self.shuffle_seed, block_size=self.shuffle_block_size or 1 << 18)
         plan = arrange(
             self.samples_per_shard,
             self._layout(world),
             epoch=epoch,
-            first=sample_in_epoch,
+            first=first,
             shuffle=shuffle if self.shuffle else None,
             repeats=self.repeats,
             shared_decodes=self.shared_decodes,
         )
         self._epoch = epoch
         # Nobody may ask for the next epoch before the leader has counted it.
-        self._shared_barrier(world.workers_per_node)
+        wait_for_workers(self, world.workers_per_node)
         return plan[world.node, world.rank_of_node, world.worker_of_rank].flatten()
 
     def _locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
@@ -253,14 +260,14 @@ class ImageStream(StreamingDataset):
     def _read(self, shard_id: int, row: int) -> tuple[Image, int]:
         """Image and label of a row, bringing the shard back where it is not here or not checked yet."""
         for _ in range(1 + _RETRIES):
-            if self._shard_states[shard_id] != _LOCAL:
+            if shard_states(self)[shard_id] != _LOCAL:
                 self.prepare_shard(shard_id)
             try:
                 return self._rows.read(shard_id, row)
             except FileNotFoundError:
                 self.prepare_shard(shard_id)
             except Exception as error:
-                if self._shard_states[shard_id] == _LOCAL:  # else it was evicted meanwhile
+                if shard_states(self)[shard_id] == _LOCAL:  # else it was evicted meanwhile
                     self._fail(self.stream.error(self.shards[shard_id], str(error)), error)
         fault = "it is gone each time it is read"
         remedy = "Raise data.cache_limit" if self.cache_limit else "Find what deletes it"
@@ -272,10 +279,10 @@ class ImageStream(StreamingDataset):
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Have a shard on disk; not blocking, skip it while another process is at it."""
-        if not blocking and self._shard_states[shard_id] == _ShardState.LOCAL:
+        if not blocking and shard_states(self)[shard_id] == _LOCAL:
             # Streaming's own takes a lock first, which all workers of the node share. Should the shard be evicted
             # before it is read, reading it finds out.
-            self._shard_access_times[shard_id] = time_ns()
+            access_times(self)[shard_id] = time_ns()
             return
         self._failure.raise_if_set()
         self._enter_process()
@@ -286,10 +293,10 @@ class ImageStream(StreamingDataset):
             if blocking or not self.cache_limit:
                 super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            if self._shard_states[shard_id] == _ShardState.PREPARING:
-                self._shard_states[shard_id] = _ShardState.REMOTE
-            if self._cache_filelock.is_locked:  # it failed while it evicted
-                self._cache_filelock.release(force=True)
+            if shard_states(self)[shard_id] == _PREPARING:
+                shard_states(self)[shard_id] = _REMOTE
+            if cache_lock(self).is_locked:  # it failed while it evicted
+                cache_lock(self).release(force=True)
             if isinstance(error, ShardError):
                 self._fail(error)
             self._fail(self.stream.error(self.shards[shard_id], f"{type(error).__name__}: {error}"), error)
@@ -307,10 +314,8 @@ class ImageStream(StreamingDataset):
         """
         self._failure.raise_if_set()
         self._enter_process()
-        self._unique_worker_world = self._unique_rank_world.detect_workers()
-        self._parallel_worker_world = self._parallel_rank_world.detect_workers()
-        epoch, first = self._resume_incr_epoch()
-        plan = self._get_work(epoch, first)
+        self._worker, epoch, first = begin_epoch(self)
+        plan = self._ids_of_worker(epoch, first)
         plan = plan[plan != PADDING]
         steps = self._steps(len(plan), epoch, first)
         assert self.predownload is not None
@@ -323,7 +328,7 @@ class ImageStream(StreamingDataset):
                 if ahead:
                     ahead.advance(begin)
                 if self.cache_limit:
-                    self._rows.forget(self._shard_states.numpy() != _LOCAL)
+                    self._rows.forget(shard_states(self) != _LOCAL)
                 if begin % (_CHUNKS_PER_CHECK * chunk) == 0:
                     self._rows.forget_changed()
                 if (seen := resource.getrusage(resource.RUSAGE_SELF).ru_majflt) != faults:
@@ -338,7 +343,7 @@ class ImageStream(StreamingDataset):
 
     def _steps(self, count: int, epoch: int, first: int) -> NDArray[np.int64]:
         """Steps of this worker's ``count`` samples: the loader takes a batch of each worker in turn."""
-        world, batch_size = self._unique_worker_world, self.batch_size
+        world, batch_size = self._worker, self.batch_size
         assert batch_size is not None
         done = steps_before(epoch, first, samples_per_rank=len(self), batch_size=batch_size, ranks=world.num_ranks)
         return done + world.worker_of_rank + np.arange(count) // batch_size * world.workers_per_rank
@@ -347,7 +352,7 @@ class ImageStream(StreamingDataset):
         if self._ahead:
             self._ahead.stop()
         assert self.predownload is not None
-        is_needed = self.cache_limit or np.any(self._shard_states.numpy()[shards] != _LOCAL)
+        is_needed = self.cache_limit or np.any(shard_states(self)[shards] != _LOCAL)
         window = self.predownload + 1
         self._ahead = FetchAhead(self._prepare_ahead, shards.astype(np.int32), window) if is_needed else None
         return self._ahead
@@ -355,8 +360,8 @@ class ImageStream(StreamingDataset):
     def _chunk(
         self, ids: NDArray[np.int64], epoch: int, steps: NDArray[np.int64], is_cold: bool
     ) -> Iterator[dict[str, Any]]:
-        states, read = self._shard_states.numpy().data, self._rows.read
-        times = self._shard_access_times.numpy() if self.cache_limit else None
+        states, read = shard_states(self).data, self._rows.read
+        times = access_times(self) if self.cache_limit else None
         shards, rows, sample_ids, copies = (values.tolist() for values in self._locate(ids))
         if is_cold:
             self._fetch([place for place in zip(shards, rows, strict=True) if states[place[0]] == _LOCAL])
@@ -380,10 +385,7 @@ class ImageStream(StreamingDataset):
             return
         self._pid = os.getpid()
         self._ahead = None
-        self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path)
-        self._cache_filelock = FileLock(self._cache_filelock_path)
-        # Streaming asks for its lock under this name and, not finding it, would make a new one for every call.
-        setattr(self, CACHE_FILELOCK, self._cache_filelock)
+        open_locks(self)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """What a checkpoint keeps. Between two epochs, where Composer counts 0 samples, it names the coming one."""
