@@ -39,6 +39,7 @@ LAYERS = {
     "vitcomposer.models": 4,
     "vitcomposer.data": 5,
     "vitcomposer.needed_files": 6,
+    "vitcomposer.survey": 6,
     "vitcomposer.teacher": 6,
     "vitcomposer.runs": 6,
     "vitcomposer.cost": 7,

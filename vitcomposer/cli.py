@@ -33,6 +33,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (  # as the help lists them
+    Command("new", "start"),
     Command("weights", "start"),
     Command("convert", "start"),
     Command("attention", "look", takes_keys=True),

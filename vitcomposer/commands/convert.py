@@ -39,14 +39,17 @@ def add_command(commands: Any) -> None:
     folder.add_argument(
         "--val-name", help="folder beside train (default: one of a usual name, such as val or validation)"
     )
-    help_text = "share of each class held out when there is no train folder (default: %(default)s)"
-    folder.add_argument("--val-fraction", type=float, default=0.1, help=help_text)
+    help_text = "share of each class held out {} (default: %(default)s)"
+    folder.add_argument(
+        "--val-fraction", type=float, default=0.1, help=help_text.format("when there is no train folder")
+    )
     folder.set_defaults(run=_run_convert, source=_folder)
 
     listed = kinds.add_parser("list", parents=[common], help="lines of path,label")
     listed.add_argument("file")
     listed.add_argument("out", help="folder or s3://bucket/prefix")
-    listed.add_argument("--split", required=True, help="train or val; call once per split")
+    listed.add_argument("--split", help="train or val; call once per split (default: val is held out of the list)")
+    listed.add_argument("--val-fraction", type=float, default=0.1, help=help_text.format("without --split"))
     listed.add_argument("--root", help="folder that the paths start from (default: that of FILE)")
     listed.add_argument("--classes", help="file of class names in the order of the labels, one per line or a JSON list")
     listed.set_defaults(run=_run_convert, source=_list)
@@ -210,7 +213,8 @@ def _list(args: argparse.Namespace) -> "Source":
     from vitcomposer.data.conversion.write import existing_class_names
 
     names = read_class_names(args.classes) if args.classes else existing_class_names(args.out, args.split)
-    return ListSource(args.file, split=args.split, root=args.root, class_names=names)
+    how = {"val_fraction": args.val_fraction, "seed": args.seed}
+    return ListSource(args.file, split=args.split, root=args.root, class_names=names, **how)
 
 
 def _torchvision(args: argparse.Namespace) -> "Source":

@@ -109,6 +109,19 @@ def test_list_with_an_unknown_name_suggests_the_right_one(folder: Path) -> None:
         ListSource(folder / "list.csv", split="train", class_names=["cat", "dog"])
 
 
+def test_list_without_a_split_holds_out_a_share_of_every_class(folder: Path) -> None:
+    names = [f"train/{label}/00{at}.JPEG,{label}" for label in ("cat", "dog") for at in range(4)]
+    (folder / "list.csv").write_text("\n".join(names))
+    splits = ListSource(folder / "list.csv", split=None, val_fraction=0.25).splits
+    assert {split: Counter(item.label for item in found) for split, found in splits.items()} == {
+        "train": {0: 3, 1: 3},
+        "val": {0: 1, 1: 1},
+    }
+    assert list(ListSource(folder / "list.csv", split=None, val_fraction=0).splits) == ["train"]
+    with pytest.raises(ValueError, match=r"--val-fraction must be in \[0, 1\), got 1"):
+        ListSource(folder / "list.csv", split=None, val_fraction=1)
+
+
 def test_second_list_must_have_the_classes_of_the_first(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (folder / "train.csv").write_text("train/cat/000.JPEG,cat\ntrain/dog/000.JPEG,dog\n")

@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
+
+import xxhash
 
 from vitcomposer.data.conversion.folders import (
     BESIDE,
@@ -106,7 +107,13 @@ def split_of(name: str) -> str | None:
 
 
 def find_copies(root: Path, files: list[Labelled], report: Report) -> None:
-    """Report files of the same bytes under two labels, or in two splits.
+    """Report files of the same bytes under two labels, or in two splits."""
+    for first, other in identical_files(root, files, report):
+        report.add(TWO_LABELS if other.label != first.label else TWO_SPLITS, f"{first.name} = {other.name}")
+
+
+def identical_files(root: Path, files: list[Labelled], report: Report) -> list[tuple[Labelled, Labelled]]:
+    """Pairs of files of the same bytes that have two labels, or are in two splits.
 
     Files of one size alone are looked into: at first a piece of them, then all of those that agree in it.
     """
@@ -116,14 +123,11 @@ def find_copies(root: Path, files: list[Labelled], report: Report) -> None:
         report.add(
             NOTES, f"{count:,} files share their size with others: they were not compared, as so many take long."
         )
-        return
+        return []
     for whole in (False, True):
         alike = _apart(alike, _digests(root, alike, whole).__getitem__)
-    for first, *others in alike:
-        for other in others:
-            kind = TWO_LABELS if other.label != first.label else TWO_SPLITS
-            if kind is TWO_LABELS or other.split != first.split:
-                report.add(kind, f"{first.name} = {other.name}")
+    pairs = [(first, other) for first, *others in alike for other in others]
+    return [(a, b) for a, b in pairs if (a.label, a.split) != (b.label, b.split)]
 
 
 def _apart(groups: list[list[Labelled]], key: Callable[[Labelled], str]) -> list[list[Labelled]]:
@@ -149,7 +153,7 @@ def _digest(path: Path, size: int, whole: bool) -> str:
     try:
         with open(path, "rb", buffering=0) as file:
             if whole:
-                return blake2b(file.read()).hexdigest()
+                return xxhash.xxh3_128_hexdigest(file.read())
             return os.pread(file.fileno(), _SAMPLE, max(size - _SAMPLE, 0) // 2).hex()
     except OSError:  # reading it for the conversion will tell
         return os.fspath(path)

@@ -99,8 +99,7 @@ class FolderSource(Source):
         self.report = Report()
         if not self.root.is_dir():
             raise ValueError(f"{root} must be a folder with one folder per class. There is no such folder.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"--val-fraction must be in [0, 1), got {val_fraction}. 0.1 keeps a tenth for validation.")
+        _check_val_fraction(val_fraction)
         layout = find_layout(self.root, self.report, val_name)
         scanned = {split: self._scan(folder) for split, folder in (layout.splits or {"train": layout.classes}).items()}
         self.class_names = list(scanned["train"])
@@ -151,19 +150,30 @@ class ListSource(Source):
 
     Args:
         file: The list. A first line that names the columns is left out.
-        split: Name of the one split.
+        split: Name of the one split; None makes ``train`` and ``val`` of it, as of class folders without splits.
         root: Folder that relative paths start from; None is the folder of the list.
         class_names: Names in the order of the labels. None takes the names found, sorted, or, when all labels are
             numbers, the numbers up to the largest one.
+        val_fraction: Share of each class for ``val`` where ``split`` is None, in [0, 1); 0 gives no ``val``.
+        seed: Of that draw.
 
     Raises:
         ValueError: A line that cannot be used, as ``file:line``.
     """
 
     def __init__(
-        self, file: str | Path, *, split: str, root: str | Path | None = None, class_names: list[str] | None = None
+        self,
+        file: str | Path,
+        *,
+        split: str | None,
+        root: str | Path | None = None,
+        class_names: list[str] | None = None,
+        val_fraction: float = 0.1,
+        seed: int = 0,
     ) -> None:
+        _check_val_fraction(val_fraction)
         self.root = Path(root) if root is not None else Path(file).parent
+        self.report = Report()
         rows = _read_rows(Path(file))
         if rows and Path(rows[0][1]).suffix.lower() not in IMAGE_SUFFIXES and not (self.root / rows[0][1]).exists():
             rows = rows[1:]  # a header
@@ -192,7 +202,9 @@ class ListSource(Source):
                     f"{where}: {path} must have one label, it has another in line {line_before}. Mend one."
                 )
             items.append(Item(path, self._size(path, where), value))
-        self.splits = {split: items}
+        self.splits = {split or "train": items}
+        if split is None and val_fraction:
+            self.splits = hold_out(items, val_fraction, seed)
 
     def read(self, item: Item) -> bytes:
         """The file as it is."""
@@ -248,6 +260,11 @@ def hold_out(items: list[Item], fraction: float, seed: int) -> dict[str, list[It
     if not val:
         raise ValueError("No class has two images, so nothing can be held out. Use --val-fraction 0 for no val split.")
     return {"train": train, "val": val}
+
+
+def _check_val_fraction(fraction: float) -> None:
+    if not 0 <= fraction < 1:
+        raise ValueError(f"--val-fraction must be in [0, 1), got {fraction}. 0.1 keeps a tenth for validation.")
 
 
 def check_same_classes(names: list[str], others: list[str], where: str, elsewhere: str) -> None:

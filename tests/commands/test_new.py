@@ -1,0 +1,121 @@
+"""``vitcomposer new``: a yaml that fits, what it says, and commands that run as they are printed."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.data.conversion.conversion import write_images
+from vitcomposer import config
+from vitcomposer.cli import main
+from vitcomposer.commands import new
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def printed_commands(text: str) -> list[list[str]]:
+    return [shlex.split(line) for line in text.partition("\nNext:\n")[2].splitlines()]
+
+
+def test_yaml_fits_the_folder_and_the_printed_conversion_makes_what_it_trains_on(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(here / "my photos", {"ant": 30, "bee": 12})
+    (here / "my photos/bee/same.jpg").write_bytes((here / "my photos/ant/000.JPEG").read_bytes())
+    (here / "my photos/bee/broken.jpg").write_bytes((here / "my photos/ant/001.JPEG").read_bytes()[:300])
+    assert main(["new", "my photos"]) == 0
+    printed = capsys.readouterr().out
+    assert "my photos: 44 images, 2 classes, 14 to 30 a class, median 40 x 30\n" in printed
+    assert "1 pair of identical files in different classes: my_photos.duplicates.csv\n" in printed
+    assert "cannot be read: bee/broken.jpg (" in printed
+    assert "wrote my_photos.yaml: a small ConViT from scratch, 36 px, 300 epochs, 4 images a step\n" in printed
+    text = Path("my_photos.yaml").read_text()
+    assert "#   cannot be read: bee/broken.jpg" in text
+    convert, train, predict = printed_commands(printed)
+    assert convert[:5] == ["vitcomposer", "convert", "folder", "my photos", "datasets/my_photos"]
+    assert main([*convert[1:], "--workers", "1"]) == 0
+    cfg = config.load(train[-1])
+    assert cfg.data.local == convert[4] and Path(cfg.data.local, "val/index.json").is_file()
+    assert predict[2] == "runs/my_photos" and Image.open(predict[3]).size == (40, 30)
+
+
+def test_weights_that_are_there_are_started_from_and_missing_ones_are_told(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(here / "photos", {"ant": 12, "bee": 12}, size=300)
+    assert main(["new", "photos"]) == 0
+    told = capsys.readouterr().out
+    assert "do    weights/deit_3_small_224_21k.pth is missing" in told
+    assert "\n      vitcomposer weights deit_3_small_224_21k\n" in told
+    Path("weights").mkdir()
+    Path(new.WEIGHTS).touch()
+    assert str(new.WEIGHTS) == config.load("finetune_photos").init.weights
+    again = next(line.strip() for line in told.splitlines() if line.strip().startswith("vitcomposer new"))
+    assert main(shlex.split(again)[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "wrote photos_pretrained.yaml: DeiT III-S from ImageNet-21k" in printed and "missing" not in printed
+    assert config.load("photos_pretrained.yaml").init.weights == str(new.WEIGHTS)
+
+
+def test_list_of_files_is_read_as_convert_reads_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(here / "files", {"one": 10, "two": 10})
+    rows = [f"files/{path.parent.name}/{path.name},{path.parent.name}" for path in sorted(here.glob("files/*/*"))]
+    Path("labels.csv").write_text("\n".join(["path,label", *rows, ""]))
+    assert main(["new", "labels.csv"]) == 0
+    convert, train, _ = printed_commands(capsys.readouterr().out)
+    assert main([*convert[1:], "--workers", "1"]) == 0
+    assert Path(config.load(train[-1]).data.local, "val/index.json").is_file()
+
+
+def test_nothing_is_written_over_a_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(here / "photos", {"ant": 12, "bee": 12})
+    Path("photos.yaml").write_text("mine")
+    assert main(["new", "photos"]) == 2
+    assert "error: --out must be a file that is not there yet, got photos.yaml" in capsys.readouterr().err
+    assert Path("photos.yaml").read_text() == "mine"
+    assert main(["new", "photos", "--out", "none/other.yaml"]) == 2
+    assert "none/other.yaml cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "There is no such folder"),
+        (lambda root: write_images(root, {"ant": 5}), "two classes or more"),
+        (lambda root: write_images(root.parent, {root.name: 5}), "holds no folder"),
+    ],
+)
+def test_folder_that_cannot_be_trained_on_is_one_error(
+    here: Path, make, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(here / "photos")
+    assert main(["new", "photos"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not Path("photos.yaml").exists()
+
+
+def test_converted_images_go_beside_a_folder_that_holds_datasets(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(here / "photos", {"ant": 12, "bee": 12})
+    monkeypatch.chdir(here / "photos")
+    assert main(["new", "."]) == 0
+    convert, *_ = printed_commands(capsys.readouterr().out)
+    assert convert[3:5] == [".", "../photos_mds"]
+    assert config.load("photos.yaml").data.local == "../photos_mds"
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys\nfrom vitcomposer.commands import new\n"
+    code += "from vitcomposer.survey import duplicates, page, photos, rules\n"
+    code += "print(sorted({'torch', 'composer', 'streaming', 'numba'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout == "[]\n"

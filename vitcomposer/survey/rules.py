@@ -1,0 +1,104 @@
+"""Chooses the settings that fit a data set by stated rules: the table of docs/your_data.md, with its reasons."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from vitcomposer.survey.photos import Survey
+
+_Value = TypeVar("_Value")
+
+PRETRAINED, FROM_SCRATCH = "finetune_photos", "photos_scratch"  # pages of yamls/
+SMALL, MEDIUM = 10_000, 100_000  # training images
+FEW = 300
+_EPOCHS = {SMALL: 30, MEDIUM: 15, math.inf: 8}  # with pre-trained weights, below that many training images
+_CROPS = {SMALL: 0.35, MEDIUM: 0.2, math.inf: 0.08}  # least share of the area, likewise
+SEEN = 240_000  # images that a run from scratch sees, within these epochs
+_SCRATCH_EPOCHS = (30, 300)
+LARGEST_BATCH = 64
+_STEPS = 10  # of an epoch, at least
+WORKERS = 8
+_SIZES = {PRETRAINED: (16, 96, 224), FROM_SCRATCH: (12, 36, 96)}  # patch, smallest and largest image in pixels
+
+
+@dataclass
+class Choice:
+    """A page of ``yamls/`` and what differs from it: values as yaml text, with a reason for each."""
+
+    page: str
+    values: dict[str, tuple[str, str]] = field(default_factory=dict)
+    image_size: int = 0  # pixels
+    epochs: int = 0
+    batch: int = 0  # images a step
+    reasons: list[str] = field(default_factory=list)
+
+    def set(self, key: str, value: object, reason: str) -> None:
+        """Give a key of the yaml its value."""
+        self.values[key] = str(value), reason
+
+
+def choose(found: Survey, *, pretrained: bool, cores: int) -> Choice:
+    """The settings for a data set with classes.
+
+    Args:
+        found: What it holds.
+        pretrained: Whether the weights that the page of that name starts from are there.
+        cores: Of this machine.
+    """
+    choice = Choice(PRETRAINED if pretrained else FROM_SCRATCH)
+    count = found.training_images
+    choice.set("model.num_classes", len(found.class_names), "the class folders")
+    _choose_size(choice, found)
+    _choose_batch(choice, count)
+    _choose_length(choice, count)
+    if pretrained:
+        _choose_tuning(choice, count)
+    choice.set("data.num_workers", min(cores, WORKERS), f"one for each core, {WORKERS} at most")
+    return choice
+
+
+def _choose_size(choice: Choice, found: Survey) -> None:
+    patch, smallest, largest = _SIZES[choice.page]
+    side = min(found.size)
+    choice.image_size = min(max(side // patch * patch, smallest), largest)
+    reason = f"the median shorter side is {side:,}"
+    choice.set("model.image_size", choice.image_size, f"{reason}; from {smallest} to {largest}")
+
+
+def _choose_batch(choice: Choice, count: int) -> None:
+    fitting = 2 ** int(math.log2(max(count / _STEPS, 1)))
+    choice.batch = min(max(fitting, min(4, count)), LARGEST_BATCH)
+    reason = f"{LARGEST_BATCH}, or what gives {_STEPS} steps an epoch"
+    choice.set("global_train_batch_size", choice.batch, f"{reason} ({count:,} training images)")
+
+
+def _choose_length(choice: Choice, count: int) -> None:
+    if choice.page == PRETRAINED:
+        choice.epochs, limit = _by_size(_EPOCHS, count)
+        reason = f"{limit} training images, from pre-trained weights"
+        choice.reasons.append(f"{limit} images -> {choice.epochs} epochs from pre-trained weights")
+    else:
+        least, most = _SCRATCH_EPOCHS
+        choice.epochs = min(max(round(SEEN / count / 10) * 10, least), most)
+        reason = f"about {SEEN:,} images are seen, in {least} to {most} epochs"
+        choice.reasons.append("no pre-trained weights -> a small ConViT, long, with strong augmentation")
+    choice.set("max_duration", f"{choice.epochs}ep", reason)
+    steps = choice.epochs * (count // choice.batch)
+    smoothing = min(1 - 10 / max(steps, 100), 0.9999)
+    average = f"{{smoothing: {smoothing:.4g}, update_interval: 1ba}}"
+    choice.set("algorithms.EMA", average, f"over a tenth of the run's {steps:,} steps")
+
+
+def _choose_tuning(choice: Choice, count: int) -> None:
+    least, limit = _by_size(_CROPS, count)
+    choice.set("augment.crop_scale", f"[{least}, 1.0]", f"{limit} training images")
+    if count < FEW:
+        choice.set("init.train_blocks", 4, f"under {FEW} training images: the last third alone learns")
+        choice.reasons.append(f"under {FEW} training images -> the last 4 of 12 blocks learn")
+
+
+def _by_size(table: Mapping[float, _Value], count: int) -> tuple[_Value, str]:
+    """The value of the first row that a number of images is below, and that row in words."""
+    limit = next(limit for limit in table if count < limit)
+    return table[limit], f"under {limit:,}" if math.isfinite(limit) else f"{MEDIUM:,} or more"
