@@ -33,6 +33,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (  # as the help lists them
+    Command("doctor", "start"),
     Command("new", "start"),
     Command("weights", "start"),
     Command("convert", "start"),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Tell
 from vitcomposer import config
-from vitcomposer.data.mds import shared_memory as start
+from vitcomposer.data.mds import worker_room as start
 from vitcomposer.errors import ConfigError
 from vitcomposer.runs import failures
 
@@ -29,7 +29,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_workers_whose_batches_do_not_fit_are_refused_with_the_number_that_does(
     limits: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tell: Tell
 ) -> None:
-    monkeypatch.setattr(start, "_free_bytes", lambda: (1 << 20) + 65 * MEGABYTE)
+    monkeypatch.setattr(start, "free_bytes", lambda: (1 << 20) + 65 * MEGABYTE)
     start.check_worker_room("data.num_workers", 3, prefetch_factor=2, batch_bytes=10 * MEGABYTE)
     with pytest.raises(
         ConfigError, match=r"data.num_workers must be at most 3: /dev/shm has 66 MB free.*got 4.*shm-size"
@@ -42,7 +42,7 @@ def test_workers_whose_batches_do_not_fit_are_refused_with_the_number_that_does(
 
 
 def test_no_room_for_streaming_itself_is_refused_without_workers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "_free_bytes", lambda: 65_536)
+    monkeypatch.setattr(start, "free_bytes", lambda: 65_536)
     with pytest.raises(ConfigError, match="/dev/shm must be a place with 1 MiB of room, got '65,536 bytes'"):
         start.check_worker_room("data.num_workers", 0)
 

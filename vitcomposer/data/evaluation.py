@@ -14,8 +14,9 @@ from vitcomposer.data.batch import Sample
 from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.loader import Split, open_dataset, source_of
-from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
+from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
+from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
 from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.schema.recipe import Recipe

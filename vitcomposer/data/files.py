@@ -13,7 +13,8 @@ from vitcomposer.data.conversion.folders import read_file
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.jpeg.decode import Interpolation
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
+from vitcomposer.data.mds.shared_memory import ignore_interrupt
+from vitcomposer.data.mds.worker_room import check_worker_room
 
 _ANY_LABEL = 1 << 62
 

@@ -22,12 +22,12 @@ from vitcomposer.data.jpeg import current_reading, set_reading
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.shared_memory import (
-    check_worker_room,
     clear_stale_memory,
     ignore_interrupt,
     one_start_at_a_time,
 )
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
+from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.errors import ConfigError, ShardError, require
 from vitcomposer.schema import Data, Probe, Supervised

@@ -1,13 +1,10 @@
 """Records what a run ran on: versions, git commit, hardware."""
 
-import contextlib
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from composer.utils import dist
 from torch.version import cuda as cuda_version
 
 from vitcomposer.installed import git_state, version_of
+from vitcomposer.runs.machine import cpu_model, driver_of_gpus
 
 PACKAGES = (
     "torch",
@@ -39,26 +37,11 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "cores": os.cpu_count()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [{"name": name, "count": count} for name, count in gpus.items()],
-        "gpu_driver": _gpu_driver() if gpus else None,
+        "gpu_driver": driver_of_gpus() if gpus else None,
         "cuda": cuda_version if gpus else None,
         "world_size": dist.get_world_size(),
         "nodes": max(1, dist.get_world_size() // dist.get_local_world_size()),
     }
-
-
-def _cpu_model() -> str | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None
-
-
-def _gpu_driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
-    return None

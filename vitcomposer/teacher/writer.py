@@ -30,8 +30,9 @@ from vitcomposer.data.conversion.plan import read_json, to_json
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.loader import augments_on_device, open_dataset
 from vitcomposer.data.mds.shards import INDEX
-from vitcomposer.data.mds.shared_memory import check_worker_room, ignore_interrupt
+from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
+from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.random import view_seed
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.losses import TeacherAnswers
