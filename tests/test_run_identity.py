@@ -11,7 +11,7 @@ from tests.conftest import run_train
 from tests.data.conversion.conversion import write_images
 from tests.faults.small_run import DEIT, tiny
 from vitcomposer.cli import main
-from vitcomposer.runs.identity import read_identity
+from vitcomposer.runs.identity import read_identity, write_identity
 from vitcomposer.runs.layout import IDENTITY
 
 CLASSES = {"cat": 12, "dog": 12}
@@ -95,6 +95,20 @@ def test_other_images_are_refused_by_name(
     expected = OTHERS[other].replace("RUN", re.escape(str(run))).replace("DATA", re.escape(str(data[other])))
     assert re.match(f"error: {expected}", capsys.readouterr().err)
     assert files(run) == before
+
+
+def test_a_resume_says_that_the_resize_is_another_one(
+    run: Path, data: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of an older version noted none down: its crops were those of Pillow 12 and older."""
+    identity = read_identity(run)
+    assert identity is not None and identity.pop("resize") == "Pillow 13"
+    write_identity(run, identity)
+    said = f"{run} began with the resize of Pillow 12; from here on it is that of Pillow 13: "
+    assert start(run.parent, f"data.local={data['same']}", "max_duration=2ba") == 0
+    assert capsys.readouterr().out.count(said) == 1
+    assert start(run.parent, f"data.local={data['same']}", "max_duration=3ba") == 0
+    assert "began with the resize" not in capsys.readouterr().out
 
 
 def test_synthetic_images_are_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,9 @@ def train_timm(images: Path, seed: int) -> dict[str, Any]:
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
 
+    from benchmarks.timm_posterize import posterize_to_no_bits
+
+    posterize_to_no_bits()
     begin = time.perf_counter()
     random.seed(seed)
     torch.manual_seed(seed)

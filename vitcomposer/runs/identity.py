@@ -1,7 +1,7 @@
 """Records what makes a run this run: its configuration and the images that it began with, beside its checkpoints.
 
 ``identity.json`` holds both with a digest, so that a damaged ``config.yaml`` keeps no run from going on, and other
-images under the same path are noticed.
+images under the same path are noticed, and other pixels of the same images: it names the resize.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vitcomposer.data.jpeg import RESIZE
 from vitcomposer.runs import layout
 from vitcomposer.runs.metrics import read_object
 from vitcomposer.schema.recipe import Recipe
@@ -28,7 +29,8 @@ def plain(cfg: Recipe) -> dict[str, Any]:
 
 def identity_of(cfg: Recipe, config_yaml: str, images: Mapping[str, Images | None]) -> dict[str, Any]:
     """The content of the file, for :func:`write_identity`."""
-    return {"config_sha256": hashlib.sha256(config_yaml.encode()).hexdigest(), "config": plain(cfg), "images": images}
+    digest = hashlib.sha256(config_yaml.encode()).hexdigest()
+    return {"config_sha256": digest, "config": plain(cfg), "images": images, "resize": RESIZE}
 
 
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.input.candidates import BATCH, RAND_AUGMENT, SIZE
 from benchmarks.input.candidates.folder import image_folder
+from benchmarks.timm_posterize import posterize_to_no_bits
 
 PACKAGES = ("timm", "torch", "torchvision", "pillow")
 
@@ -23,6 +24,7 @@ _POLICIES = {
 
 def batches(store: Path, *, policy: str | None = None, workers: int = 0) -> Iterator[Tensor]:
     torch.set_num_threads(1)
+    posterize_to_no_bits()
     transform = create_transform(
         SIZE, is_training=True, interpolation="bicubic", use_prefetcher=True, **_POLICIES[policy]
     )

@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_image
 from timm.data import auto_augment as timm
 from torchvision.transforms import functional as tv
 
+from benchmarks.timm_posterize import posterize  # black at 0 bits, which timm draws and Pillow 13 refuses
 from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.programs import apply_program, encode
 
@@ -31,7 +32,7 @@ def pillow(image: Image.Image, code: int, value: float) -> Image.Image:
         ops.FLIP: lambda: ImageOps.mirror(image),
         ops.GRAYSCALE: lambda: image.convert("L").convert("RGB"),
         ops.INVERT: lambda: timm.invert(image),
-        ops.POSTERIZE: lambda: timm.posterize(image, int(value)),
+        ops.POSTERIZE: lambda: posterize(image, int(value)),
         ops.SOLARIZE: lambda: timm.solarize(image, value),
         ops.SOLARIZE_ADD: lambda: timm.solarize_add(image, int(value)),
         ops.BRIGHTNESS: lambda: tv.adjust_brightness(image, value),

@@ -19,7 +19,7 @@ CALL = "from vitcomposer.data.outer_kernels import outer; print(outer(1))"
 def test_a_changed_kernel_is_compiled_again_though_its_caller_did_not_change(tmp_path: Path) -> None:
     data = tmp_path / "vitcomposer" / "data"
     (data / "jpeg").mkdir(parents=True)
-    for name in ("__init__.py", "data/__init__.py", "data/jpeg/__init__.py", "data/jpeg/kernel.py"):
+    for name in ("__init__.py", "errors.py", "data/__init__.py", "data/jpeg/__init__.py", "data/jpeg/kernel.py"):
         shutil.copy(PACKAGE / name, tmp_path / "vitcomposer" / name)
     inner = data / "inner_kernels.py"
     head = "from vitcomposer.data.jpeg.kernel import kernel\n\n\n@kernel\n"

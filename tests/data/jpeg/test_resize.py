@@ -1,5 +1,7 @@
-"""The resize against Pillow's, bit for bit."""
+"""The resize against that of Pillow 13, bit for bit."""
 
+import ctypes
+import mmap
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -61,6 +63,41 @@ def test_resize_equals_pillow_at_any_size(bicubic: bool) -> None:
 )
 def test_resize_equals_pillow_at_the_edges(height: int, width: int, rows: int, columns: int, bicubic: bool) -> None:
     check(noise(height, width), rows, columns, bicubic)
+
+
+@pytest.mark.parametrize("bicubic", [True, False])
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [
+        # The height loses twice what the width loses, then a row more: from there on Pillow begins with the rows.
+        (160, 130, 100, 100),
+        (161, 130, 100, 100),
+        # The width stays or grows: from the first row less on.
+        (100, 90, 100, 100),
+        (101, 90, 100, 100),
+        (101, 100, 100, 100),
+        (700, 100, 8, 101),  # many weights
+        (1200, 3, 5, 1),
+        (2, 1, 1, 5),
+    ],
+)
+def test_rows_come_first_where_pillow_begins_with_them(
+    height: int, width: int, rows: int, columns: int, bicubic: bool
+) -> None:
+    check(noise(height, width), rows, columns, bicubic)
+
+
+def test_no_byte_behind_the_image_is_read() -> None:
+    """Rows that come first are read where they lie: here before a page that may not be read, which ends the process."""
+    page = mmap.PAGESIZE
+    for height, width, rows in [(400, 60, 224), (64, 30, 40), (1500, 21, 9), (3, 2, 1), (2, 1, 1)]:
+        pixels = noise(height, width)
+        size = -(-pixels.nbytes // page) * page
+        memory = mmap.mmap(-1, size + page)
+        whole = np.frombuffer(memory, np.uint8)
+        whole[size - pixels.nbytes : size] = pixels.reshape(-1)
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(whole.ctypes.data + size), page, 0) == 0
+        check(whole[size - pixels.nbytes : size].reshape(pixels.shape), rows, width, True)
 
 
 def test_one_level_everywhere_stays_that_level() -> None:

@@ -15,6 +15,8 @@ from vitcomposer.errors import require
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
+RESIZE = "Pillow 13"  # whose pixels the resize has; a run notes it down, and a resume with another one says so
+
 MAX_PIXELS = 1 << 27  # 134,217,728, such as 16,384 x 8,192; one takes 1 to 2 GB while it is decoded
 
 

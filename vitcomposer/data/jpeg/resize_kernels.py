@@ -16,6 +16,8 @@ I32, U8, U64 = np.int32, np.uint8, np.uint64
 
 BITS = 22  # of fraction; 255 needs 8 and the sign and the overshoot one each
 HALF = 1 << (BITS - 1)
+SPARE = 6  # pixels, rows: long sums are of 6 n + 4 values, the last of them times zero
+NO_END = 1 << 62  # of the lines of scratch memory, which has SPARE of them behind those that count
 
 
 @kernel
@@ -78,7 +80,7 @@ def _level(total):
 
 
 # One function for each number of weights, so that the loop has no loop inside. A line with one weight less than the
-# function takes has a zero after its own, and source has bytes there (resize._SPARE).
+# function takes has a zero after its own, and source has bytes there (SPARE).
 @kernel
 def _sum_two(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
@@ -204,16 +206,34 @@ def _sum_many(source, at, step, count, weights, first, taps, out, into, sums):  
 
 
 @kernel
-def apply_weights(source, step, axis, out, count, sums):  # noqa: PLR0913, PLR0917
-    """One pass: lines of count bytes, each the sum of as many lines of source, step apart, as its span says."""
+def _sum_few(source, at, step, count, weights, first, taps, out, into, sums):  # noqa: PLR0913, PLR0917
+    """Any number of weights, and no line is read beyond the last of them."""
+    for i in range(count):
+        sums[U64(i)] = HALF  # int32 (count,)
+    for k in range(taps):
+        weight, p = weights[U64(first + k)], at + k * step
+        for i in range(count):
+            sums[U64(i)] = I32(sums[U64(i)] + I32(weight * source[U64(p + i)]))
+    for i in range(count):
+        out[U64(into + i)] = _level(sums[U64(i)])
+
+
+@kernel
+def apply_weights(source, step, end, axis, out, count, sums):  # noqa: PLR0913, PLR0917
+    """One pass: lines of count bytes, each the sum of as many lines of source, step apart, as its span says.
+
+    Lines that follow those of a span may be read too, times zero, but none from line ``end`` on.
+    """
     spans, weights = axis  # int64 (2 * target,), int32 (target * most,)
     target = len(spans) // 2
     most = len(weights) // target
     for i in range(target):
         taps = spans[U64(2 * i + 1)]
         at, first, into = spans[U64(2 * i)] * step, i * most, i * count
+        if spans[U64(2 * i)] + taps + SPARE > end:
+            _sum_few(source, at, step, count, weights, first, taps, out, into, sums)
         # Up to 8 taps, such as bicubic to half the size has, the sums stay in registers.
-        if taps <= 2:
+        elif taps <= 2:
             _sum_two(source, at, step, count, weights, first, out, into)
         elif taps <= 4:
             _sum_four(source, at, step, count, weights, first, out, into)
@@ -279,28 +299,46 @@ def _turn(pixels, stride, width, top, count, lines, tile):  # noqa: PLR0913, PLR
 
 
 @kernel
-def resize_axes(pixels, stride, shape, depth, across, down, scratch, out):  # noqa: PLR0913, PLR0917
-    """Horizontal pass, then the vertical one.
-
-    Args:
-        pixels: Rows of 3 * shape[1] bytes, shape[0] of them, stride apart.
-        depth: Rows of a tile, a multiple of 8.
-        across, down: Spans and weights of an axis, from ``coefficients``.
-        scratch: (lines, tile, middle, sums), sized by ``Scratch``.
-        out: Rows of 3 * target bytes.
-    """
+def _resize_across(source, stride, shape, depth, axis, scratch):  # noqa: PLR0913, PLR0917
+    """The horizontal pass, from rows stride apart to middle: rows of as many whole words as 3 * target bytes need."""
     height, width = shape
-    lines, tile, middle, sums = scratch  # uint64, uint64, uint64, int32
-    target = len(across[0]) // 2
+    (lines, tile, middle), sums, (tile8, _, _) = scratch[0], scratch[2], scratch[3]
+    lines8 = lines.view(np.uint8)
+    target = len(axis[0]) // 2
     wide = (3 * target + 7) // 8
-    lines8, tile8, middle8 = lines.view(np.uint8), tile.view(np.uint8), middle.view(np.uint8)
     for top in range(0, height, depth):
         count = min(depth, height - top)
         groups = (count + 7) // 8
-        _turn(pixels, stride, width, top, count, lines, tile)
+        _turn(source, stride, width, top, count, lines, tile)
         # A pixel is three columns of 8 * groups bytes: lines becomes (3 * target columns, 8 * groups rows) bytes.
-        apply_weights(tile8, 24 * groups, across, lines8, 24 * groups, sums)
+        apply_weights(tile8, 24 * groups, NO_END, axis, lines8, 24 * groups, sums)
         # Turned back, 8 columns at a time: middle has rows of wide words, 3 * target bytes and what fills the last one.
         for j in range(wide):
             _transpose(lines, 8 * j * groups, groups, middle, top * wide + j, wide, groups)
-    apply_weights(middle8, 8 * wide, down, out, 3 * target, sums)
+
+
+@kernel
+def resize_axes(pixels, stride, shape, depth, axes, down_first, scratch, out):  # noqa: PLR0913, PLR0917
+    """Both passes, the vertical one first if ``down_first``.
+
+    Args:
+        pixels: Rows of 3 * shape[1] bytes, shape[0] of them, stride apart; read-only.
+        depth: Rows of a tile, a multiple of 8.
+        axes: Of the columns and of the rows, the spans and weights from ``coefficients``.
+        scratch: What ``resize._Workspace`` has, large enough.
+        out: Rows of 3 * target bytes.
+    """
+    across, down = axes
+    height, width = shape
+    target, rows = len(across[0]) // 2, len(down[0]) // 2
+    size = 8 * ((3 * target + 7) // 8)
+    _, reduced, sums, (_, middle8, reduced8) = scratch
+    if down_first:
+        apply_weights(pixels, stride, height, down, reduced, 3 * width, sums)
+        _resize_across(reduced8, 3 * width, (rows, width), depth, across, scratch)
+        for y in range(rows):
+            for x in range(3 * target):
+                out[U64(3 * target * y + x)] = middle8[U64(size * y + x)]
+    else:
+        _resize_across(pixels, stride, shape, depth, across, scratch)
+        apply_weights(middle8, size, NO_END, down, out, 3 * target, sums)
