@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,13 @@ def test_names_of_files_in_a_run_folder_are_spelled_in_its_layout_alone() -> Non
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_file_is_under_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+def test_a_folder_has_at_most_16_modules() -> None:
+    """Beside its __init__.py, so that a listing of it is read at a glance."""
+    folders = Counter(path.parent for path in [*SOURCES, *ROOT.glob("benchmarks/**/*.py")] if path.stem != "__init__")
+    assert ROOT / "benchmarks/input/candidates" in folders
+    assert {str(folder): count for folder, count in folders.items() if count > 16} == {}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

@@ -144,7 +144,7 @@ def _fill(
 
 
 def _quality(photos: Path, count: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.input.candidates.quality", photos, str(count)]
+    command = [sys.executable, "-m", "benchmarks.input.quality", photos, str(count)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

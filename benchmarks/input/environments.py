@@ -75,7 +75,7 @@ class Workshop:
         python = self.python(made.peer)
         print(f"  write {name}", file=sys.stderr, flush=True)
         job = {"module": made.module, "photos": str(photos), "store": str(unfinished), "options": made.options}
-        command = [python, "-m", "benchmarks.input.candidates.serve", json.dumps(job)]
+        command = [python, "-m", "benchmarks.input.serve", json.dumps(job)]
         self._run(command, f"write-{name}", _WRITE_SECONDS, "its data could not be written")
         unfinished.rename(folder)
 

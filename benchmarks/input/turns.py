@@ -48,7 +48,7 @@ class Process:
         self._log = log
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [python, "-m", "benchmarks.input.candidates.serve", json.dumps(job)],
+                [python, "-m", "benchmarks.input.serve", json.dumps(job)],
                 cwd=ROOT,
                 env={**os.environ, **_ONE_THREAD, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONWARNINGS": "ignore"},
                 stdin=subprocess.PIPE,

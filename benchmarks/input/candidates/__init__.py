@@ -60,9 +60,9 @@ def lengthen_epoch(index: Path) -> None:
 
 
 STORES = {
-    "ours-plain": Store(module="ours_shards", options={"kind": "plain"}),
-    "ours-seekable": Store(module="ours_shards", options={"kind": "seekable"}),
-    "ours-raw": Store(module="ours_shards", options={"kind": "raw"}),
+    "ours-plain": Store(module="ours", options={"kind": "plain"}),
+    "ours-seekable": Store(module="ours", options={"kind": "seekable"}),
+    "ours-raw": Store(module="ours", options={"kind": "raw"}),
     "mds-jpeg": Store(module="streaming_pil"),
     "tar": Store(module="webdataset_pil", peer="webdataset"),
     "tfrecord": Store(module="tensorflow_data", peer="tensorflow"),

@@ -1,5 +1,10 @@
-"""The training path of vitcomposer: ImageStream over shards, TrainCollate as the DataLoader's collate_fn."""
+"""The training path of vitcomposer: ImageStream over shards, TrainCollate as the DataLoader's collate_fn.
 
+``vitcomposer convert`` writes its shards.
+"""
+
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.input.candidates import BATCH, SIZE
+from benchmarks.input.candidates import BATCH, SIZE, lengthen_epoch
 from vitcomposer.data.collate import TrainCollate
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.schema import Augment, Mixing
 
 PACKAGES = ("vitcomposer", "mosaicml-streaming", "torch", "simplejpeg", "numba", "numpy")
+
+_FLAGS = {"plain": ["--no-seekable"], "seekable": ["--seekable"], "raw": ["--raw-fraction", "1.0"]}
+
+
+def write(photos: Path, store: Path, *, kind: str) -> None:
+    command = [sys.executable, "-m", "vitcomposer", "convert", "folder", str(photos), str(store)]
+    subprocess.run([*command, "--val-fraction", "0", *_FLAGS[kind]], check=True)
+    lengthen_epoch(store / "train" / "index.json")
 
 
 def batches(store: Path, *, workers: int = 0, **augment: Any) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """How far the pixels of ours, and of the shortcuts that peers take, are from Pillow's full decode and bicubic resize.
 
-    python -m benchmarks.input.candidates.quality PHOTOS COUNT
+    python -m benchmarks.input.quality PHOTOS COUNT
 
 prints a JSON object: for each row its PSNR in dB (mean and 5th percentile over the photos) and largest difference, at
 224 pixels in the same random boxes. Ours reads the photo made seekable, everything else reads its file.

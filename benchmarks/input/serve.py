@@ -2,7 +2,7 @@
 
 Run from the checkout, under the interpreter of the candidate's peer::
 
-    python -m benchmarks.input.candidates.serve '{"module": ..., "store": ..., "options": {...}}'
+    python -m benchmarks.input.serve '{"module": ..., "store": ..., "options": {...}}'
 
 Every line of standard input is a number of images to process; every answer is a line of JSON on standard output.
 """
