@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitcomposer.evaluation.trained import Trained, Weights
+    from vitcomposer.models.attention import BlockAttention
     from vitcomposer.models.transformer import ImageTransformer
 
 EPILOG = """SOURCE is a run folder, a checkpoint in one, a folder of `vitcomposer export`, or a yaml with
@@ -51,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from vitcomposer.evaluation import attention_pictures as pictures
-    from vitcomposer.models.attention import nonlocality, observe_attention, positional_attention
+    from vitcomposer.models.attention import nonlocality, observe_attention
 
     set_reading(given_reading(args))
     model = load_network(args.source, args.overrides, weights=args.weights)
@@ -65,13 +66,23 @@ def _run(args: argparse.Namespace) -> int:
         blocks = observe_attention(network, image[None], lambda block: block)
         reach.append(torch.stack([nonlocality(block) for block in blocks]))
         _save(pictures.draw_image(network, photo, blocks, layers=layers, heads=heads), args.out / name)
+    _draw_network(network, blocks, torch.stack(reach).mean(dim=0), heads, args.out)
+    return 0
+
+
+def _draw_network(
+    network: "ImageTransformer", blocks: "Sequence[BlockAttention]", reach: "Tensor", heads: list[int], out: Path
+) -> None:
+    """How far every layer reaches, and what a ConViT adds, which does not depend on the image."""
+    from vitcomposer.evaluation import attention_pictures as pictures
+    from vitcomposer.models.attention import positional_attention
+
     gates = [block.gate for block in blocks if block.gate is not None]
     grid = blocks[0].grid
-    _save(pictures.draw_layers(torch.stack(reach).mean(dim=0), gates, grid), args.out / LAYERS)
+    _save(pictures.draw_layers(reach, gates, grid), out / LAYERS)
     if gates:
         positions = positional_attention(network, grid)
-        _save(pictures.draw_positions(positions, gates, grid, heads=heads), args.out / POSITIONS)
-    return 0
+        _save(pictures.draw_positions(positions, gates, grid, heads=heads), out / POSITIONS)
 
 
 LAYERS, POSITIONS = "layers.png", "positional.png"
@@ -101,11 +112,7 @@ def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained
     from vitcomposer.models import load_weights
     from vitcomposer.training.network import build_network
 
-    # A probe and a search for neighbours leave the trunk as it was.
-    own = isinstance(cfg, SelfSupervised) and path.suffix not in (".yaml", ".yml")
-    file = (path / layout.LATEST_CHECKPOINT if path.is_dir() else path) if own else cfg.init.weights
-    remedy = "Set init.weights=FILE."
-    require(file is not None, "init.weights", "the file of the trained network", None, remedy)
+    file = _file_of_trunk(cfg, path)
     model = replace(cfg.model, num_classes=0)
     network = build_network(model, replace(cfg.init, weights=None, train_blocks=None))
     load_weights(network, str(file), min_matched=1)
@@ -122,6 +129,15 @@ def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained
         source=str(file),
         averaged=False,
     )
+
+
+def _file_of_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> Path | str | None:
+    # A probe and a search for neighbours leave the trunk as it was.
+    own = isinstance(cfg, SelfSupervised) and path.suffix not in (".yaml", ".yml")
+    file = (path / layout.LATEST_CHECKPOINT if path.is_dir() else path) if own else cfg.init.weights
+    remedy = "Set init.weights=FILE."
+    require(file is not None, "init.weights", "the file of the trained network", None, remedy)
+    return file
 
 
 def _transformer(model: "Trained") -> "ImageTransformer":

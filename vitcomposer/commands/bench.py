@@ -34,15 +34,12 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer import config
     from vitcomposer.errors import ShardError
 
-    counts = args.workers.split(",")
-    valid = all(count.strip().isdecimal() for count in counts)
-    require(valid, "--workers", "numbers of processes", args.workers, "Write them like 0,1,2,4.")
+    workers, target = _workers(args), args.target
     require(args.seconds > 0, "--seconds", "above 0", args.seconds, "5 is usual.")
-    target = args.target
     require(target is None or target > 0, "--target", "images a second above 0", target, "Leave it out.")
     cfg = config.load(args.yaml, args.overrides)
     try:
-        found = measure(cfg, workers=sorted({int(count) for count in counts}), seconds=args.seconds)
+        found = measure(cfg, workers=workers, seconds=args.seconds)
     except ShardError as error:
         raise ConfigError(str(error)) from error
     _print(found)
@@ -55,6 +52,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         write_whole(Path(args.json), json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _workers(args: argparse.Namespace) -> list[int]:
+    counts = args.workers.split(",")
+    valid = all(count.strip().isdecimal() for count in counts)
+    require(valid, "--workers", "numbers of processes", args.workers, "Write them like 0,1,2,4.")
+    return sorted({int(count) for count in counts})
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from vitcomposer.commands.arguments import add_reading, given_reading
 from vitcomposer.errors import require
 
 if TYPE_CHECKING:
+    from vitcomposer.data.conversion.encode import StoreOptions
     from vitcomposer.data.conversion.sources import Source
 
 _PART_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
@@ -19,10 +20,26 @@ _PART_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 def add_command(commands: Any) -> None:
     """Add ``convert`` to the subcommands of a parser."""
-    from vitcomposer.data.conversion.left_out import MAX_BAD_FRACTION
-
     parser = commands.add_parser("convert", description=_run_convert.__doc__)
     kinds = parser.add_subparsers(metavar="SOURCE", required=True)
+    common = _common()
+    _add_folder(kinds, common)
+    _add_list(kinds, common)
+    _add_torchvision(kinds, common)
+    digits = kinds.add_parser("digits", parents=[common], help="the 1,797 handwritten digits of scikit-learn")
+    digits.add_argument("out", help="folder or s3://bucket/prefix")
+    digits.set_defaults(run=_run_convert, source=_digits)
+    _add_subset(kinds)
+    merge = kinds.add_parser("merge", help="one data set of parts made with --part", description=_run_merge.__doc__)
+    merge.add_argument("out", help="folder or s3://bucket/prefix of the parts")
+    _add_tolerance(merge, None, "default: as the parts were made")
+    merge.set_defaults(run=_run_merge)
+
+
+def _common() -> argparse.ArgumentParser:
+    """What all sources take."""
+    from vitcomposer.data.conversion.left_out import MAX_BAD_FRACTION
+
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--workers", type=int, help="processes (default: one per core)")
     common.add_argument("--shard-size", default="64mb", help="largest shard (default: %(default)s)")
@@ -32,28 +49,34 @@ def add_command(commands: Any) -> None:
     )
     _add_storing(common.add_argument_group("how images are stored"))
     _add_parts(common.add_argument_group("more than one machine"))
+    return common
 
+
+def _add_folder(kinds: Any, common: argparse.ArgumentParser) -> None:
     folder = kinds.add_parser("folder", parents=[common], help="one folder per class, below train and val or alone")
     folder.add_argument("path")
     folder.add_argument("out", help="folder or s3://bucket/prefix")
     folder.add_argument(
         "--val-name", help="folder beside train (default: one of a usual name, such as val or validation)"
     )
-    help_text = "share of each class held out {} (default: %(default)s)"
-    folder.add_argument(
-        "--val-fraction", type=float, default=0.1, help=help_text.format("when there is no train folder")
-    )
+    help_text = "share of each class held out when there is no train folder (default: %(default)s)"
+    folder.add_argument("--val-fraction", type=float, default=0.1, help=help_text)
     folder.set_defaults(run=_run_convert, source=_folder)
 
+
+def _add_list(kinds: Any, common: argparse.ArgumentParser) -> None:
     listed = kinds.add_parser("list", parents=[common], help="lines of path,label")
     listed.add_argument("file")
     listed.add_argument("out", help="folder or s3://bucket/prefix")
     listed.add_argument("--split", help="train or val; call once per split (default: val is held out of the list)")
-    listed.add_argument("--val-fraction", type=float, default=0.1, help=help_text.format("without --split"))
+    help_text = "share of each class held out without --split (default: %(default)s)"
+    listed.add_argument("--val-fraction", type=float, default=0.1, help=help_text)
     listed.add_argument("--root", help="folder that the paths start from (default: that of FILE)")
     listed.add_argument("--classes", help="file of class names in the order of the labels, one per line or a JSON list")
     listed.set_defaults(run=_run_convert, source=_list)
 
+
+def _add_torchvision(kinds: Any, common: argparse.ArgumentParser) -> None:
     torchvision = kinds.add_parser("torchvision", parents=[common], help="CIFAR10, FashionMNIST, Flowers102, ...")
     torchvision.add_argument("name")
     torchvision.add_argument("out", help="folder or s3://bucket/prefix")
@@ -61,10 +84,8 @@ def add_command(commands: Any) -> None:
     torchvision.add_argument("--download", action="store_true")
     torchvision.set_defaults(run=_run_convert, source=_torchvision)
 
-    digits = kinds.add_parser("digits", parents=[common], help="the 1,797 handwritten digits of scikit-learn")
-    digits.add_argument("out", help="folder or s3://bucket/prefix")
-    digits.set_defaults(run=_run_convert, source=_digits)
 
+def _add_subset(kinds: Any) -> None:
     subset = kinds.add_parser("subset", help="a class-balanced part of a split, as a split beside it")
     subset.add_argument("path", help="folder or s3://bucket/prefix of the splits")
     subset.add_argument("name", help="of the new split, such as train_1pct")
@@ -72,11 +93,6 @@ def add_command(commands: Any) -> None:
     subset.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     subset.add_argument("--split", default="train", help="that is drawn from (default: %(default)s)")
     subset.set_defaults(run=_run_subset)
-
-    merge = kinds.add_parser("merge", help="one data set of parts made with --part", description=_run_merge.__doc__)
-    merge.add_argument("out", help="folder or s3://bucket/prefix of the parts")
-    _add_tolerance(merge, None, "default: as the parts were made")
-    merge.set_defaults(run=_run_merge)
 
 
 def _add_tolerance(parser: Any, default: float | None, default_text: str) -> None:
@@ -115,13 +131,24 @@ def _add_parts(group: Any) -> None:
 
 def _run_convert(args: argparse.Namespace) -> int:
     """Write images as MDS shards that StreamingDataset reads. Call again after a crash: finished shards are kept."""
-    from vitcomposer.data.conversion.encode import StoreOptions
-    from vitcomposer.data.conversion.parts import convert_part
-    from vitcomposer.data.conversion.ray_engine import convert_with_ray
-    from vitcomposer.data.conversion.write import convert
-
     part = _part(args)
-    stored = StoreOptions(
+    stored = _store_options(args)
+    source = args.source(args)
+    for line in source.warnings:
+        print(line)
+    plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
+    left_out, summary = _convert(args, part, source, plan)
+    if part is not None:
+        said = f", {left_out:,} images that cannot be decoded are left out" if left_out else ""
+        print(f"part {part} of {args.parts} is done{said}; after all: vitcomposer convert merge {args.out}")
+    _print_summary(summary, args.out)
+    return 0
+
+
+def _store_options(args: argparse.Namespace) -> "StoreOptions":
+    from vitcomposer.data.conversion.encode import StoreOptions
+
+    return StoreOptions(
         seekable=args.seekable,
         short_side=args.short_side,
         quality=args.quality,
@@ -130,11 +157,16 @@ def _run_convert(args: argparse.Namespace) -> int:
         reencode=args.reencode,
         reading=given_reading(args),
     )
-    source = args.source(args)
-    for line in source.warnings:
-        print(line)
-    left_out = 0  # of a part, which has no summary
-    plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
+
+
+def _convert(
+    args: argparse.Namespace, part: int | None, source: "Source", plan: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Convert all or a part: how many images a part has left out, and the summary, which a part has not."""
+    from vitcomposer.data.conversion.parts import convert_part
+    from vitcomposer.data.conversion.ray_engine import convert_with_ray
+    from vitcomposer.data.conversion.write import convert
+
     with _Progress(args.out) as progress:
         how = {
             "workers": args.workers,
@@ -142,17 +174,10 @@ def _run_convert(args: argparse.Namespace) -> int:
             "on_progress": progress.update,
         }
         if part is not None:
-            left_out = convert_part(source, args.out, part, args.parts, **plan, **how)
-            summary = {}
-        elif args.engine == "ray":
-            summary = convert_with_ray(source, args.out, args.parts, **plan, **how)
-        else:
-            summary = convert(source, args.out, **plan, **how)
-    if part is not None:
-        said = f", {left_out:,} images that cannot be decoded are left out" if left_out else ""
-        print(f"part {part} of {args.parts} is done{said}; after all: vitcomposer convert merge {args.out}")
-    _print_summary(summary, args.out)
-    return 0
+            return convert_part(source, args.out, part, args.parts, **plan, **how), {}
+        if args.engine == "ray":
+            return 0, convert_with_ray(source, args.out, args.parts, **plan, **how)
+        return 0, convert(source, args.out, **plan, **how)
 
 
 def _part(args: argparse.Namespace) -> int | None:
@@ -170,15 +195,18 @@ def _part(args: argparse.Namespace) -> int | None:
     require(args.parts is not None, "--parts", "given with --part", args.parts, "Give the number of parts in all.")
     from vitcomposer.data.conversion.parts import check_part
 
-    text = args.part
-    if text == "auto":
-        found = [os.environ[name] for name in _PART_VARIABLES if os.environ.get(name)]
-        rule = f"a number unless {' or '.join(_PART_VARIABLES)} is set"
-        require(bool(found), "--part", rule, text, "Run it in a SLURM array or an Indexed Job.")
-        text = found[0]
+    text = _own_number() if args.part == "auto" else args.part
     require(text.isdecimal(), "--part", "a number from 0, or auto", text, "The first part is --part 0.")
     check_part(int(text), args.parts)  # here, as listing the images may take minutes
     return int(text)
+
+
+def _own_number() -> str:
+    """The number that SLURM or Kubernetes has given this task."""
+    found = [os.environ[name] for name in _PART_VARIABLES if os.environ.get(name)]
+    rule = f"a number unless {' or '.join(_PART_VARIABLES)} is set"
+    require(bool(found), "--part", rule, "auto", "Run it in a SLURM array or an Indexed Job.")
+    return found[0]
 
 
 def _run_merge(args: argparse.Namespace) -> int:

@@ -19,6 +19,8 @@ from vitcomposer.runs import layout
 from vitcomposer.whole_files import write_whole
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vitcomposer.evaluation.accuracy import Labelled, Scores
     from vitcomposer.evaluation.trained import Trained
 
@@ -71,17 +73,34 @@ def choose_device(args: argparse.Namespace) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     """Measure a trained classifier: top-1, top-5, loss, per-class accuracy and confusions."""
-    from tqdm import tqdm
-
-    from vitcomposer.data.labeled_sets import read_real_labels
-    from vitcomposer.evaluation.accuracy import measure, open_labelled, with_real_labels
-
     device = choose_device(args)
     set_reading(given_reading(args))
     share = args.max_bad_fraction
     require(0 <= share < 1, "--max-bad-fraction", "in [0, 1)", share, "0.001 leaves out one image in a thousand.")
     models = _models(args)
     first = next(iter(models.values()))
+    sets = _open_sets(args, first)
+    networks = {kind: model.network.to(device) for kind, model in models.items()}
+    out = args.out or (Path(args.source, layout.EVALUATION) if Path(args.source, layout.CONFIG).is_file() else None)
+    results: list[dict[str, Any]] = []
+    options = {"device": device, "bf16": args.bf16, "max_bad_fraction": share}
+    for data in sets:
+        for kind, scores in _measure(networks, data, **options).items():
+            results.append(_result(kind, scores, data))
+            _print(results[-1])
+            if out is not None:
+                _write_tables(out / _folder(results[-1], results[:-1]), results[-1], scores, first)
+    if out is not None:
+        _write_results(out, args, first, results)
+        print(f"{out}: eval.json, and per_class.csv and confusion.png of each of the lines above")
+    return 0
+
+
+def _open_sets(args: argparse.Namespace, first: "Trained") -> "list[Labelled]":
+    """The data sets, with ReaL labels where they are asked for; what is odd about them is said."""
+    from vitcomposer.data.labeled_sets import read_real_labels
+    from vitcomposer.evaluation.accuracy import open_labelled, with_real_labels
+
     real = read_real_labels(args.real, first.class_names) if args.real else None
     options = {"split": args.split, "batch_size": args.batch_size, "workers": args.workers, "cache": args.cache}
     sets = [open_labelled(path, first, **options) for path in args.data]
@@ -92,24 +111,17 @@ def _run(args: argparse.Namespace) -> int:
         remedy = "Give the folder of ImageNet's validation images, one folder per class."
         fits = any(data.real is not None for data in sets)
         require(fits, "--data", "files such as ILSVRC2012_val_00000001.JPEG with --real", args.data, remedy)
-    networks = {kind: model.network.to(device) for kind, model in models.items()}
-    out = args.out or (Path(args.source, layout.EVALUATION) if Path(args.source, layout.CONFIG).is_file() else None)
-    results: list[dict[str, Any]] = []
-    for data in sets:
-        with tqdm(
-            total=data.images.num_samples, unit=" images", desc=data.images.name, disable=None, leave=False
-        ) as bar:
-            options = {"device": device, "bf16": args.bf16, "max_bad_fraction": share}
-            found = measure(networks, data, **options, on_images=bar.update)
-        for kind, scores in found.items():
-            results.append(_result(kind, scores, data))
-            _print(results[-1])
-            if out is not None:
-                _write_tables(out / _folder(results[-1], results[:-1]), results[-1], scores, first)
-    if out is not None:
-        _write_results(out, args, first, results)
-        print(f"{out}: eval.json, and per_class.csv and confusion.png of each of the lines above")
-    return 0
+    return sets
+
+
+def _measure(networks: "dict[str, nn.Module]", data: "Labelled", **options: Any) -> "dict[str, Scores]":
+    """The scores of each network, with a bar meanwhile."""
+    from tqdm import tqdm
+
+    from vitcomposer.evaluation.accuracy import measure
+
+    with tqdm(total=data.images.num_samples, unit=" images", desc=data.images.name, disable=None, leave=False) as bar:
+        return measure(networks, data, **options, on_images=bar.update)
 
 
 def _models(args: argparse.Namespace) -> "dict[str, Trained]":

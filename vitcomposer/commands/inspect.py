@@ -9,6 +9,8 @@ from vitcomposer.data.jpeg import Reading, set_reading
 from vitcomposer.escape import for_terminal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vitcomposer.data.conversion.inspect import SplitReport
 
 _SHOWN = 5  # class names that are printed
@@ -55,10 +57,7 @@ def _print_report(report: "SplitReport") -> None:
         "columns", ", ".join(for_terminal(f"{name}: {encoding}") for name, encoding in report.columns.items())
     )
     if report.class_names is not None:
-        more = ", ..." if len(report.class_names) > _SHOWN else ""
-        table.add_row(
-            "classes", f"{len(report.class_names):,}: {', '.join(map(for_terminal, report.class_names[:_SHOWN]))}{more}"
-        )
+        table.add_row("classes", _first_names(report.class_names))
     if report.class_counts:
         counts = sorted(report.class_counts.values())
         table.add_row("per class", f"min {counts[0]:,}, median {counts[len(counts) // 2]:,}, max {counts[-1]:,}")
@@ -67,3 +66,8 @@ def _print_report(report: "SplitReport") -> None:
         forms = ", ".join(f"{count:,} {form}" for form, count in sorted(report.forms.items()))
         table.add_row("stored", f"{forms}, of {report.forms.total():,} samples read")
     Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def _first_names(names: "Sequence[str]") -> str:
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{len(names):,}: {', '.join(map(for_terminal, names[:_SHOWN]))}{more}"

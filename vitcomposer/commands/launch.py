@@ -4,12 +4,15 @@ import argparse
 import re
 import sys
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitcomposer.errors import require
 from vitcomposer.schema.credentials import holds_credential, is_credential_name, variable_within
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from vitcomposer.launch.shell import Launch
 
 _KUBERNETES = ("kubernetes", "jobset", "pytorchjob")
 # Names of objects, and of hosts that are made from them with a few more letters.
@@ -26,23 +29,28 @@ def add_command(commands: Any) -> None:
 
     engines.add_parser("composer", parents=[everywhere, shell], help="shell commands, one for each node")
     engines.add_parser("torchrun", parents=[everywhere, shell], help="shell commands, one for each node")
+    _add_slurm(engines, [everywhere, queued])
+    engines.add_parser("kubernetes", parents=[everywhere, queued, pods], help="an Indexed Job and its Service")
+    engines.add_parser("jobset", parents=[everywhere, queued, pods], help="a JobSet (jobset.x-k8s.io/v1alpha2)")
+    engines.add_parser("pytorchjob", parents=[everywhere, queued, pods], help="a PyTorchJob (kubeflow.org/v1)")
+    _add_skypilot(engines, [everywhere, queued, _stored()])
+    parser.set_defaults(run=_run)
 
-    slurm = engines.add_parser("slurm", parents=[everywhere, queued], help="a script for sbatch")
+
+def _add_slurm(engines: Any, parents: list[argparse.ArgumentParser]) -> None:
+    slurm = engines.add_parser("slurm", parents=parents, help="a script for sbatch")
     slurm.add_argument("--partition", help="(default: the cluster's)")
     slurm.add_argument("--account", help="(default: yours)")
     slurm.add_argument("--time", help="limit, such as 1-12:00:00; the run goes on in another job after it")
     slurm.add_argument("--setup", help="shell command before the run, such as 'source .venv/bin/activate'")
 
-    engines.add_parser("kubernetes", parents=[everywhere, queued, pods], help="an Indexed Job and its Service")
-    engines.add_parser("jobset", parents=[everywhere, queued, pods], help="a JobSet (jobset.x-k8s.io/v1alpha2)")
-    engines.add_parser("pytorchjob", parents=[everywhere, queued, pods], help="a PyTorchJob (kubeflow.org/v1)")
 
-    sky = engines.add_parser("skypilot", parents=[everywhere, queued, _stored()], help="a task for sky jobs launch")
+def _add_skypilot(engines: Any, parents: list[argparse.ArgumentParser]) -> None:
+    sky = engines.add_parser("skypilot", parents=parents, help="a task for sky jobs launch")
     sky.add_argument("--accelerator", required=True, help="SkyPilot's name of the GPU, such as H100")
     sky.add_argument("--spot", action=argparse.BooleanOptionalAction, default=True, help="(default: on)")
     sky.add_argument("--image", help="of a container (default: SkyPilot's machine)")
     sky.add_argument("--setup", help="shell command that installs what train.py needs")
-    parser.set_defaults(run=_run)
 
 
 def _common() -> argparse.ArgumentParser:
@@ -117,10 +125,28 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _render(args: argparse.Namespace, cfg: Recipe) -> str:
-    from vitcomposer.launch import kubernetes as launch_kubernetes
     from vitcomposer.launch import shell as launch_commands
 
-    launch = launch_commands.Launch(
+    launch = _launch(args, cfg)
+    if args.engine in ("composer", "torchrun"):
+        lines = {"composer": launch_commands.composer_lines, "torchrun": launch_commands.torchrun_lines}[args.engine]
+        return lines(launch, args.master_addr if args.nodes > 1 else None, args.port)
+    if args.engine == "slurm":
+        wishes = {"partition": args.partition, "account": args.account, "time": args.time, "setup": args.setup}
+        return launch_commands.slurm_script(launch, **wishes)
+    volumes = _volumes(args, cfg.run)
+    if args.engine == "skypilot":
+        wishes = {"accelerator": args.accelerator, "spot": args.spot, "image": args.image, "setup": args.setup}
+        task = launch_commands.skypilot_task(launch, **wishes, secrets=tuple(args.secret), volumes=volumes)
+        return _to_yaml(launch, [task])
+    return _to_yaml(launch, _kubernetes_objects(args, launch, volumes))
+
+
+def _launch(args: argparse.Namespace, cfg: Recipe) -> "Launch":
+    """What all engines are told."""
+    from vitcomposer.launch.shell import Launch
+
+    return Launch(
         name=_name(args.engine, cfg.run.name),
         arguments=(args.yaml, *args.overrides),
         nodes=args.nodes,
@@ -131,24 +157,13 @@ def _render(args: argparse.Namespace, cfg: Recipe) -> str:
         grace=getattr(args, "grace", 0),
         retries=getattr(args, "retries", 0),
     )
-    if args.engine in ("composer", "torchrun"):
-        lines = {"composer": launch_commands.composer_lines, "torchrun": launch_commands.torchrun_lines}[args.engine]
-        return lines(launch, args.master_addr if args.nodes > 1 else None, args.port)
-    if args.engine == "slurm":
-        wishes = {"partition": args.partition, "account": args.account, "time": args.time, "setup": args.setup}
-        return launch_commands.slurm_script(launch, **wishes)
-    volumes = _volumes(args, cfg.run)
-    if args.engine == "skypilot":
-        task = launch_commands.skypilot_task(
-            launch,
-            accelerator=args.accelerator,
-            spot=args.spot,
-            image=args.image,
-            setup=args.setup,
-            secrets=tuple(args.secret),
-            volumes=volumes,
-        )
-        return _to_yaml(launch, [task])
+
+
+def _kubernetes_objects(
+    args: argparse.Namespace, launch: "Launch", volumes: tuple[tuple[str, str], ...]
+) -> list[dict[str, Any]]:
+    from vitcomposer.launch import kubernetes as launch_kubernetes
+
     pods = launch_kubernetes.Pods(
         image=args.image,
         namespace=args.namespace,
@@ -161,7 +176,7 @@ def _render(args: argparse.Namespace, cfg: Recipe) -> str:
         "jobset": launch_kubernetes.job_set,
         "pytorchjob": launch_kubernetes.pytorch_job,
     }[args.engine]
-    return _to_yaml(launch, make(launch, pods))
+    return make(launch, pods)
 
 
 def _to_yaml(launch: Any, documents: list[dict[str, Any]]) -> str:
@@ -196,6 +211,11 @@ def _check_text(args: argparse.Namespace) -> None:
     require(1024 <= port <= 65535, "--port", "from 1024 to 65535", port, "Leave it out.")
     for option in (args.yaml, *args.overrides, *getattr(args, "env", []), getattr(args, "setup", None) or ""):
         require("\n" not in option, "the command line", "without line breaks", option, "Write it in one line.")
+    _check_credentials(args)
+
+
+def _check_credentials(args: argparse.Namespace) -> None:
+    """Anybody may read the file: it names credentials and holds none."""
     for override in args.overrides:
         secret = holds_credential(override) or variable_within(override)
         remedy = "Take them out: every store reads its own from the environment."

@@ -52,18 +52,8 @@ def _run(args: argparse.Namespace) -> int:
     """Average the weights of models that were fine-tuned from one, or of the last checkpoints of one run."""
     from vitcomposer.evaluation.trained import load_trained
 
-    check_target(args.out, force=args.force)
-    remedy = "Name a split that was not trained on; choosing by a test set would make its accuracy worthless."
-    require(args.method != "greedy" or args.split is not None, "--split", "given for --method greedy", None, remedy)
-    remedy = "Add --data FOLDER and --split NAME."
-    require((args.data is None) == (args.split is None), "--data", "given together with --split", args.data, remedy)
-    require(args.last is None or args.last >= 1, "--last", "1 or more", args.last, "5 is usual.")
-    sources = [path for source in args.checkpoints for path in last_checkpoints(source, args.last)]
-    remedy = "Name more, or add --last 5 for the last checkpoints of a run."
-    require(len(sources) >= 2, "CHECKPOINT", "two or more models", sources, remedy)
-
     members = []
-    for source in sources:
+    for source in _sources(args):
         members.append(load_trained(source, args.overrides, weights=args.weights))
         check_same(members[0], members[-1])
     score = None
@@ -78,6 +68,20 @@ def _run(args: argparse.Namespace) -> int:
         _print_uniform(members, soup, score)
     write_folder(soup, args.out, force=args.force, notes=_notes(chosen, args.method))
     return 0
+
+
+def _sources(args: argparse.Namespace) -> list[str]:
+    """The models, after a look at all that the command line says."""
+    check_target(args.out, force=args.force)
+    remedy = "Name a split that was not trained on; choosing by a test set would make its accuracy worthless."
+    require(args.method != "greedy" or args.split is not None, "--split", "given for --method greedy", None, remedy)
+    remedy = "Add --data FOLDER and --split NAME."
+    require((args.data is None) == (args.split is None), "--data", "given together with --split", args.data, remedy)
+    require(args.last is None or args.last >= 1, "--last", "1 or more", args.last, "5 is usual.")
+    sources = [path for source in args.checkpoints for path in last_checkpoints(source, args.last)]
+    remedy = "Name more, or add --last 5 for the last checkpoints of a run."
+    require(len(sources) >= 2, "CHECKPOINT", "two or more models", sources, remedy)
+    return sources
 
 
 def last_checkpoints(source: str, last: int | None) -> list[str]:

@@ -164,22 +164,26 @@ def _text_of(value: Any) -> Any:
     return Plain("null" if value is None else str(value).lower())
 
 
+def _references(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """The texts with ``${...}``, each after its key."""
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _references(entry, f"{key}.{name}" if key else str(name))
+    elif "${" in value:
+        yield key, value
+
+
+def _plain(value: Any) -> Any:
+    """The same in str alone: OmegaConf knows no subclasses of it."""
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if is_null(value) else str(value)
+
+
 def _without_references(tree: Tree, problems: list[str]) -> Tree:
     """The tree with what its ``${...}`` refer to; one that cannot be had is noted and left as it is."""
-
-    def scalars(value: Any, key: str) -> Iterator[tuple[str, str]]:
-        if isinstance(value, dict | list):
-            for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
-                yield from scalars(entry, f"{key}.{name}" if key else str(name))
-        elif "${" in value:
-            yield key, value
-
-    def plain(value: Any) -> Any:  # OmegaConf knows no subclasses of str
-        if isinstance(value, dict):
-            return {name: plain(entry) for name, entry in value.items()}
-        if isinstance(value, list):
-            return [plain(entry) for entry in value]
-        return None if is_null(value) else str(value)
 
     def answered(value: Any, key: str, root: Any) -> Any:
         if isinstance(value, dict):
@@ -196,7 +200,7 @@ def _without_references(tree: Tree, problems: list[str]) -> Tree:
             return value
         return _as_tree(found)
 
-    references = dict(scalars(tree, ""))
+    references = dict(_references(tree, ""))
     for key, text in references.items():
         try:
             OmegaConf.create({"x": str(text)})
@@ -205,7 +209,7 @@ def _without_references(tree: Tree, problems: list[str]) -> Tree:
                 f"{key} must hold references that are whole, got {text!r}. Close its braces, or take the ${{ out."
             )
             return tree
-    return answered(tree, "", OmegaConf.create(plain(tree))) if references else tree
+    return answered(tree, "", OmegaConf.create(_plain(tree))) if references else tree
 
 
 def _as_tree(value: Any) -> Any:

@@ -111,29 +111,8 @@ def write_folder(
 
 def _page(trained: "Trained", form: "TimmForm | None") -> dict[str, Any]:
     """The content of config.json: timm's keys where timm can build it, and ours."""
-    size, classes = trained.image_size, trained.model.num_classes
-    page: dict[str, Any] = {}
-    if form is not None:
-        page = {
-            "architecture": form.architecture,
-            "num_classes": classes,
-            "num_features": trained.network.num_features,
-            "global_pool": form.global_pool,
-            "model_args": form.model_args,
-            "pretrained_cfg": {
-                "input_size": [3, size, size],
-                "fixed_input_size": "img_size" in form.model_args,
-                "interpolation": trained.interpolation,
-                "crop_pct": trained.crop_ratio,
-                "crop_mode": "center",
-                "mean": list(trained.mean),
-                "std": list(trained.std),
-                "num_classes": classes,
-                "pool_size": None,
-                "first_conv": form.first_conv,
-                "classifier": form.head,
-            },
-        }
+    size = trained.image_size
+    page = {} if form is None else _page_of_timm(trained, form)
     if trained.class_names is not None:
         page["label_names"] = list(trained.class_names)
     page["vitcomposer"] = {
@@ -147,6 +126,31 @@ def _page(trained: "Trained", form: "TimmForm | None") -> dict[str, Any]:
     return page
 
 
+def _page_of_timm(trained: "Trained", form: "TimmForm") -> dict[str, Any]:
+    size, classes = trained.image_size, trained.model.num_classes
+    pretrained = {
+        "input_size": [3, size, size],
+        "fixed_input_size": "img_size" in form.model_args,
+        "interpolation": trained.interpolation,
+        "crop_pct": trained.crop_ratio,
+        "crop_mode": "center",
+        "mean": list(trained.mean),
+        "std": list(trained.std),
+        "num_classes": classes,
+        "pool_size": None,
+        "first_conv": form.first_conv,
+        "classifier": form.head,
+    }
+    return {
+        "architecture": form.architecture,
+        "num_classes": classes,
+        "num_features": trained.network.num_features,
+        "global_pool": form.global_pool,
+        "model_args": form.model_args,
+        "pretrained_cfg": pretrained,
+    }
+
+
 def _notes(trained: "Trained", form: "TimmForm | None") -> list[str]:
     notes = ["The weights are the moving average over training."] if trained.averaged else []
     if form is not None and trained.model.combine_heads == "probabilities":
@@ -158,24 +162,14 @@ def _notes(trained: "Trained", form: "TimmForm | None") -> list[str]:
 
 
 def _write_files(trained: "Trained", formats: Sequence[str], folder: Path, page: dict[str, Any]) -> dict[str, float]:
-    from vitcomposer.export import graph as export_graph
-    from vitcomposer.export import timm_form as export_timm
-
-    size, facts = trained.image_size, {**page["vitcomposer"], "label_names": page.get("label_names")}
     (folder / CONFIG).write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
     differences = {}
     for name in FILES:
         if name not in formats:
             continue
-        path, expected = folder / FILES[name], trained.network
-        if name == "safetensors":
-            export_timm.save_tensors(trained.network, path)
-            answer = export_timm.from_folder(folder)
-            expected = _with_mean_logits(trained)
-        else:
-            write = export_graph.write_onnx if name == "onnx" else export_graph.write_program
-            answer = write(trained.network, size, path, facts)
-        difference, largest = _compare(answer, expected, size)
+        path = folder / FILES[name]
+        answer, expected = _write_file(trained, name, path, page)
+        difference, largest = _compare(answer, expected, trained.image_size)
         differences[path.name] = difference
         tolerance = TOLERANCE * max(1.0, largest / _LARGE)
         if not difference <= tolerance:  # not a number is too large
@@ -184,6 +178,21 @@ def _write_files(trained: "Trained", formats: Sequence[str], folder: Path, page:
                 "nothing was written. Leave this --format out, or try another version of its packages."
             )
     return differences
+
+
+def _write_file(
+    trained: "Trained", name: str, path: Path, page: dict[str, Any]
+) -> "tuple[Callable[[Tensor], Tensor], nn.Module]":
+    """Write one format: what reads it again, and what that has to answer."""
+    from vitcomposer.export import graph as export_graph
+    from vitcomposer.export import timm_form as export_timm
+
+    if name == "safetensors":
+        export_timm.save_tensors(trained.network, path)
+        return export_timm.from_folder(path.parent), _with_mean_logits(trained)
+    facts = {**page["vitcomposer"], "label_names": page.get("label_names")}
+    write = export_graph.write_onnx if name == "onnx" else export_graph.write_program
+    return write(trained.network, trained.image_size, path, facts), trained.network
 
 
 def _with_mean_logits(trained: "Trained") -> "nn.Module":

@@ -214,13 +214,19 @@ def _draw_attention(lines: list[dict[str, Any]], x: str) -> Figure | None:
         return None
     gates = _numbered(lines, r"attention/gate/layer(\d+)/head(\d+)")
     gated = sorted({layer for layer, _ in gates.values()})
-    depth = max(layer for (layer,) in distances.values())
     rows = -(-len(gated) // GATES_PER_ROW)
     figure = Figure(figsize=(12, 4.5 + 2.4 * rows), dpi=100, layout="constrained")
     above, *below = figure.subfigures(
         1 + bool(rows), 1, height_ratios=[4.5, 2.4 * rows] if rows else None, squeeze=False
     ).flat
-    axes = above.subplots()
+    _draw_distances(above.subplots(), lines, x, distances)
+    if below:
+        _draw_gates(below[0], lines, x, gates)
+    return figure
+
+
+def _draw_distances(axes: Axes, lines: list[dict[str, Any]], x: str, distances: dict[str, tuple[int, ...]]) -> None:
+    depth = max(layer for (layer,) in distances.values())
     axes.set(title="How far attention reaches", ylabel="mean distance (patches)")
     for key, (layer,) in distances.items():
         color = _shade(layer, depth)
@@ -229,9 +235,6 @@ def _draw_attention(lines: list[dict[str, Any]], x: str) -> Figure | None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=1 + (depth > 14))
     _style(axes)
     _name_x(axes, x)
-    if below:
-        _draw_gates(below[0], lines, x, gates)
-    return figure
 
 
 def _draw_gates(figure: SubFigure, lines: list[dict[str, Any]], x: str, gates: dict[str, tuple[int, ...]]) -> None:

@@ -203,6 +203,14 @@ def _is_passing(error: Exception) -> bool:
     return not isinstance(error, (FileNotFoundError, PermissionError, *without_keys))
 
 
+def _remedy(status: int, *, missing: bool) -> str:
+    if missing:
+        return "Check that the object is there, and the address."
+    if status in (401, 403):
+        return "Give this machine the right to read it (docs/object_stores.md: what each store reads)."
+    return "Check the server; data.download_retry sets how often to try."
+
+
 def _explain(error: Exception, source: str, timeout: float, tries: int, seconds: float) -> DownloadError:
     where = s3_endpoint() if source.startswith("s3://") else source.partition("://")[0]
     often = "" if tries == 1 else f" ({tries} tries in {seconds:.0f} s)"
@@ -210,14 +218,8 @@ def _explain(error: Exception, source: str, timeout: float, tries: int, seconds:
     if answer is not None:
         status, code, message = answer
         missing = status == 404 or code in ("NoSuchKey", "NoSuchBucket", "404")
-        if missing:
-            remedy = "Check that the object is there, and the address."
-        elif status in (401, 403):
-            remedy = "Give this machine the right to read it (docs/object_stores.md: what each store reads)."
-        else:
-            remedy = "Check the server; data.download_retry sets how often to try."
         said = f"{where} answered {status} {code}{often}: {message}".rstrip(". ")
-        return DownloadError(masked(said), remedy, missing=missing)
+        return DownloadError(masked(said), _remedy(status, missing=missing), missing=missing)
     kind, text = type(error).__name__, masked(str(error)).rstrip(". ")
     network = "Check the network, the server and S3_ENDPOINT_URL; data.download_retry sets how often to try."
     if kind in ("ReadTimeoutError", "ConnectTimeoutError"):

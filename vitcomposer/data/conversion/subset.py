@@ -50,8 +50,8 @@ def write_subset(
         return _write_subset(store, name, fraction, seed, split)
 
 
-def _write_subset(store: Store, name: str, fraction: float, seed: int, split: str) -> dict[str, Any]:
-    record = {"of": split, "fraction": fraction, "seed": seed}
+def _finished(store: Store, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the same subset, if it is whole."""
     done = read_json(store, f"{name}/{_RECORD}")
     if done is not None and {key: done[key] for key in record} == record and store.read(f"{name}/index.json", 0, 1):
         return done
@@ -59,6 +59,14 @@ def _write_subset(store: Store, name: str, fraction: float, seed: int, split: st
         raise ValueError(f"{store.url}/{name} must be a new split, it holds a data set. Choose another name.")
     if done is not None and {key: done[key] for key in record} != record:
         raise ValueError(f"{store.url}/{name} is another subset: {done}. Choose another name.")
+    return None
+
+
+def _write_subset(store: Store, name: str, fraction: float, seed: int, split: str) -> dict[str, Any]:
+    record = {"of": split, "fraction": fraction, "seed": seed}
+    done = _finished(store, name, record)
+    if done is not None:
+        return done
     index = store.read(f"{split}/index.json")
     if index is None:
         raise ValueError(f"There must be an index.json in {store.url}/{split}. There is none: check the path.")
