@@ -15,7 +15,10 @@ import yaml
 from tests.test_structure import LAYERS, ROOT, YAMLS, is_module, measured
 from vitcomposer import cli, config
 from vitcomposer.data.augment.policies import RandAugment
+from vitcomposer.needed_files import SECOND_STEP
 from vitcomposer.schema import CONFIGS, pages
+
+LOCKS = ("constraints.txt", "constraints-torch-2.7.txt")
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
@@ -221,18 +224,27 @@ def test_architecture_page_has_every_part_and_the_layers() -> None:
     assert f"```\n{layers}\n```" in page, f"docs/architecture.md must have the layers:\n{layers}"
 
 
-def test_every_pin_has_the_hashes_that_set_up_requires() -> None:
-    entries = re.split(r"\n(?=\S)", (ROOT / "constraints.txt").read_text().strip())
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_pin_has_the_hashes_that_set_up_requires(lock: str) -> None:
+    first, *entries = re.split(r"\n(?=\S)", (ROOT / lock).read_text().strip())
+    assert re.fullmatch(rf"# {lock}: 1\d\d packages, \d\.\d GB to fetch .*", first)  # on one platform
     without = [entry for entry in entries if not re.match(r"[\w.-]+==\S+.*--hash=sha256:[0-9a-f]{64}", entry, re.S)]
     assert len(entries) > 100 and without == []
     assert "--require-hashes" in (ROOT / "Makefile").read_text()
 
 
-def test_every_requirement_of_the_project_is_pinned() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_requirement_of_the_project_is_pinned(lock: str) -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    needed = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *pyproject["dependency-groups"]["composer"],
+    ]
+    assert SECOND_STEP.endswith(" ".join(pyproject["dependency-groups"]["composer"]))
     names = {re.split(r"[<>=\[ ;]", each)[0].lower().replace("_", "-") for each in needed}
-    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
+    pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / lock).read_text(), re.M))
     assert names <= pinned
 
 

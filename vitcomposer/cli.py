@@ -14,6 +14,7 @@ from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.errors import did_you_mean
 from vitcomposer.escape import for_terminal, message
 from vitcomposer.installed import version_line
+from vitcomposer.needed_files import check_installed
 from vitcomposer.schema import expand_home
 
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: Command, words: list[str], traceback: bool) -> int:
     args = _parse(command, words)
     try:
+        check_installed()
         for name, value in vars(args).items():
             if name not in _SHELL:
                 setattr(args, name, expand_home(value, name))

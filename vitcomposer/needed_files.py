@@ -1,7 +1,8 @@
-"""Looks for the files that a configuration names and a start needs, before anything heavy is imported."""
+"""Looks for the packages and the files of a configuration that a start needs, before anything heavy is imported."""
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from vitcomposer.config.values import known
@@ -11,6 +12,24 @@ from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.stores.weights import how_to_get
+
+# Composer and Streaming are no dependencies of the wheel: pyproject.toml says why.
+SECOND_STEP = "pip install --no-deps mosaicml==0.32.1 mosaicml-streaming==0.13.0"
+_PACKAGES = {"composer": "mosaicml", "streaming": "mosaicml-streaming"}
+
+
+def check_installed() -> None:
+    """Look for Composer and Streaming, in less than a millisecond.
+
+    Raises:
+        ConfigError: naming what is missing and the command that installs it.
+    """
+    missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not installed: {SECOND_STEP} "
+            "(without --no-deps their bounds would bring torch 2.7.0, which has no kernels for Blackwell GPUs)"
+        )
 
 
 def check_needed_files(cfg: Recipe) -> None:
@@ -23,8 +42,9 @@ def check_needed_files(cfg: Recipe) -> None:
         cfg: Of any recipe; it may lack blocks and keys that cannot be used.
 
     Raises:
-        ConfigError: All keys whose files are missing.
+        ConfigError: Composer or Streaming is not installed; or all keys whose files are missing.
     """
+    check_installed()
     if os.environ.get("RANK", "0") != "0" or _has_checkpoints(cfg):
         return
     problems = [*_data_faults(cfg), *_weights_faults(cfg)]

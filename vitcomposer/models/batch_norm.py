@@ -113,7 +113,7 @@ def _own_group(size: int) -> dist.ProcessGroup | None:
     for first in range(0, world_size, size):
         ranks = list(range(first, min(first + size, world_size)))
         made = dist.new_group(ranks)  # by all ranks for every chunk, as torch requires
-        if rank in ranks:
+        if rank in ranks and isinstance(made, dist.ProcessGroup):  # others get a number
             own = made
     return own
 
