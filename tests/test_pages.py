@@ -15,7 +15,7 @@ import yaml
 from tests.test_structure import LAYERS, ROOT, YAMLS, is_module, measured
 from vitcomposer import cli, config
 from vitcomposer.data.augment.policies import RandAugment
-from vitcomposer.needed_files import SECOND_STEP
+from vitcomposer.installed import SECOND_STEP
 from vitcomposer.schema import CONFIGS, pages
 
 LOCKS = ("constraints.txt", "constraints-torch-2.7.txt")

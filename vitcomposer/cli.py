@@ -13,8 +13,7 @@ from vitcomposer.commands import arguments
 from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.errors import did_you_mean
 from vitcomposer.escape import for_terminal, message
-from vitcomposer.installed import version_line
-from vitcomposer.needed_files import check_installed
+from vitcomposer.installed import check_installed, version_line
 from vitcomposer.schema import expand_home
 
 

@@ -1,4 +1,4 @@
-"""Says which version is installed: of vitcomposer, of the packages that it stands on, and the commit of a checkout.
+"""Says what is installed: versions, the commit of a checkout, and whether Composer and Streaming are there.
 
 Nothing heavy is imported for it.
 """
@@ -6,9 +6,15 @@ Nothing heavy is imported for it.
 import importlib.metadata
 import platform
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 from vitcomposer import __version__
+from vitcomposer.errors import ConfigError
+
+# Composer and Streaming are no dependencies of the wheel: pyproject.toml says why.
+SECOND_STEP = "pip install --no-deps mosaicml==0.32.1 mosaicml-streaming==0.13.0"
+_PACKAGES = {"composer": "mosaicml", "streaming": "mosaicml-streaming"}
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -42,3 +48,17 @@ def version_line() -> str:
     source = "" if commit is None else f" ({commit[:7]}{', changed' if changed else ''})"
     others = [f"{name} {version_of(name) or 'missing'}" for name in ("torch", "mosaicml")]
     return ", ".join([f"vitcomposer {__version__}{source}", *others, f"Python {platform.python_version()}"])
+
+
+def check_installed() -> None:
+    """Look for Composer and Streaming, in less than a millisecond.
+
+    Raises:
+        ConfigError: naming what is missing and the command that installs it.
+    """
+    missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not installed: {SECOND_STEP} "
+            "(without --no-deps their bounds would bring torch 2.7.0, which has no kernels for Blackwell GPUs)"
+        )

@@ -2,34 +2,16 @@
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from vitcomposer.config.values import known
 from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, no_split
 from vitcomposer.errors import ConfigError
+from vitcomposer.installed import check_installed
 from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.stores.weights import how_to_get
-
-# Composer and Streaming are no dependencies of the wheel: pyproject.toml says why.
-SECOND_STEP = "pip install --no-deps mosaicml==0.32.1 mosaicml-streaming==0.13.0"
-_PACKAGES = {"composer": "mosaicml", "streaming": "mosaicml-streaming"}
-
-
-def check_installed() -> None:
-    """Look for Composer and Streaming, in less than a millisecond.
-
-    Raises:
-        ConfigError: naming what is missing and the command that installs it.
-    """
-    missing = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} not installed: {SECOND_STEP} "
-            "(without --no-deps their bounds would bring torch 2.7.0, which has no kernels for Blackwell GPUs)"
-        )
 
 
 def check_needed_files(cfg: Recipe) -> None:

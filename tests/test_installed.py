@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from vitcomposer.errors import ConfigError
-from vitcomposer.needed_files import SECOND_STEP, check_installed
+from vitcomposer.installed import SECOND_STEP, check_installed
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_installed()
     real = importlib.util.find_spec
-    monkeypatch.setattr("vitcomposer.needed_files.find_spec", lambda name: None if name == "streaming" else real(name))
+    monkeypatch.setattr("vitcomposer.installed.find_spec", lambda name: None if name == "streaming" else real(name))
     with pytest.raises(ConfigError, match=r"^mosaicml-streaming not installed: pip install --no-deps mosaicml==0"):
         check_installed()
 
