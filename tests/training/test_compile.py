@@ -125,18 +125,20 @@ def test_evaluation_has_one_graph_of_its_own(quick_backend: None) -> None:
 
 def test_more_sizes_than_torch_keeps_graphs_for_are_an_error(quick_backend: None) -> None:
     sizes = tuple(8 * n for n in range(1, GRAPH_LIMIT + 2))
-    with pytest.raises(Exception, match="recompile_limit"):
+    with pytest.raises(ConfigError, match="run.compile must be false for a network that sees more than 8 shapes"):
         fit("deit_tiny_patch16", sizes, compiled=True)
 
 
 def test_graph_break_is_an_error(quick_backend: None) -> None:
-    class Reads(torch.nn.Module):
+    class Breaks(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * x.sum().item()
+            x = x * 2
+            torch._dynamo.graph_break()  # what one version of torch cannot trace, the next one can
+            return x + 1
 
-    module = Reads()
+    module = Breaks()
     compile_forward(module)
-    with pytest.raises(Exception, match="(?i)item"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
         module(torch.ones(3))
 
 

@@ -1,5 +1,6 @@
 """Sets how a run computes its numbers, never which: compiled, with which attention kernel, on shares of the weights."""
 
+import functools
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
-from vitcomposer.errors import require
+from vitcomposer.errors import ConfigError, require
 from vitcomposer.models.layers import Block
 from vitcomposer.models.transformer import ImageTransformer, num_recomputed
 from vitcomposer.schema import Run
@@ -96,9 +97,27 @@ def compile_forward(module: nn.Module) -> None:
     Composer's ``compile_config`` compiles around DDP and so leaves evaluation in eager mode on several ranks. Here DDP
     lies around the compiled forward; its buckets still split the captured graph, so gradients travel while the
     backward pass goes on.
+
+    Raises:
+        ConfigError: By the forward pass, at a shape too many.
     """
+    # Not above: it takes a second, and few runs are compiled.
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     torch._dynamo.config.recompile_limit = GRAPH_LIMIT  # torch's own value; importing timm.optim makes it a million
-    module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+    compiled = torch.compile(module.forward, fullgraph=True, dynamic=False)
+
+    @functools.wraps(module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:  # whose words are other ones in each torch
+            raise ConfigError(
+                f"run.compile must be false for a network that sees more than {GRAPH_LIMIT} shapes of images, each of "
+                "which is a graph of its own. Set run.compile=false, or use fewer sizes."
+            ) from error
+
+    module.forward = forward
 
 
 def shard_blocks(task: nn.Module, cfg: Trainable, *, world_size: int) -> ParallelismConfig:
