@@ -37,6 +37,7 @@ COMMANDS = (  # as the help lists them
     Command("new", "start"),
     Command("weights", "start"),
     Command("convert", "start"),
+    Command("report", "look"),
     Command("attention", "look", takes_keys=True),
     Command("inspect", "look"),
     Command("eval", "use", takes_keys=True, module="evaluate"),

@@ -1,5 +1,6 @@
 """Makes texts that strangers wrote (class names, file names, fields of a file) harmless for where they are shown."""
 
+import html
 import re
 import unicodedata
 
@@ -26,3 +27,8 @@ def _escape(character: str) -> str:
 def for_markdown(text: str) -> str:
     """One line of Markdown that shows the text itself: no tag, link, picture, heading or table comes of it."""
     return "".join(_HTML.get(c, c) for c in _MARKDOWN.sub(r"\\\1", for_terminal(text)))
+
+
+def for_html(text: str) -> str:
+    """Text of one or more lines for an HTML page, in an attribute too: neither a tag nor a control character acts."""
+    return html.escape(message(text))

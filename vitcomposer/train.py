@@ -32,9 +32,9 @@ def main(argv: list[str], *, report_errors: bool = False) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     from recipes import RECIPES
     from vitcomposer.callbacks import finish_mirror
+    from vitcomposer.report import has_report, report_at_end
     from vitcomposer.runs.failures import end_together, status_of_rank
     from vitcomposer.runs.folder import already_finished, run_folder, unlock_run_folder
-    from vitcomposer.runs.report import has_report, write_report
     from vitcomposer.training.fit import fit
 
     for number, handler in handlers.items():
@@ -45,7 +45,7 @@ def main(argv: list[str], *, report_errors: bool = False) -> int:
             print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")
         status = 0 if finished else fit(RECIPES[cfg.recipe].build(cfg), cfg)
         if os.environ.get("RANK", "0") == "0" and status != 130 and not (finished and has_report(run_folder(cfg))):
-            write_report(run_folder(cfg))
+            report_at_end(run_folder(cfg))
         return status_of_rank(finish_mirror(cfg, status))
     except (Exception, KeyboardInterrupt) as error:
         if not (report_errors or isinstance(error, ConfigError)):

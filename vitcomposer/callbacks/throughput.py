@@ -23,7 +23,7 @@ class Throughput(Callback):
     resumed run counts every step of its weights once.
 
     Logs ``throughput/images_per_sec``, ``throughput/data_wait_fraction`` and ``throughput/mfu`` over the last
-    ``window`` batches.
+    ``window`` batches, and ``throughput/train_flops`` of all steps since the first.
 
     Args:
         train_flops_per_image: FLOPs of one training image at a step; None leaves out the MFU.
@@ -159,6 +159,8 @@ class Throughput(Callback):
         assert speed is not None, "the window holds a step"
         seconds, waited, flops = (sum(step[i] for step in self._recent) for i in (1, 2, 3))
         metrics = {"throughput/images_per_sec": speed, "throughput/data_wait_fraction": waited / seconds}
+        if self.train_flops is not None:
+            metrics["throughput/train_flops"] = self.train_flops
         mfu = self._mfu(flops, seconds)
         return metrics if mfu is None else {**metrics, "throughput/mfu": mfu}
 

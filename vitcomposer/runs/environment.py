@@ -2,8 +2,6 @@
 
 import os
 import platform
-import shlex
-import sys
 from collections import Counter
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch.version import cuda as cuda_version
 
 from vitcomposer.installed import git_state, version_of
 from vitcomposer.runs.machine import cpu_model, driver_of_gpus
+from vitcomposer.runs.typed import typed_command
 
 PACKAGES = (
     "torch",
@@ -33,7 +32,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "git_commit": commit,
         "git_dirty": dirty,
-        "command": shlex.join(sys.argv),
+        "command": typed_command(),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "platform": platform.platform(),

@@ -7,7 +7,7 @@ RUN/config.yaml         the whole configuration
     metrics.jsonl       a line per logged step
     summary.json        what came out, from the end of training on
     predictions.csv     what the last evaluation said about each image, with predictions_ema.csv of the averaged weights
-    report.html         the whole story on one page, with curves.png, attention.png and more.png
+    report.html         the whole story on one page
     checkpoints/        ep3-ba1200-rank0.pt: after epoch 3 and step 1200; latest-rank0.pt leads to the newest
     tensorboard/        of run.loggers
     eval/               of `vitcomposer eval`
@@ -26,7 +26,6 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PREDICTIONS, PREDICTIONS_EMA = "predictions.csv", "predictions_ema.csv"
 REPORT = "report.html"
-CURVES, ATTENTION, MORE = "curves.png", "attention.png", "more.png"  # pictures of the report
 CHECKPOINTS = "checkpoints"
 LATEST = "latest-rank0.pt"  # in CHECKPOINTS: a link to the newest
 LATEST_CHECKPOINT = Path(CHECKPOINTS, LATEST)
