@@ -22,7 +22,8 @@ def test_run_keeps_what_its_last_evaluation_said(trained_run: Path, name: str, m
     assert found.sample_id.tolist() == list(range(images)), "each once, the short last batch too"
     assert np.bincount(found.label).tolist() == [VAL_PER_CLASS] * len(PHOTOS)
     assert np.all(found.confidence >= found.label_probability)
-    assert np.array_equal(found.confidence == found.label_probability, found.right)
+    surer = found.confidence - found.label_probability
+    assert np.all(surer[found.right] == 0) and surer[~found.right].max() > 0.01, "a wrong one may be a tie"
     assert found.confidence.min() >= 1 / len(PHOTOS) - 1e-4
 
 
