@@ -74,14 +74,14 @@ def test_composer_reads_the_place_of_a_node(
     monkeypatch.setattr(sys, "argv", words)
     args = launcher._parse_args()
     assert (args.nproc, args.world_size, args.node_rank, args.base_rank) == (8, 32, node, 8 * node)
-    assert (args.master_addr, args.master_port, args.training_script) == ("node0", 29500, "train.py")
-    assert args.training_script_args == [DEIT, *RUN, *AWKWARD]
+    assert (args.master_addr, args.master_port, args.training_script) == ("node0", 29500, "vitcomposer.train")
+    assert args.module_mode and args.training_script_args == [DEIT, *RUN, *AWKWARD]
 
 
 def test_one_node_needs_no_address(capsys: pytest.CaptureFixture[str]) -> None:
     one = ["--gpus-per-node", "8"]
     for engine, start in (("composer", "composer -n 8"), ("torchrun", "torchrun --standalone --nproc-per-node 8")):
-        assert rendered(capsys, engine, size=one) == f"{start} {shlex.join(['train.py', DEIT, *RUN])}\n"
+        assert rendered(capsys, engine, size=one) == f"{start} {shlex.join(['-m', 'vitcomposer.train', DEIT, *RUN])}\n"
 
 
 def test_torchrun_reads_the_place_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,8 @@ def test_torchrun_reads_the_place_of_a_node(capsys: pytest.CaptureFixture[str]) 
     words = shlex.split(rendered(capsys, "torchrun", overrides=AWKWARD).splitlines()[7])
     args = parse_args(words[1:])
     assert (args.nproc_per_node, args.nnodes, args.node_rank) == ("8", "4", 3)
-    assert (args.master_addr, args.master_port, args.training_script) == ("node0", 29500, "train.py")
+    assert (args.master_addr, args.master_port, args.training_script) == ("node0", 29500, "vitcomposer.train")
+    assert args.module
     # What it does to arguments when it starts a rank.
     seen = macros.substitute(args.training_script_args, local_rank="5")
     assert seen == [DEIT, *RUN, *AWKWARD]
@@ -99,7 +100,9 @@ def test_torchrun_reads_the_place_of_a_node(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_torchrun_starts_two_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "train.py").write_text(
+    (tmp_path / "vitcomposer").mkdir()
+    (tmp_path / "vitcomposer/__init__.py").touch()
+    (tmp_path / "vitcomposer/train.py").write_text(
         "import json, os, sys\n"
         "place = [os.environ[name] for name in ('GROUP_RANK', 'WORLD_SIZE', 'MASTER_ADDR')]\n"
         "open(os.environ['RANK'], 'w').write(json.dumps([place, sys.argv[1:]]))\n"
@@ -157,7 +160,7 @@ def stub_launcher(folder: Path) -> Path:
 
 def called(node: int, gpus: int, world_size: int, master: str, port: str) -> list[str]:
     place = ["-n", gpus, "--world_size", world_size, "--node_rank", node, "--base_rank", node * gpus]
-    arguments = ["--master_addr", master, "--master_port", port, "train.py", DEIT, *RUN]
+    arguments = ["--master_addr", master, "--master_port", port, "-m", "vitcomposer.train", DEIT, *RUN]
     return [str(word) for word in place + arguments]
 
 
@@ -233,7 +236,7 @@ def test_kubernetes_job_restarts_what_was_stopped_and_ends_on_a_wrong_configurat
         (rule["action"], rule["onExitCodes"]["values"] if "onExitCodes" in rule else rule["onPodConditions"][0]["type"])
         for rule in job["podFailurePolicy"]["rules"]
     ]
-    assert actions == [("FailJob", [2]), ("Ignore", [143]), ("Ignore", "DisruptionTarget")]
+    assert actions == [("FailJob", [2]), ("Ignore", [130, 143]), ("Ignore", "DisruptionTarget")]
     assert job["backoffLimitPerIndex"] == 3 and job["maxFailedIndexes"] == 0
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never", "what a podFailurePolicy asks for"
@@ -298,7 +301,7 @@ def test_skypilot_task_has_its_fields(capsys: pytest.CaptureFixture[str]) -> Non
             "use_spot": True,
             "cpus": "96+",
             "image_id": "docker:vit:1",
-            "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": [143]},
+            "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": [130, 143]},
         },
         "workdir": ".",
         "volumes": {"/runs": "runs"},

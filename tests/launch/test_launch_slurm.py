@@ -84,8 +84,8 @@ def test_slurm_job_is_queued_again_after_a_signal(
     assert job.returncode == 143 and "scontrol requeue 12345\n" in output
 
 
-@pytest.mark.parametrize("status", [1, 2])
-def test_slurm_job_is_not_queued_again_after_an_error(
+@pytest.mark.parametrize("status", [1, 2, 130])
+def test_slurm_job_is_not_queued_again_after_an_error_or_ctrl_c(
     status: int, slurm_stubs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = slurm(slurm_stubs, tmp_path, rendered(capsys, "slurm", size=TWO), LEAVES=str(status))

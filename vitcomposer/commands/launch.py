@@ -50,7 +50,7 @@ def _add_skypilot(engines: Any, parents: list[argparse.ArgumentParser]) -> None:
     sky.add_argument("--accelerator", required=True, help="SkyPilot's name of the GPU, such as H100")
     sky.add_argument("--spot", action=argparse.BooleanOptionalAction, default=True, help="(default: on)")
     sky.add_argument("--image", help="of a container (default: SkyPilot's machine)")
-    sky.add_argument("--setup", help="shell command that installs what train.py needs")
+    sky.add_argument("--setup", help="shell command that installs vitcomposer")
 
 
 def _common() -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def _stored() -> argparse.ArgumentParser:
 
 def _pods() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, parents=[_stored()])
-    parser.add_argument("--image", required=True, help="that holds train.py in its working directory")
+    parser.add_argument("--image", required=True, help="that has vitcomposer installed, and the yaml")
     parser.add_argument("--namespace", help="(default: that of kubectl)")
     help_text = "GiB of /dev/shm, counted as memory (default: %(default)s)"
     parser.add_argument("--shared-memory", type=int, default=16, metavar="GIB", help=help_text)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vitcomposer.launch.shell import CONFIGURATION_ERROR, PORT, STOPPED, Launch, node_script
+from vitcomposer.launch.shell import CONFIGURATION_ERROR, INTERRUPTED, PORT, STOPPED, Launch, node_script
 
 _JOB_RANK, _PYTORCHJOB_RANK = "JOB_COMPLETION_INDEX", "RANK"
 
@@ -87,7 +87,7 @@ def _indexed(launch: Launch, pod: dict[str, Any]) -> dict[str, Any]:
     disrupted = [{"type": "DisruptionTarget", "status": "True"}]
     rules = [
         {"action": "FailJob", "onExitCodes": _exit(CONFIGURATION_ERROR)},
-        {"action": "Ignore", "onExitCodes": _exit(STOPPED)},
+        {"action": "Ignore", "onExitCodes": _exit(INTERRUPTED, STOPPED)},
         {"action": "Ignore", "onPodConditions": disrupted},
     ]
     return {
@@ -99,8 +99,8 @@ def _indexed(launch: Launch, pod: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _exit(status: int) -> dict[str, Any]:
-    return {"containerName": "pytorch", "operator": "In", "values": [status]}
+def _exit(*statuses: int) -> dict[str, Any]:
+    return {"containerName": "pytorch", "operator": "In", "values": sorted(statuses)}  # the API wants them in order
 
 
 def _pod(launch: Launch, pods: Pods, script: str) -> dict[str, Any]:

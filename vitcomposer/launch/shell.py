@@ -4,7 +4,9 @@ import shlex
 from dataclasses import dataclass
 
 PORT = 29500  # of the first node, where the ranks meet
-CONFIGURATION_ERROR, STOPPED = 2, 143  # statuses of train.py: nothing will mend it; goes on when started again
+# Statuses of a training process: nothing will mend it; it goes on when started again, after a signal or after Ctrl-C.
+CONFIGURATION_ERROR, STOPPED, INTERRUPTED = 2, 143, 130
+_TRAIN = ("-m", "vitcomposer.train")  # in a checkout, and where a wheel is installed, which has no train.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +14,7 @@ class Launch:
     """One run and the machines that it asks for, as checked by ``vitcomposer launch``.
 
     Attributes:
-        arguments: Of ``train.py``: the yaml and its overrides.
+        arguments: Of ``vitcomposer.train``: the yaml and its overrides.
         environment: Variables that every rank gets; no credentials.
         memory: GiB of a node; null: what the engine gives.
         grace: Seconds from a signal to the end of a node, in which the ranks save a checkpoint.
@@ -56,7 +58,7 @@ def composer_lines(launch: Launch, master: str | None, port: int) -> str:
 def torchrun_lines(launch: Launch, master: str | None, port: int) -> str:
     """A line for every node."""
     # It reads ${local_rank} and the like in the arguments, and $$ as $.
-    train = shlex.join(["train.py", *(text.replace("$", "$$") for text in launch.arguments)])
+    train = shlex.join([*_TRAIN, *(text.replace("$", "$$") for text in launch.arguments)])
     if master is None:
         return f"torchrun --standalone --nproc-per-node {launch.gpus} {train}\n"
     size = f"--nnodes {launch.nodes} --nproc-per-node {launch.gpus}"
@@ -69,7 +71,7 @@ def _lines(commands: list[str]) -> str:
 
 
 def _train(launch: Launch) -> str:
-    return shlex.join(["train.py", *launch.arguments])
+    return shlex.join([*_TRAIN, *launch.arguments])
 
 
 def node_script(launch: Launch, *, rank: str, master: str, port: str) -> str:
@@ -109,10 +111,8 @@ exit "$status"
 """
 
 
-def slurm_script(
-    launch: Launch, *, partition: str | None, account: str | None, time: str | None, setup: str | None
-) -> str:
-    """For ``sbatch``: one task on every node, and the job queued again after a stop with a checkpoint."""
+def _directives(launch: Launch, more: dict[str, str | None]) -> list[str]:
+    """What sbatch is asked for, a line each."""
     wishes = {
         "job-name": launch.name,
         "nodes": launch.nodes,
@@ -120,14 +120,19 @@ def slurm_script(
         "gres": f"gpu:{launch.gpus}",
         "cpus-per-task": launch.cpus,
         "mem": None if launch.memory is None else f"{launch.memory}G",
-        "partition": partition,
-        "account": account,
-        "time": time,
+        **more,
         "output": "%x-%j.out",
         "open-mode": "append",
         "signal": f"USR1@{launch.grace}",
     }
-    directives = [f"#SBATCH --{key}={value}" for key, value in wishes.items() if value is not None]
+    return [f"#SBATCH --{key}={value}" for key, value in wishes.items() if value is not None]
+
+
+def slurm_script(
+    launch: Launch, *, partition: str | None, account: str | None, time: str | None, setup: str | None
+) -> str:
+    """For ``sbatch``: one task on every node, and the job queued again after a stop with a checkpoint."""
+    directives = _directives(launch, {"partition": partition, "account": account, "time": time})
     exports = [f"export {name}={shlex.quote(value)}" for name, value in launch.environment]
     # srun doesn't inherit it from sbatch.
     cpus = "" if launch.cpus is None else f" --cpus-per-task={launch.cpus}"
@@ -135,7 +140,7 @@ def slurm_script(
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# {launch.name} on {_size(launch)}. In the folder of train.py: sbatch THIS_FILE",
+            f"# {launch.name} on {_size(launch)}. In the folder that its paths start from: sbatch THIS_FILE",
             *directives,
             "#SBATCH --requeue",
             "",
@@ -176,7 +181,7 @@ def skypilot_task(
         "cpus": None if launch.cpus is None else f"{launch.cpus}+",
         "memory": None if launch.memory is None else f"{launch.memory}+",
         "image_id": None if image is None else f"docker:{image}",
-        "job_recovery": {"max_restarts_on_errors": launch.retries, "recover_on_exit_codes": [STOPPED]},
+        "job_recovery": {"max_restarts_on_errors": launch.retries, "recover_on_exit_codes": [INTERRUPTED, STOPPED]},
     }
     master = 'MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)\n'
     node = node_script(launch, rank="SKYPILOT_NODE_RANK", master='"$MASTER_ADDR"', port=str(PORT))
