@@ -93,3 +93,21 @@ def test_a_class_name_that_looks_like_a_formula_can_be_drawn() -> None:
     labels = np.arange(4, dtype=np.int32)
     names = ["$\\frac{1$", "a$b", "\x1b[31m", "two\nlines"]
     assert confusion.draw_confusion(labels, labels[::-1].copy(), names, title="t").startswith(b"\x89PNG")
+
+
+def test_an_error_is_printed_at_once_by_the_first_rank_and_by_others_when_nobody_ended_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[str] = []
+
+    def sleep(_: float) -> None:
+        waited.append(capsys.readouterr().err)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    for place in (None, "0", "1"):
+        if place is not None:
+            monkeypatch.setenv("LOCAL_RANK", place)
+        assert cli.main(["inspect", "no/such\x1bfolder"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "no/such\\x1bfolder" in error and error.count("\n") == 1
+        assert waited == ([""] if place == "1" else []), "it waits before it prints"

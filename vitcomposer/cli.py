@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from vitcomposer.commands import arguments
 from vitcomposer.data.jpeg import Reading, reading
 from vitcomposer.errors import did_you_mean
-from vitcomposer.escape import for_terminal, message
+from vitcomposer.escape import for_terminal, message, print_error
 from vitcomposer.installed import check_installed, version_line
 from vitcomposer.schema import expand_home
 
@@ -102,7 +102,7 @@ def _run(command: Command, words: list[str], traceback: bool) -> int:
     except (ValueError, OSError) as error:
         if traceback:
             raise
-        print(f"error: {message(str(error))}", file=sys.stderr)
+        print_error(str(error))
         return 2
 
 

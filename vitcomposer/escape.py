@@ -1,13 +1,20 @@
-"""Makes texts that strangers wrote (class names, file names, fields of a file) harmless for where they are shown."""
+"""Makes texts that strangers wrote (class names, file names, fields of a file) harmless for where they are shown.
+
+So the line that ends a command, in which such texts may be, is printed here too.
+"""
 
 import html
+import os
 import re
+import sys
+import time
 import unicodedata
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~$:@^=])")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 # Control characters (a terminal acts on them), separators of lines, what turns the direction of writing, surrogates.
 _CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+_SECONDS_FOR_FIRST = 5.0  # in which the first rank of a node has started too, and says the same
 
 
 def for_terminal(text: str) -> str:
@@ -18,6 +25,17 @@ def for_terminal(text: str) -> str:
 def message(text: str) -> str:
     """A message of one or more lines, each of them as :func:`for_terminal`."""
     return "\n".join(map(for_terminal, text.split("\n")))
+
+
+def print_error(text: str) -> None:
+    """Print the line of an error that all ranks of a node meet before they know each other, such as a wrong key, once.
+
+    The first rank prints it, and when it has left, its launcher ends the others, which wait for that. One that is not
+    ended has met something of its own, such as a file that only it cannot read, and prints that.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # as composer and torchrun set it
+        time.sleep(_SECONDS_FOR_FIRST)
+    print(f"error: {message(text)}", file=sys.stderr)
 
 
 def _escape(character: str) -> str:

@@ -24,7 +24,7 @@ def main(argv: list[str], *, report_errors: bool = False) -> int:
     try:
         cfg = config.load(argv[0], argv[1:], also=needed_files.check_needed_files)
     except ConfigError as error:
-        print(f"error: {escape.message(str(error))}", file=sys.stderr)
+        escape.print_error(str(error))
         return 2
     # Composer takes seconds to import: a typo is reported before that. It has SIGTERM exit with 143: a rank that its
     # launcher ends because another one failed would have the run started again for ever (see Preemption).

@@ -1,6 +1,7 @@
 """Two ranks under Composer's launcher and under torchrun, on real photographs."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -96,3 +97,15 @@ def test_two_nodes_stream_from_a_remote_and_resume(photo_mds: Path, tmp_path: Pa
     summary = json.loads((tmp_path / "nodes" / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == 24 and summary["finished"]
     assert len(losses(tmp_path / "nodes")) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "status"), [(["composer", "-n", "2"], 2), (["torchrun", "--standalone", "--nproc-per-node", "2"], 1)]
+)
+def test_a_wrong_key_is_reported_once(launcher: list[str], status: int, tmp_path: Path) -> None:
+    """Whatever the launcher prints of its own: which rank has ended, and with what."""
+    command = [str(BIN / launcher[0]), *launcher[1:], "-m", "vitcomposer.train", DEIT, "optimizer.rl=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == status
+    assert len(re.findall(r"optimizer\.rl +is no key", done.stdout + done.stderr)) == 1
