@@ -206,6 +206,18 @@ def test_killed_writer_keeps_its_shards_and_ends_with_the_same_cache(
     assert not (out / ".partial").exists()
 
 
+def test_a_disk_without_room_leaves_no_plan_that_binds_the_next_call(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"crop_sets": 1, "batch_size": 16, "shard_images": 48}
+    with monkeypatch.context() as full, pytest.raises(ConfigError, match="must have room for .* store fewer classes"):
+        full.setattr("vitcomposer.stores.objects.LocalStore.free_bytes", lambda _: 0)
+        write_cache(load(overrides), tmp_path, top_k=None, **sizes)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    write_cache(load(overrides), tmp_path, top_k=3, **sizes)
+    assert json.loads((tmp_path / MANIFEST).read_text())["top_k"] == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["torchrun", "--standalone", "--nproc-per-node"], ["composer", "-n"]])
 def test_two_ranks_write_the_cache_of_one(

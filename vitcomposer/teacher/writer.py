@@ -169,11 +169,7 @@ def _begin(  # noqa: PLR0913, PLR0917 (a step of write_cache)
             lock.enter_context(store.one_writer())
             store.check()
             store.clean()
-            plan["made_from"] = _check_plan(store, cfg, plan, crop_sets, stream)
-            tasks = _tasks(plan, _missing(store, plan, crop_sets), exact=cfg.augment.decode_scale == "exact")
-            views = sum(task.num_views for task in tasks)
-            _announce(store, cfg, plan, crop_sets, views)
-            answer[0] = tasks
+            answer[0] = _plan_tasks(store, cfg, plan, crop_sets, stream)
         except (ValueError, OSError) as error:
             answer[0] = str(error)
     dist.broadcast_object_list(answer, src=0)
@@ -182,26 +178,31 @@ def _begin(  # noqa: PLR0913, PLR0917 (a step of write_cache)
     return answer[0]
 
 
-def _check_plan(
-    store: Store, cfg: Distill, plan: dict[str, Any], crop_sets: int, stream: ImageStream
-) -> dict[str, Any]:
-    """Note the plan down, or compare with the one that ``out`` was begun with; what the cache is made from."""
-    made_from = {**conditions(cfg), SPLIT: hash_split(stream), WEIGHTS: hash_weights(cfg.teacher.weights)}
+def _plan_tasks(store: Store, cfg: Distill, plan: dict[str, Any], crop_sets: int, stream: ImageStream) -> list[_Task]:
+    """What is to be made of a plan, which gets ``made_from`` and is noted down once all of it may be begun."""
+    plan["made_from"] = {**conditions(cfg), SPLIT: hash_split(stream), WEIGHTS: hash_weights(cfg.teacher.weights)}
     old = read_json(store, f"{STATE}/plan.json")
+    if old is not None:
+        _check_plan(store, old, plan, crop_sets)
+    tasks = _tasks(plan, _missing(store, plan, crop_sets), exact=cfg.augment.decode_scale == "exact")
+    _announce(store, cfg, plan, crop_sets, sum(task.num_views for task in tasks))
     if old is None:
-        store.write(f"{STATE}/plan.json", to_json({**plan, "made_from": made_from}))
-        return made_from
+        store.write(f"{STATE}/plan.json", to_json(plan))
+    return tasks
+
+
+def _check_plan(store: Store, old: dict[str, Any], plan: dict[str, Any], crop_sets: int) -> None:
+    """Compare with the plan that ``out`` was begun with."""
     elsewhere = "or choose another --out."
     rule = "without a cache that another version has begun"
     require(old["version"] == VERSION, "--out", rule, store.url, "Choose another folder.")
-    compare(old["made_from"], made_from, store.url, elsewhere)
+    compare(old["made_from"], plan["made_from"], store.url, elsewhere)
     for key in ("seed", "top_k", "shard_images"):
         flag, value = "--" + key.replace("_", "-"), plan[key]
         require(old[key] == value, flag, f"{old[key]} as in {store.url}", value, f"Repeat the first call, {elsewhere}")
     finished = (read_json(store, MANIFEST) or {"crop_sets": 0})["crop_sets"]
     rule = f"at least {finished}, the sets that {store.url} has"
     require(crop_sets >= finished, "--crop-sets", rule, crop_sets, f"Set --crop-sets {finished}, {elsewhere}")
-    return made_from
 
 
 def _missing(store: Store, plan: dict[str, Any], crop_sets: int) -> set[_Place]:
