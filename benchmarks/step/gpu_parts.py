@@ -1,6 +1,7 @@
 """Parts of a training step by themselves, for benchmarks.step.gpu: attention kernels, augmentation, optimizers."""
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,23 @@ def augmentation(scale: Scale) -> Iterator[Rows]:
         part()
         each = seconds_each(part, device, scale.seconds / 2)
         yield [{"part": name, "batch": batch, "image_size": size, "seconds": each, "images_per_sec": batch / each}]
+    yield [_against_cpu(images, codes, values)]
+
+
+def _against_cpu(images: torch.Tensor, codes: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """The pixels of the same programs as the loader's workers make them, and how many images the device changes."""
+    fill = fill_colour(schema.IMAGENET_MEAN)
+    device = apply_programs(images, codes, values, fill).cpu().permute(0, 2, 3, 1).numpy()
+    pixels = np.ascontiguousarray(images.cpu().permute(0, 2, 3, 1).numpy())
+    ops.warm_up()
+    began = time.perf_counter()
+    for one, *program in zip(pixels, codes, values, strict=True):
+        ops.apply_program(one, *program, fill)
+    seconds = time.perf_counter() - began
+    differ = np.abs(device.astype(np.int16) - pixels).reshape(len(pixels), -1).max(axis=1)
+    row = {"part": "RandAugment on one CPU core", "batch": len(pixels), "image_size": pixels.shape[1]}
+    row |= {"seconds": seconds, "images_per_sec": len(pixels) / seconds}
+    return {**row, "images_unlike_the_device": int((differ > 0).sum()), "largest_difference": int(differ.max())}
 
 
 def optimizers(scale: Scale) -> Iterator[Rows]:

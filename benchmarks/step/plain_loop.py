@@ -117,6 +117,6 @@ def compare(seconds: dict[str, list[float]], baseline: str, candidate: str, batc
     }
 
 
-def random_batch(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    images, labels = torch.randn(batch, 3, PIXELS, PIXELS), torch.randint(CLASSES, (batch,))
+def random_batch(batch: int, device: torch.device, pixels: int = PIXELS) -> tuple[Tensor, Tensor]:
+    images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(CLASSES, (batch,))
     return images.to(device), labels.to(device)

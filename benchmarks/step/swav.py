@@ -4,6 +4,10 @@ For benchmarks.step. The plain side is what a careful author writes from the pap
 one forward pass per crop size, the head once on all crops, codes by Sinkhorn on the exponentials, a loop over pairs.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -14,22 +18,32 @@ from vitcomposer.models import SwAVHead, build_model
 from vitcomposer.tasks import SwAVTask
 from vitcomposer.tasks.self_supervised import CROPS
 
-SIZES, COUNTS = (224, 96), (2, 6)
-DIMS, PROTOTYPES = [384, 2048, 128], 3000
+COUNTS = (2, 6)
 TEMPERATURE, EPSILON, ITERATIONS = 0.1, 0.05, 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of crops, heads and prototypes; ``trunk`` holds what differs from DeiT-S."""
+
+    crops: tuple[int, int] = (224, 96)
+    dims: tuple[int, int, int] = (384, 2048, 128)
+    prototypes: int = 3000
+    trunk: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PlainSwAV(nn.Module):
     """timm's DeiT-S with a head; the loss of a list of crops."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.trunk = timm.create_model("deit_small_patch16_224", num_classes=0, dynamic_img_size=True)
-        width, hidden, out = DIMS
+        options = {"num_classes": 0, "img_size": sizes.crops[0], "dynamic_img_size": True, **sizes.trunk}
+        self.trunk = timm.create_model("deit_small_patch16_224", **options)
+        width, hidden, out = sizes.dims
         self.head = nn.Sequential(
             nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out)
         )
-        self.prototypes = nn.Linear(out, PROTOTYPES, bias=False)
+        self.prototypes = nn.Linear(out, sizes.prototypes, bias=False)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -60,12 +74,12 @@ def plain_sinkhorn(scores: Tensor) -> Tensor:
 class OurSwAV(nn.Module):
     """The recipe's task, called as its Trainer calls it."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         loss = SwAVLoss(num_crops=sum(COUNTS), temperature=TEMPERATURE, epsilon=EPSILON, iterations=ITERATIONS)
         self.task = SwAVTask(
-            build_model("deit_small_patch16", num_classes=0, image_size=SIZES[0]),
-            SwAVHead(DIMS, True, [PROTOTYPES]),
+            build_model("deit_small_patch16", num_classes=0, image_size=sizes.crops[0], **sizes.trunk),
+            SwAVHead(list(sizes.dims), True, [sizes.prototypes]),
             loss,
             freeze_prototypes_epochs=0.0,
             hard_assignment_epochs=0.0,
@@ -82,19 +96,21 @@ class OurSwAV(nn.Module):
 class WithCrops(nn.Module):
     """Either side with its crops in memory, so that a step needs no other images."""
 
-    def __init__(self, method: nn.Module, batch: int, device: torch.device) -> None:
+    def __init__(self, method: nn.Module, sizes: Sizes, batch: int, device: torch.device) -> None:
         super().__init__()
         self.method = method
-        groups = zip(COUNTS, SIZES, strict=True)
+        groups = zip(COUNTS, sizes.crops, strict=True)
         self.crops = [torch.randn(count * batch, 3, size, size, device=device) for count, size in groups]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.method(self.crops)
 
 
-def both_sides(batch: int, device: torch.device) -> dict[str, nn.Module]:
+def both_sides(batch: int, device: torch.device, sizes: Sizes | None = None) -> dict[str, WithCrops]:
     """The plain loop's network and ours."""
-    return {"timm": WithCrops(PlainSwAV(), batch, device), "vitcomposer": WithCrops(OurSwAV(), batch, device)}
+    sizes = sizes or Sizes()
+    methods = {"timm": PlainSwAV(sizes), "vitcomposer": OurSwAV(sizes)}
+    return {who: WithCrops(method, sizes, batch, device) for who, method in methods.items()}
 
 
 def loss_itself(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The Trainer of a recipe over one batch in memory, for benchmarks.step."""
 
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from vitcomposer import config, losses, optim
 from vitcomposer.cost.flops import train_flops
+from vitcomposer.foundations import forget_engine
 from vitcomposer.tasks import ClassificationTask
 from vitcomposer.training.network import build_network
 from vitcomposer.training.setup import prepare
@@ -36,16 +38,23 @@ class StepClock(Callback):
 class TrainerSteps:
     """A recipe's Trainer that goes on by a few steps at a time over the same batch.
 
+    Args:
+        more: Further ``key=value`` of the recipe, its precision among them; without one, that of the device.
+
     Attributes:
         targets: Soft targets (batch, classes) that it learns from.
     """
 
-    def __init__(self, yaml: Path, model: str, images: Tensor, labels: Tensor, folder: Path) -> None:
+    def __init__(  # noqa: PLR0913
+        self, yaml: Path, model: str, images: Tensor, labels: Tensor, folder: Path, more: Sequence[str] = ()
+    ) -> None:
         batch = len(images)
         overrides = [f"model.name={model}", "model.drop_path_rate=0", f"global_train_batch_size={batch}"]
         overrides += [f"max_duration={NEVER}", "schedule.t_warmup=1ba", "algorithms={}", f"data.local={folder}"]
         overrides += [f"run.folder={folder}", "run.name=step", f"run.save_interval={NEVER}", "run.progress_bar=false"]
-        cfg = config.load(yaml, [*overrides, f"precision={'amp_bf16' if images.is_cuda else 'fp32'}"])
+        if not any(each.startswith("precision=") for each in more):
+            overrides.append(f"precision={'amp_bf16' if images.is_cuda else 'fp32'}")
+        cfg = config.load(yaml, [*overrides, *more])
         share = prepare(cfg)
         network = build_network(cfg.model, cfg.init)
         self.targets = F.one_hot(labels, cfg.model.num_classes).float()
@@ -77,5 +86,12 @@ class TrainerSteps:
         ends = self._clock.ends
         return [after - before for before, after in pairwise(ends)]
 
+    @property
+    def microbatch(self) -> int | float | None:
+        """Images that go through the network at once."""
+        return self._trainer.state.device_train_microbatch_size
+
     def close(self) -> None:
+        """End the run, and free what it held."""
         self._trainer.close()
+        forget_engine(self._trainer)

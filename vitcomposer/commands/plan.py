@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--images", type=int, help=help_text)
     parser.add_argument("--price", type=float, help="of one GPU for an hour: print the cost")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measurements (default: %(default)s)")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="of benchmarks/gpu.py, in place of --results")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.set_defaults(run=_run)
 
@@ -41,7 +42,10 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer.cost.estimate import costs_of  # torch comes with it
 
     images = (count_samples(cfg.data, cfg.data.train_split) or IMAGENET_IMAGES) if args.images is None else args.images
-    found = costs_of(cfg, gpu=args.gpu, gpus=args.gpus, images=images, results=args.results)
+    there = args.measured is None or args.measured.is_file()
+    require(there, "--measured", "a file that is there", str(args.measured), "Run benchmarks/gpu.py to write one.")
+    options = {"images": images, "results": args.results, "measured": args.measured}
+    found = costs_of(cfg, gpu=args.gpu, gpus=args.gpus, **options)
     found["cost"] = None if price is None or found["gpu_hours"] is None else price * found["gpu_hours"]
     _print(found)
     if args.json:

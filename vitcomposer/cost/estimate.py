@@ -19,6 +19,7 @@ from vitcomposer import curriculum
 from vitcomposer.cost import flops, roofline
 from vitcomposer.cost.gpus import GPUS, gpu_of_device
 from vitcomposer.errors import ConfigError, did_you_mean, require
+from vitcomposer.json_file import read_json
 from vitcomposer.models import build_model
 from vitcomposer.models.heads import build_dino_head, build_moco_heads, build_simclr_head, build_swav_head
 from vitcomposer.models.transformer import num_recomputed
@@ -90,10 +91,11 @@ class Speed:
 
     Args:
         gpu: Row of ``GPUS``.
-        results: Folder with ``gpu_*.json`` of benchmarks/gpu.py.
+        results: Folder with ``gpu_*.json`` of benchmarks/gpu.py, or such a file, which then has to be of this GPU,
+            precision and kind of network.
 
     Raises:
-        ConfigError: The GPU has no such precision.
+        ConfigError: The GPU has no such precision; a file that says nothing of it.
     """
 
     def __init__(self, network: Network, gpu: str, precision: str, results: Path) -> None:
@@ -102,6 +104,9 @@ class Speed:
         require(peak is not None, "precision", f"one that a {gpu} has", precision, "Add precision=amp_fp16.")
         self.peak = float(peak or 0.0)
         points, source = _measured_mfu(network, gpu, results) if precision == "amp_bf16" else ({}, None)
+        rule = f"a file in which benchmarks/gpu.py has measured a network of this kind and width on a {gpu}"
+        given = f"{results} for precision {precision}"
+        require(source is not None or not results.is_file(), "--measured", rule, given, "Leave it out for an estimate.")
         self._costs, self._mfus = sorted(points), [points[cost] for cost in sorted(points)]
         self.basis = ROOFLINE if source is None else f"measured MFU of {source}"
 
@@ -117,8 +122,8 @@ class Speed:
 def _measured_mfu(network: Network, gpu: str, results: Path) -> tuple[dict[float, float], str | None]:
     """MFU by training FLOPs of an image, of compiled bf16 steps of this kind of network on this GPU, and their file."""
     kind = network.family, getattr(network.module, "embed_dim", None)
-    for path in sorted(results.glob("gpu_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    for path in [results] if results.is_file() else sorted(results.glob("gpu_*.json")):
+        found = _read_measurements(path)
         if gpu_of_device(found["device"]) != gpu:
             continue
         best: dict[float, float] = {}
@@ -131,15 +136,37 @@ def _measured_mfu(network: Network, gpu: str, results: Path) -> tuple[dict[float
     return {}, None
 
 
-def costs_of(cfg: Recipe, *, gpu: str, gpus: int, images: int, results: Path) -> dict[str, Any]:
+def _read_measurements(path: Path) -> dict[str, Any]:
+    """What benchmarks/gpu.py wrote.
+
+    Raises:
+        ConfigError: It wrote something else, or measured nothing (``--quick``).
+    """
+    try:
+        found = read_json(path)
+        rows = [row for section in found["sections"].values() for row in section]
+        whole = isinstance(found["device"], str) and all(isinstance(row, dict) for row in rows)
+        whole = whole and not found.get("smoke")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole, found = False, {}
+    rule, remedy = "what benchmarks/gpu.py writes without --quick", "Run it on that GPU, or plan without the file."
+    require(whole, str(path), rule, "something else", remedy)
+    return found
+
+
+def costs_of(  # noqa: PLR0913 (all but one are named at the call)
+    cfg: Recipe, *, gpu: str, gpus: int, images: int, results: Path, measured: Path | None = None
+) -> dict[str, Any]:
     """Every figure of ``vitcomposer plan``, as ``--json`` writes them.
 
     Args:
         cfg: Of any recipe, from ``config.load``.
         images: Of the training set.
+        results: Folder of measurements: of the input, and of GPUs where ``measured`` names no file.
 
     Raises:
-        ConfigError: A GPU that is not known, or what the run itself would refuse of batch, duration and curriculum.
+        ConfigError: A GPU that is not known, a file without measurements of it, or what the run itself would refuse of
+            batch, duration and curriculum.
     """
     gpu = _row_of(gpu)
     trains = isinstance(cfg, Supervised | SelfSupervised)
@@ -152,7 +179,7 @@ def costs_of(cfg: Recipe, *, gpu: str, gpus: int, images: int, results: Path) ->
     require(images >= batch, "--images", f"at least global_train_batch_size={batch}", images, "Count your images.")
     network = Network(build_without_storage(cfg.model))
     stages = stages_of(cfg, network, steps_per_epoch=images // batch)
-    speed, supply = Speed(network, gpu, cfg.precision, results), _supply(cfg, results)
+    speed, supply = Speed(network, gpu, cfg.precision, measured or results), _supply(cfg, results)
     views = [_views(cfg, stage, network.module) for stage in stages.stages]
     pairs = zip(stages.stages, views, strict=True)
     costs = [_cost(stage, v, speed, network, gpus=gpus, batch=batch, supply=supply) for stage, v in pairs]
