@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from composer import Algorithm, Callback, Trainer
@@ -366,56 +365,6 @@ def test_transfer_with(tmp_path: Path) -> None:
     stream.prepare_shard(shard)
     raw, packed = "shard.00000.mds", "shard.00000.mds.zstd"
     assert asked == [packed, (packed, str(cache / packed), str(cache / raw), "zstd")]
-
-
-FROM_INSIDE: dict[str, str | None] = {
-    "composer.algorithms.sam.SAMOptimizer": None,
-    "streaming.base.constant.BARRIER_FILELOCK": None,
-    "streaming.base.constant.CACHE_FILELOCK": None,
-    "streaming.base.constant.LOCALS": None,
-    "streaming.base.constant.SHM_TO_CLEAN": None,
-    "streaming.base.constant.TICK": None,
-    "streaming.base.distributed.barrier": "() -> None",
-    "streaming.base.distributed.get_local_rank": "() -> int",
-    "streaming.base.distributed.maybe_init_dist": "() -> bool",
-    "streaming.base.format.FileInfo": None,
-    "streaming.base.format.Reader": None,
-    "streaming.base.format.mds.reader.MDSReader": None,
-    "streaming.base.hashing.get_hashes": "() -> set[str]",
-    "streaming.base.hashing.is_hash": "(algo: str) -> bool",
-    "streaming.base.partition.get_partitions": None,
-    "streaming.base.shuffle.get_shuffle": None,
-    "streaming.base.storage.CloudDownloader": None,
-    "streaming.base.util.wait_for_file_to_exist": (
-        "(filename: str, poll_interval: float, timeout: float, err_msg: str) -> None"
-    ),
-    "streaming.base.world.World": None,
-}
-
-
-def test_names_from_inside() -> None:
-    found = {}
-    for name, signature in FROM_INSIDE.items():
-        module, _, attribute = name.rpartition(".")
-        found[name] = getattr(importlib.import_module(module), attribute)
-        assert signature is None or str(inspect.signature(found[name])) == signature, name
-    base = "streaming.base."
-    assert found[f"{base}constant.LOCALS"] in found[f"{base}constant.SHM_TO_CLEAN"]
-    assert 0 < found[f"{base}constant.TICK"] < 0.1
-    partitions = found[f"{base}partition.get_partitions"]("relaxed", 8, 1, 1, 2, 1, 2, 0, None)
-    assert partitions.tolist() == [[[[[0, 2], [4, 6]]], [[[1, 3], [5, 7]]]]]
-    order = found[f"{base}shuffle.get_shuffle"]("py1e", np.array([3, 5]), 1, 0, 0, 4)
-    assert sorted(order.tolist()) == list(range(8))
-    info = found[f"{base}format.FileInfo"]("shard.mds", 3, {"xxh64": "0"})
-    assert (info.basename, info.bytes, info.hashes) == ("shard.mds", 3, {"xxh64": "0"})
-    assert issubclass(found[f"{base}format.mds.reader.MDSReader"], found[f"{base}format.Reader"])
-    downloader = found[f"{base}storage.CloudDownloader"].get(None)
-    assert callable(downloader.download) and callable(downloader.clean_up)
-    world = found[f"{base}world.World"].detect()
-    assert {"num_nodes", "ranks_per_node", "workers_per_rank", "is_local_leader"} <= set(dir(world))
-    sam = found["composer.algorithms.sam.SAMOptimizer"](torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
-    assert sam.global_step == 0 and isinstance(sam.base_optimizer, torch.optim.SGD)
-    assert all(callable(getattr(sam, step)) for step in ("first_step", "second_step", "sub_e_w"))
 
 
 def test_streaming_reads_the_variables_that_we_do() -> None:

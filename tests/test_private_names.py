@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
+
 from tests import test_foundations
 from tests.test_structure import ROOT, SOURCES, module_name
 from vitcomposer import foundations
@@ -50,7 +54,7 @@ def test_page_lists_every_name_from_inside() -> None:
     outside = {name for path in SOURCES if path.stem != "foundations" for name in their_names(path)}
     inside = {f"{module}.{name}" for module, name in outside if module not in PACKAGES}
     assert [row[0].strip("`") for row in rows("Names that they do not export")] == sorted(inside)
-    assert set(test_foundations.FROM_INSIDE) == inside
+    assert set(FROM_INSIDE) == inside
 
 
 def test_page_names_a_test_for_all_that_we_count_on() -> None:
@@ -151,3 +155,56 @@ def test_nothing_of_what_composer_patches_is_imported() -> None:
             if isinstance(node, ast.ImportFrom):
                 assert not patched.match(f"{node.module}."), path
                 assert not [alias.name for alias in node.names if names.match(alias.name)], path
+
+
+# What they do not export
+
+
+FROM_INSIDE: dict[str, str | None] = {
+    "composer.algorithms.sam.SAMOptimizer": None,
+    "streaming.base.constant.BARRIER_FILELOCK": None,
+    "streaming.base.constant.CACHE_FILELOCK": None,
+    "streaming.base.constant.LOCALS": None,
+    "streaming.base.constant.SHM_TO_CLEAN": None,
+    "streaming.base.constant.TICK": None,
+    "streaming.base.distributed.barrier": "() -> None",
+    "streaming.base.distributed.get_local_rank": "() -> int",
+    "streaming.base.distributed.maybe_init_dist": "() -> bool",
+    "streaming.base.format.FileInfo": None,
+    "streaming.base.format.Reader": None,
+    "streaming.base.format.mds.reader.MDSReader": None,
+    "streaming.base.hashing.get_hashes": "() -> set[str]",
+    "streaming.base.hashing.is_hash": "(algo: str) -> bool",
+    "streaming.base.partition.get_partitions": None,
+    "streaming.base.shuffle.get_shuffle": None,
+    "streaming.base.storage.CloudDownloader": None,
+    "streaming.base.util.wait_for_file_to_exist": (
+        "(filename: str, poll_interval: float, timeout: float, err_msg: str) -> None"
+    ),
+    "streaming.base.world.World": None,
+}
+
+
+def test_names_from_inside() -> None:
+    found = {}
+    for name, signature in FROM_INSIDE.items():
+        module, _, attribute = name.rpartition(".")
+        found[name] = getattr(importlib.import_module(module), attribute)
+        assert signature is None or str(inspect.signature(found[name])) == signature, name
+    base = "streaming.base."
+    assert found[f"{base}constant.LOCALS"] in found[f"{base}constant.SHM_TO_CLEAN"]
+    assert 0 < found[f"{base}constant.TICK"] < 0.1
+    partitions = found[f"{base}partition.get_partitions"]("relaxed", 8, 1, 1, 2, 1, 2, 0, None)
+    assert partitions.tolist() == [[[[[0, 2], [4, 6]]], [[[1, 3], [5, 7]]]]]
+    order = found[f"{base}shuffle.get_shuffle"]("py1e", np.array([3, 5]), 1, 0, 0, 4)
+    assert sorted(order.tolist()) == list(range(8))
+    info = found[f"{base}format.FileInfo"]("shard.mds", 3, {"xxh64": "0"})
+    assert (info.basename, info.bytes, info.hashes) == ("shard.mds", 3, {"xxh64": "0"})
+    assert issubclass(found[f"{base}format.mds.reader.MDSReader"], found[f"{base}format.Reader"])
+    downloader = found[f"{base}storage.CloudDownloader"].get(None)
+    assert callable(downloader.download) and callable(downloader.clean_up)
+    world = found[f"{base}world.World"].detect()
+    assert {"num_nodes", "ranks_per_node", "workers_per_rank", "is_local_leader"} <= set(dir(world))
+    sam = found["composer.algorithms.sam.SAMOptimizer"](torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    assert sam.global_step == 0 and isinstance(sam.base_optimizer, torch.optim.SGD)
+    assert all(callable(getattr(sam, step)) for step in ("first_step", "second_step", "sub_e_w"))
