@@ -20,7 +20,7 @@ def build(cfg: Distill) -> Trainer:
         ConfigError: A value or a combination that cannot run, or a teacher or its cache that does not fit, before any
             image is read.
     """
-    share = prepare(cfg)
+    cfg, share = prepare(cfg)
     model = build_network(cfg.model, starting_point(cfg))
     cache = open_cache(cfg) if cfg.cache else None
     teacher = None if cache else build_frozen_teacher(cfg)

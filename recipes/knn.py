@@ -20,7 +20,7 @@ def build(cfg: Neighbors) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare(cfg)
+    cfg, share = prepare(cfg)
     size = share.device_eval_batch_size
     trunk = build_network(cfg.model, cfg.init)
     check_evaluation_size(cfg, trunk)

@@ -21,7 +21,7 @@ def build(cfg: Probe) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare(cfg)
+    cfg, share = prepare(cfg)
     trunk = build_network(replace(cfg.model, num_classes=0), starting_point(cfg))
     check_evaluation_size(cfg, trunk)
     flops = forward_flops(trunk, cfg.model.image_size)

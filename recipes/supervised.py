@@ -15,7 +15,7 @@ def build(cfg: Supervised) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare(cfg)
+    cfg, share = prepare(cfg)
     model = build_network(cfg.model, starting_point(cfg))
     task = ClassificationTask(model, loss=LOSSES[cfg.loss], num_classes=cfg.model.num_classes)
     return build_supervision(cfg, share, task)

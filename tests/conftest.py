@@ -111,6 +111,11 @@ def run_train(argv: list[str]) -> int:
     return train.main(argv)
 
 
+def error_of(printed: str) -> str:
+    """What a start printed on stderr from its error on; before it stands what it was about to train."""
+    return printed[printed.index("error: ") :]
+
+
 @pytest.fixture(scope="session")
 def trained_run(photo_mds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run on the photographs, whose raw and averaged weights differ and know something."""

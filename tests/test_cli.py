@@ -147,22 +147,30 @@ KEY, OTHER = "max_duration=100ep", "optimizer.lr=1e-3"
 @pytest.mark.parametrize(
     ("module", "argv", "expected"),
     [
-        ("plan", ["plan", "Y", KEY, OTHER, "--gpu", "h100"], {"yaml": "Y", "gpu": "h100"}),
-        ("plan", ["plan", "Y", "--gpu", "h100", KEY, OTHER], {"yaml": "Y", "gpu": "h100"}),
-        ("plan", ["plan", KEY, "Y", "--gpu", "h100", OTHER], {"yaml": "Y", "gpu": "h100"}),
-        ("plan", ["plan", "--gpu", "h100", KEY, "Y", "--gpus", "8", OTHER], {"yaml": "Y", "gpus": 8}),
-        ("bench", ["bench", "Y", "--seconds", "1", KEY, OTHER], {"yaml": "Y", "seconds": 1.0}),
-        ("cache_teacher", ["cache-teacher", "Y", KEY, "--crop-sets", "2", OTHER], {"yaml": "Y", "crop_sets": 2}),
-        ("evaluate", ["eval", "R", "--data", "a", "b", KEY, OTHER], {"source": "R", "data": ["a", "b"]}),
-        ("evaluate", ["eval", "R", "--data", "a", "--bf16", KEY, OTHER], {"source": "R", "bf16": True}),
-        ("export", ["export", "R", "--out", "o", "--format", "onnx", KEY, OTHER], {"format": ["onnx"]}),
-        ("export", ["export", "R", "--force", KEY, "--out", "o", OTHER], {"force": True, "source": "R"}),
-        ("predict", ["predict", "R", "a.jpg", KEY, "b.jpg", OTHER, "--top-k", "3"], {"inputs": ["a.jpg", "b.jpg"]}),
-        ("predict", ["predict", "R", "--bf16", KEY, "a.jpg", OTHER], {"inputs": ["a.jpg"], "bf16": True}),
-        ("attention", ["attention", "R", "a.jpg", "--out", "o", "--layers", "1", "2", KEY, OTHER], {"layers": [1, 2]}),
-        ("soup", ["soup", "a", "b", KEY, "--out", "o", OTHER], {"checkpoints": ["a", "b"]}),
+        ("plan.plan", ["plan", "Y", KEY, OTHER, "--gpu", "h100"], {"yaml": "Y", "gpu": "h100"}),
+        ("plan.plan", ["plan", "Y", "--gpu", "h100", KEY, OTHER], {"yaml": "Y", "gpu": "h100"}),
+        ("plan.plan", ["plan", KEY, "Y", "--gpu", "h100", OTHER], {"yaml": "Y", "gpu": "h100"}),
+        ("plan.plan", ["plan", "--gpu", "h100", KEY, "Y", "--gpus", "8", OTHER], {"yaml": "Y", "gpus": 8}),
+        ("plan.bench", ["bench", "Y", "--seconds", "1", KEY, OTHER], {"yaml": "Y", "seconds": 1.0}),
         (
-            "launch",
+            "clusters.cache_teacher",
+            ["cache-teacher", "Y", KEY, "--crop-sets", "2", OTHER],
+            {"yaml": "Y", "crop_sets": 2},
+        ),
+        ("use.evaluate", ["eval", "R", "--data", "a", "b", KEY, OTHER], {"source": "R", "data": ["a", "b"]}),
+        ("use.evaluate", ["eval", "R", "--data", "a", "--bf16", KEY, OTHER], {"source": "R", "bf16": True}),
+        ("use.export", ["export", "R", "--out", "o", "--format", "onnx", KEY, OTHER], {"format": ["onnx"]}),
+        ("use.export", ["export", "R", "--force", KEY, "--out", "o", OTHER], {"force": True, "source": "R"}),
+        ("use.predict", ["predict", "R", "a.jpg", KEY, "b.jpg", OTHER, "--top-k", "3"], {"inputs": ["a.jpg", "b.jpg"]}),
+        ("use.predict", ["predict", "R", "--bf16", KEY, "a.jpg", OTHER], {"inputs": ["a.jpg"], "bf16": True}),
+        (
+            "look.attention",
+            ["attention", "R", "a.jpg", "--out", "o", "--layers", "1", "2", KEY, OTHER],
+            {"layers": [1, 2]},
+        ),
+        ("use.soup", ["soup", "a", "b", KEY, "--out", "o", OTHER], {"checkpoints": ["a", "b"]}),
+        (
+            "clusters.launch",
             ["launch", "slurm", "Y", "--gpus-per-node", "8", KEY, "--env", "A=b", OTHER],
             {"env": ["A=b"], "yaml": "Y"},
         ),
@@ -182,7 +190,7 @@ def test_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b.jpg").touch()
     seen: list[argparse.Namespace] = []
-    monkeypatch.setattr("vitcomposer.commands.predict._run", lambda args: seen.append(args) or 0)
+    monkeypatch.setattr("vitcomposer.commands.use.predict._run", lambda args: seen.append(args) or 0)
     assert main(["predict", "R", "a=b.jpg", "dir/c=d.jpg", KEY]) == 0
     assert seen[0].inputs == ["a=b.jpg", "dir/c=d.jpg"] and seen[0].overrides == [KEY]
 

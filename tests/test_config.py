@@ -56,7 +56,7 @@ def test_peak_lr_follows_the_global_batch(scaling: str, peak: float) -> None:
         ("augment.crop_scale=[0.9,0.1]", ["augment.crop_scale", "low <= high", "0.9"]),
         ("augment.three_augment=true", ["augment.three_augment", "augment.rand_augment", "Choose one"]),
         ("recipe=superviced", ["recipe", "superviced", "Did you mean", "supervised"]),
-        ("precision=bf16", ["precision", "bf16", "amp_bf16"]),
+        ("precision=bf16", ["precision", "bf16", "amp_bf16", "auto"]),
         ("mixing.label_smoothing=1.5", ["mixing.label_smoothing", "[0, 1)", "1.5"]),
         ("global_train_batch_size=12.5", ["global_train_batch_size", "a whole number", "12.5"]),
         ("global_train_batch_size=0", ["global_train_batch_size", "1 or more", "0"]),

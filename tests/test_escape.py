@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vitcomposer import cli
-from vitcomposer.commands import inspect
+from vitcomposer.commands.look import inspect
 from vitcomposer.data.conversion.inspect import SplitReport
 from vitcomposer.escape import for_markdown, for_terminal, message
 from vitcomposer.evaluation import confusion

@@ -81,7 +81,13 @@ def test_version_names_the_commit_torch_and_composer(capsys: pytest.CaptureFixtu
         (["--help"], 0, "Train Vision Transformers"),
         (["--version"], 0, "vitcomposer "),
         (["trian"], 2, "no command 'trian'"),
-        (["plan", "deit_s", "--gpu", "h100", "optimzer.lr=1"], 2, "optimzer.lr is no key"),
+        (["train", "deit_s", "optimzer.lr=1"], 2, "is no key of this recipe. Did you mean optimizer.lr?"),
+        (["list"], 0, "DeiT-S/16, 300 epochs"),
+        (
+            ["plan", "deit_s", "--gpu", "h100", "optimzer.lr=1"],
+            2,
+            "is no key of this recipe. Did you mean optimizer.lr?",
+        ),
     ],
 )
 def test_quick_answers_import_nothing_heavy(words: list[str], status: int, said: str) -> None:

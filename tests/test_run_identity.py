@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_train
+from tests.conftest import error_of, run_train
 from tests.data.conversion.conversion import write_images
 from tests.faults.small_run import DEIT, tiny
 from vitcomposer.cli import main
@@ -93,7 +93,7 @@ def test_other_images_are_refused_by_name(
     before = files(run)
     assert start(run.parent, f"data.local={data[other]}", duration) == 2
     expected = OTHERS[other].replace("RUN", re.escape(str(run))).replace("DATA", re.escape(str(data[other])))
-    assert re.match(f"error: {expected}", capsys.readouterr().err)
+    assert re.match(f"error: {expected}", error_of(capsys.readouterr().err))
     assert files(run) == before
 
 
@@ -113,7 +113,7 @@ def test_a_resume_says_that_the_resize_is_another_one(
 
 def test_synthetic_images_are_others(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start(run.parent, "data.source=synthetic", "data.local=null", "max_duration=2ba") == 2
-    error = capsys.readouterr().err
+    error = error_of(capsys.readouterr().err)
     assert error.startswith("error: data.source must lead to the images of the run")
     assert "has images of data.source=mds, got images of data.source=synthetic. Set run.name=demo_2" in error
 

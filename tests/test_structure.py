@@ -32,7 +32,12 @@ ROWS = (  # an import goes from a row to a lower one, or within a folder
     ("vitcomposer.needed_files", "vitcomposer.runs", "vitcomposer.survey", "vitcomposer.teacher"),
     ("vitcomposer.data",),
     ("vitcomposer.config", "vitcomposer.models"),
-    ("vitcomposer.curriculum", "vitcomposer.optim", "vitcomposer.origins", "vitcomposer.stores"),
+    (
+        "vitcomposer.curriculum",
+        "vitcomposer.optim",
+        "vitcomposer.origins",
+        "vitcomposer.stores",
+    ),
     ("vitcomposer.schema",),
     ("vitcomposer.data.jpeg", "vitcomposer.folder_lock", "vitcomposer.installed", "vitcomposer.losses"),
     (

@@ -23,7 +23,7 @@ class Command(NamedTuple):
     Attributes:
         group: The line of the help that it stands in.
         takes_keys: Whether ``key=value`` may stand anywhere behind it.
-        module: In ``vitcomposer.commands``; empty where it has the same name.
+        module: In the folder of ``vitcomposer.commands`` that is named like the group; empty: it has the same name.
     """
 
     name: str
@@ -37,6 +37,7 @@ COMMANDS = (  # as the help lists them
     Command("new", "start"),
     Command("weights", "start"),
     Command("convert", "start"),
+    Command("train", "start", takes_keys=True),
     Command("report", "look"),
     Command("attention", "look", takes_keys=True),
     Command("inspect", "look"),
@@ -44,6 +45,9 @@ COMMANDS = (  # as the help lists them
     Command("predict", "use", takes_keys=True),
     Command("export", "use", takes_keys=True),
     Command("soup", "use", takes_keys=True),
+    Command("list", "plan", module="pages"),
+    Command("show", "plan", module="pages"),
+    Command("copy", "plan", module="pages"),
     Command("plan", "plan", takes_keys=True),
     Command("bench", "plan", takes_keys=True),
     Command("launch", "clusters", takes_keys=True),
@@ -89,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: Command, words: list[str], traceback: bool) -> int:
     args = _parse(command, words)
+    args.traceback = traceback
     try:
         check_installed()
         for name, value in vars(args).items():
@@ -110,5 +115,5 @@ def _parse(command: Command, words: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="vitcomposer")
     subparsers: Any = parser.add_subparsers()
     parser.prog = f"vitcomposer {command.name}"  # of what the command itself takes
-    import_module(f"vitcomposer.commands.{command.module or command.name}").add_command(subparsers)
+    import_module(f"vitcomposer.commands.{command.group}.{command.module or command.name}").add_command(subparsers)
     return arguments.parse(parser, words) if command.takes_keys else parser.parse_args(words)

@@ -6,6 +6,7 @@ import sys
 
 from vitcomposer import config, escape, needed_files
 from vitcomposer.errors import ConfigError
+from vitcomposer.runs.opening import say_opening
 
 
 def main(argv: list[str], *, report_errors: bool = False) -> int:
@@ -26,27 +27,21 @@ def main(argv: list[str], *, report_errors: bool = False) -> int:
     except ConfigError as error:
         escape.print_error(str(error))
         return 2
-    # Composer takes seconds to import: a typo is reported before that. It has SIGTERM exit with 143: a rank that its
-    # launcher ends because another one failed would have the run started again for ever (see Preemption).
+    say_opening(cfg)
+    # Composer has SIGTERM exit with 143: a rank that its launcher ends because another one failed would have the run
+    # started again for ever (see Preemption).
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
     from recipes import RECIPES
-    from vitcomposer.callbacks import finish_mirror
-    from vitcomposer.report import has_report, report_at_end
     from vitcomposer.runs.failures import end_together, status_of_rank
-    from vitcomposer.runs.folder import already_finished, run_folder, unlock_run_folder
-    from vitcomposer.training.fit import fit
+    from vitcomposer.runs.folder import unlock_run_folder
+    from vitcomposer.training.whole_run import run_to_end
 
     for number, handler in handlers.items():
         signal.signal(number, handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # a Ctrl-C that came meanwhile arrives here
-        if finished := already_finished(cfg):
-            print(f"{cfg.run.folder}/{cfg.run.name} is already done: {cfg.max_duration}. Raise max_duration to go on.")
-        status = 0 if finished else fit(RECIPES[cfg.recipe].build(cfg), cfg)
-        if os.environ.get("RANK", "0") == "0" and status != 130 and not (finished and has_report(run_folder(cfg))):
-            report_at_end(run_folder(cfg))
-        return status_of_rank(finish_mirror(cfg, status))
+        return status_of_rank(run_to_end(cfg, RECIPES[cfg.recipe].build))
     except (Exception, KeyboardInterrupt) as error:
         if not (report_errors or isinstance(error, ConfigError)):
             raise

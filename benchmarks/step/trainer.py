@@ -55,7 +55,7 @@ class TrainerSteps:
         if not any(each.startswith("precision=") for each in more):
             overrides.append(f"precision={'amp_bf16' if images.is_cuda else 'fp32'}")
         cfg = config.load(yaml, [*overrides, *more])
-        share = prepare(cfg)
+        cfg, share = prepare(cfg)
         network = build_network(cfg.model, cfg.init)
         self.targets = F.one_hot(labels, cfg.model.num_classes).float()
         batches = [{"image": images, "label": labels, "target": self.targets}] * 1000

@@ -116,7 +116,7 @@ def test_the_cuda_of_torch_is_read_without_importing_it() -> None:
 def test_on_this_machine_it_answers_without_torch(tmp_path: Path) -> None:
     """What takes seconds is not imported; the time itself depends on what else runs."""
     code = (
-        "import argparse, sys; from vitcomposer.commands import doctor;"
+        "import argparse, sys; from vitcomposer.commands.start import doctor;"
         "status = doctor._run(argparse.Namespace(measure=False));"
         "heavy = {'torch', 'composer', 'numba', 'streaming', 'timm'} & sys.modules.keys();"
         "print('heavy:', sorted(heavy)); sys.exit(status)"

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.data.conversion.conversion import write_images
 from vitcomposer import config
 from vitcomposer.cli import main
-from vitcomposer.commands import new
+from vitcomposer.commands.start import new
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_converted_images_go_beside_a_folder_that_holds_datasets(
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys\nfrom vitcomposer.commands import new\n"
+    code = "import sys\nfrom vitcomposer.commands.start import new\n"
     code += "from vitcomposer.survey import duplicates, page, photos, rules\n"
     code += "print(sorted({'torch', 'composer', 'streaming', 'numba'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -221,7 +221,7 @@ def test_network_without_layers_that_are_known_has_no_hours(tmp_path: Path, caps
         (["--gpu", "h200", "--gpus", "3"], "global_train_batch_size must be divisible by --gpus 3, got 1024"),
         (["--gpu", "h200", "--images", "1000"], "--images must be at least global_train_batch_size=1024, got 1000"),
         (["--gpu", "h200", "--price", "-1"], "--price must be 0 or more an hour"),
-        (["--gpu", "v100"], "precision must be one that a v100 has, got 'amp_bf16'"),
+        (["precision=amp_bf16", "--gpu", "v100"], "precision must be one that a v100 has, got 'amp_bf16'"),
         (["max_duration=300", "--gpu", "h200"], "max_duration must be a time string"),
         (["model.name=deit_s", "--gpu", "h200"], "model.name must be a known model, got 'deit_s'"),
         (["algorithms.Curriculum={image_sizes: [96, 224]}", "--gpu", "h200"], "algorithms.Curriculum.compute"),

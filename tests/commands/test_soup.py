@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import PHOTOS
 from vitcomposer.cli import main
-from vitcomposer.commands.soup import check_same, greedy, last_checkpoints, mean_of
+from vitcomposer.commands.use.soup import check_same, greedy, last_checkpoints, mean_of
 from vitcomposer.evaluation.trained import Trained, load_trained
 from vitcomposer.export.folder import write_folder
 from vitcomposer.models import build_model, load_weights

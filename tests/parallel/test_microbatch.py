@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, run_train, tiny_photo_overrides
+from tests.conftest import ROOT, error_of, run_train, tiny_photo_overrides
 from vitcomposer import config
 from vitcomposer.errors import ConfigError
 from vitcomposer.schema import Run
@@ -60,5 +60,5 @@ def test_run_on_a_cpu_ends_before_the_first_batch(
     if page == "swav_demo":
         overrides = [f"data.local={photo_mds}", f"run.folder={tmp_path}", "run.name=auto"]
     assert run_train([str(ROOT / f"yamls/{page}.yaml"), *overrides, f"{KEY}=auto"]) == 2
-    error = capsys.readouterr().err
+    error = error_of(capsys.readouterr().err)
     assert f"{KEY} must be a number of images, or left out, on a CPU" in error and error.count("\n") == 1

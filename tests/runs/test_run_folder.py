@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_train
+from tests.conftest import ROOT, error_of, run_train
 from tests.faults.small_run import DEIT, rows, tiny
 from tests.faults.started_runs import ComposerRun, finish
 from vitcomposer import config, folder_lock
@@ -55,7 +55,7 @@ def test_folder_that_another_process_writes_is_refused(
     lock.write_text(json.dumps({**asdict(folder_lock.this_process()), "pid": os.getppid(), "ticks": parent}))
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert run_train(overrides(finished.parent, *more)) == 2
-    assert_is_refusal(capfd.readouterr().err, finished, os.getppid(), "demo_2")
+    assert_is_refusal(error_of(capfd.readouterr().err), finished, os.getppid(), "demo_2")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     lock.unlink()
 
@@ -88,7 +88,7 @@ def test_two_starts_at_once_are_one_run_and_a_refusal(tmp_path: Path, capfd: pyt
         (tmp_path / "demo_2").mkdir()
         for more in ([], ["optimizer.lr=0.1"]):
             assert run_train(overrides(tmp_path, *more)) == 2
-            assert_is_refusal(capfd.readouterr().err, run, first.pid, "demo_3")
+            assert_is_refusal(error_of(capfd.readouterr().err), run, first.pid, "demo_3")
             assert first.poll() is None
     finally:
         first.send_signal(signal.SIGKILL)
@@ -107,7 +107,7 @@ def test_other_configuration_is_refused_without_a_checkpoint_too(
     (run / "config.yaml").write_text(config.to_yaml(cfg))
     before = (run / "config.yaml").read_text()
     assert run_train(overrides(tmp_path, "optimizer.weight_decay=0.1")) == 2
-    error = capsys.readouterr().err
+    error = error_of(capsys.readouterr().err)
     assert error.startswith(f"error: optimizer.weight_decay must be 0.05 to go on with the run in {run}, got 0.1.")
     assert [path.name for path in run.iterdir()] == ["config.yaml"] and (run / "config.yaml").read_text() == before
     assert run_train(overrides(tmp_path)) == 0

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.stores.weights_server import WeightsServer, serving
 from vitcomposer import config, needed_files
 from vitcomposer.cli import main
-from vitcomposer.commands import weights as command
+from vitcomposer.commands.start import weights as command
 from vitcomposer.errors import ConfigError
 from vitcomposer.folder_lock import only_writer
 from vitcomposer.models import build_model, load_weights

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from tests.conftest import PHOTOS, ROOT, run_train, tiny_photo_overrides
+from tests.conftest import PHOTOS, ROOT, error_of, run_train, tiny_photo_overrides
 from tests.training.test_train import losses, weights
 from vitcomposer import config
 from vitcomposer.cost.flops import forward_flops
@@ -132,7 +132,7 @@ def test_teacher_that_does_not_fit_is_refused_before_the_first_batch(
     assert (
         run_train([YAML, *overrides, *teaching(teacher_files["timm"]), *(f"{k}={v}" for k, v in changes.items())]) == 2
     )
-    error = capsys.readouterr().err
+    error = error_of(capsys.readouterr().err)
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "refused").exists()
 

@@ -14,7 +14,7 @@ CASES = {
     "unknown key": (["model.drop_path=0.1"], ["model.drop_path", "Did you mean", "drop_path_rate"]),
     "wrong type": (["optimizer.lr=fast"], ["optimizer.lr", "'fast'", "a finite number"]),
     "out of range": (["model.drop_path_rate=2"], ["model.drop_path_rate", "[0, 1)", "2.0"]),
-    "bf16 on a CPU": (["precision=amp_bf16"], ["precision", "fp32 on a CPU", "amp_bf16", "precision=fp32"]),
+    "bf16 on a CPU": (["precision=amp_bf16"], ["precision", "fp32 on a CPU", "amp_bf16", "precision=auto"]),
     "no data folder": (["data.local=/nowhere/at/all"], ["/nowhere/at/all", "vitcomposer convert"]),
     "no such split": (["data.val_split=test"], ["test", "train", "val"]),
     "other class count": (["model.num_classes=1000"], ["model.num_classes", "8", "1000", "model.num_classes=8"]),

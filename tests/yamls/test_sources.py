@@ -34,6 +34,8 @@ def leaves(page: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def stated(path: Path) -> dict[str, Any]:
     """The keys of a yaml that decide its result, with the learning rates that its block makes of them."""
     found = leaves(yaml.safe_load(path.read_text()))
+    if found["precision"] == "auto":
+        found["precision"] = "amp_bf16"  # on the GPUs that a paper's recipe is meant for
     cfg = config.load(path)
     if hasattr(cfg, "optimizer"):
         peak = cfg.optimizer.peak_lr(cfg.global_train_batch_size)

@@ -179,7 +179,8 @@ def costs_of(  # noqa: PLR0913 (all but one are named at the call)
     require(images >= batch, "--images", f"at least global_train_batch_size={batch}", images, "Count your images.")
     network = Network(build_without_storage(cfg.model))
     stages = stages_of(cfg, network, steps_per_epoch=images // batch)
-    speed, supply = Speed(network, gpu, cfg.precision, measured or results), _supply(cfg, results)
+    precision = cfg.precision if cfg.precision != "auto" else GPUS[gpu].automatic
+    speed, supply = Speed(network, gpu, precision, measured or results), _supply(cfg, results)
     views = [_views(cfg, stage, network.module) for stage in stages.stages]
     pairs = zip(stages.stages, views, strict=True)
     costs = [_cost(stage, v, speed, network, gpus=gpus, batch=batch, supply=supply) for stage, v in pairs]
@@ -190,7 +191,7 @@ def costs_of(  # noqa: PLR0913 (all but one are named at the call)
         "model": cfg.model.name,
         "image_size": cfg.model.image_size,
         "crops": [list(view[:2]) for view in views[0]] if isinstance(cfg, SelfSupervised) else None,
-        "precision": cfg.precision,
+        "precision": precision,
         "compile": cfg.run.compile,
         "parameters": network.parameters,
         "gpu": gpu,

@@ -59,6 +59,11 @@ class Gpu:
     bandwidth: float
     kernels: Kernels
 
+    @property
+    def automatic(self) -> str:
+        """What ``precision: auto`` is on this card."""
+        return "amp_bf16" if "bf16" in self.peaks else "fp32"
+
     def peak(self, precision: str) -> float | None:
         """Dense FLOP/s for Composer's ``precision``; fp32 means TF32 where the card has it, as Composer sets it."""
         if precision == "fp32":

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from composer.utils import dist
 
@@ -18,6 +17,7 @@ from vitcomposer.data.mds.shards import images_of, read_class_names
 from vitcomposer.errors import ConfigError
 from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoints import has_checkpoints, newest_whole, ranks_and_step, remove
+from vitcomposer.runs.devices import current_device
 from vitcomposer.runs.identity import difference, plain, read_identity
 from vitcomposer.runs.metrics import read_object
 from vitcomposer.runs.remote import DOWNLOADED, restore_remote
@@ -30,11 +30,6 @@ FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "c
 # What a kill leaves of files that were being written, and of downloads from run.remote.
 _UNFINISHED = (f"*{PARTIAL}", f".*{PARTIAL}*", f"*{DOWNLOADED}")
 _UNFINISHED += (f"{layout.CHECKPOINTS}/*{PARTIAL}", f"{layout.CHECKPOINTS}/*{DOWNLOADED}")
-
-
-def current_device() -> str:
-    """What Composer calls the device of this rank."""
-    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def initialize_dist(timeout: float = 600) -> None:

@@ -80,7 +80,7 @@ class Probe:
     seed: int
     max_duration: str  # Composer time string: 100ep
     global_train_batch_size: int  # images per step over all devices
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"]
     model: Model
     data: Data
     augment: Augment
@@ -115,7 +115,7 @@ class Neighbors:
 
     recipe: Literal["knn"]
     seed: int  # of the subset knn.train_samples
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"]
     model: Model
     data: Data
     evaluation: Evaluation

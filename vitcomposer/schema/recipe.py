@@ -26,7 +26,7 @@ class Recipe(Protocol):
     def global_train_batch_size(self) -> int: ...  # images over all devices
 
     @property
-    def precision(self) -> Literal["fp32", "amp_bf16", "amp_fp16"]: ...
+    def precision(self) -> Literal["auto", "fp32", "amp_bf16", "amp_fp16"]: ...  # auto: see vitcomposer.runs.devices
 
     @property
     def model(self) -> Model: ...

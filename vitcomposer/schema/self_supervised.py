@@ -98,7 +98,7 @@ class SelfSupervised:
     seed: int
     max_duration: str  # Composer time string: 300ep, 1000ba
     global_train_batch_size: int  # images, not crops, per step over all devices
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"]
     model: Model
     sync_bn: str | int
     data: Data

@@ -27,7 +27,7 @@ class Supervised:
     seed: int
     max_duration: str  # Composer time string: 300ep, 1000ba
     global_train_batch_size: int  # images per step over all devices
-    precision: Literal["fp32", "amp_bf16", "amp_fp16"]
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"]
     loss: Literal["soft_target_cross_entropy", "binary_cross_entropy"]
     model: Model
     data: Data

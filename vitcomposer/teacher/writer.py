@@ -109,7 +109,8 @@ def write_cache(
     device = torch.device("cuda", dist.get_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     precision = cfg.teacher.precision or cfg.precision
     fits = device.type == "cuda" or precision == "fp32"
-    require(fits, "teacher.precision", "fp32 on a CPU", precision, "Add precision=fp32, or run on a GPU.")
+    remedy = "Add precision=auto and teacher.precision=null, or run on a GPU."
+    require(fits, "teacher.precision", "fp32 on a CPU", precision, remedy)
     stored = _check_sizes(cfg, crop_sets, top_k, batch_size, shard_images)
     store = open_store(out)
     teacher = build_frozen_teacher(cfg)  # before anything is written: it may not fit

@@ -30,7 +30,7 @@ def prepare_pretraining(cfg: SelfSupervised) -> BatchShare:
     Raises:
         ConfigError: A batch that cannot run here.
     """
-    share = prepare(cfg)
+    cfg, share = prepare(cfg)
     if dist.get_global_rank() == 0:
         for line in adjustments(cfg, share.world_size):
             print(line)

@@ -2,13 +2,14 @@
 
 import ctypes
 import dataclasses
+from typing import TypeVar
 
 from composer.utils import dist, reproducibility
 
 from vitcomposer.errors import require
+from vitcomposer.runs.devices import current_device, with_precision
 from vitcomposer.runs.folder import (
     check_folders,
-    current_device,
     initialize_dist,
 )
 from vitcomposer.schema.ranks import check_ranks
@@ -16,6 +17,8 @@ from vitcomposer.schema.recipe import Recipe
 from vitcomposer.training.execution import (
     check_execution,
 )
+
+_Recipe = TypeVar("_Recipe", bound=Recipe)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -30,8 +33,11 @@ class BatchShare:
     device_eval_batch_size: int
 
 
-def prepare(cfg: Recipe) -> BatchShare:
+def prepare(cfg: _Recipe) -> tuple[_Recipe, BatchShare]:
     """Start the process group, seed every generator and share the batch out over the ranks.
+
+    Returns:
+        The configuration with the precision that this machine has for ``auto``, and what a rank gets of the batch.
 
     Raises:
         ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
@@ -39,7 +45,8 @@ def prepare(cfg: Recipe) -> BatchShare:
     initialize_dist(cfg.run.dist_timeout)
     check_folders(cfg)
     device = current_device()
-    remedy = "Add precision=fp32, or run on a GPU."
+    cfg = with_precision(cfg)
+    remedy = "Add precision=auto, or run on a GPU."
     require(device == "gpu" or cfg.precision == "fp32", "precision", "fp32 on a CPU", cfg.precision, remedy)
     reproducibility.seed_all(cfg.seed)
     if device == "cpu":
@@ -50,7 +57,7 @@ def prepare(cfg: Recipe) -> BatchShare:
     evaluate = cfg.evaluation.global_batch_size or train
     share = train // ranks
     check_execution(cfg.run, device=device, device_batch_size=share, algorithms=cfg.algorithms)
-    return BatchShare(
+    return cfg, BatchShare(
         device=device,
         world_size=ranks,
         device_train_batch_size=share,

@@ -128,10 +128,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     shared = cfg.run.parallelism == SHARDED
     sharding = shard_blocks(task, cfg, world_size=dist.get_world_size()) if shared else None
     if dist.get_global_rank() == 0:
-        print(
-            f"{folder}: {cfg.model.name}, {cfg.max_duration}, {cfg.global_train_batch_size} images a step on "
-            f"{share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}"
-        )
+        print(f"{folder}: {share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}")
     trainer = Trainer(
         model=task,
         train_dataloader=train,

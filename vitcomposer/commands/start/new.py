@@ -140,13 +140,9 @@ def _page(choice: "Choice", said: list[str], commands: list[str], data: Path) ->
 
     base = (YAMLS / f"{choice.page}.yaml").read_text(encoding="utf-8")
     origin = f"Written by vitcomposer new, from yamls/{choice.page}.yaml, which says where its settings come from."
-    values = {"data.local": (quoted(str(data)), ""), "precision": _precision(), **choice.values}
+    values = {"data.local": (quoted(str(data)), ""), **choice.values}
     head = [origin, "A comment behind a value is the reason for it.", "", *said, *_because(choice), ""]
     return changed_page(base, values, [*head, *(f"  {command}" for command in commands)])
-
-
-def _precision() -> tuple[str, str]:
-    return ("amp_bf16", "there is a GPU") if Path("/dev/nvidiactl").exists() else ("fp32", "there is no GPU")
 
 
 def _data_folder(photos: Path) -> Path:

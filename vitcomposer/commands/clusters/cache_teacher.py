@@ -43,11 +43,12 @@ def _run(args: argparse.Namespace) -> int:
     top_k = args.top_k or str(min(10, cfg.model.num_classes))
     require(top_k == "all" or top_k.isdecimal(), "--top-k", "a number of classes, or all", top_k, "10 is usual.")
     from vitcomposer.errors import ShardError
+    from vitcomposer.runs.devices import with_precision
     from vitcomposer.teacher.writer import write_cache
 
     try:
         write_cache(
-            cfg,
+            with_precision(cfg),
             args.out or (cfg.cache.local if cfg.cache else f"{cfg.data.local}-teacher"),
             crop_sets=args.crop_sets,
             top_k=None if top_k == "all" else int(top_k),

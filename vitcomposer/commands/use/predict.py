@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vitcomposer.commands.arguments import given_reading
-from vitcomposer.commands.evaluate import add_loading, choose_device
+from vitcomposer.commands.use.evaluate import add_loading, choose_device
 from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal

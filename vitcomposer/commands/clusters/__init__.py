@@ -1,0 +1,1 @@
+"""Commands for machines in the plural."""

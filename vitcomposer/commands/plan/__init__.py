@@ -1,0 +1,1 @@
+"""Commands about recipes: which there are, what they cost, how fast their input is."""

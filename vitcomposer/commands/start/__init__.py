@@ -1,0 +1,1 @@
+"""Commands from a folder of photographs, or a name, to a trained run."""

@@ -1,0 +1,1 @@
+"""Commands that do something with a trained network."""
