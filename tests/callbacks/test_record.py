@@ -14,7 +14,7 @@ from tests.callbacks import tiny_run
 from vitcomposer.callbacks import RunRecord, Throughput
 from vitcomposer.runs.environment import describe_environment
 
-FACTS = {"recipe": "supervised", "model": "tiny", "seed": 0, "lr_peak": 1e-2}
+FACTS = {"recipe": "supervised", "model": "tiny", "seed": 0, "lr_peak": 1e-2, "class_imbalance": None}
 DESIGN_FIELDS = (
     "recipe, model, top1, top5, loss, epochs, steps, images_seen, seconds, images_per_sec, data_wait_fraction, "
     "train_flops, mfu, peak_memory_bytes, world_size, device, seed, git_commit"
@@ -62,7 +62,8 @@ def test_run_folder_tells_the_story_of_the_run(tmp_path: Path) -> None:
     ]
     assert (folder / "config.yaml").read_text() == "recipe: supervised\n"
     summary, last = summary_of(folder), lines_of(folder)[-1]
-    more = {"top1_ema", "top5_ema", "knn", "lr_peak", "finished", "bad_images", "bad_eval_images"}
+    more = {"top1_ema", "top5_ema", "class_top1", "class_top1_ema", "class_imbalance", "knn", "lr_peak", "finished"}
+    more |= {"bad_images", "bad_eval_images"}
     assert set(summary) == {*DESIGN_FIELDS.split(", "), *more}
     assert summary["recipe"] == "supervised" and summary["model"] == "tiny" and summary["lr_peak"] == 0.01
     assert summary["top1"] == last["metrics/eval/top1"] and 0 <= summary["top1"] <= 1

@@ -5,7 +5,7 @@ import torch
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 
-from vitcomposer.losses import binary_cross_entropy, soft_target_cross_entropy
+from vitcomposer.losses import LogitAdjustedCrossEntropy, binary_cross_entropy, soft_target_cross_entropy
 
 BATCH, CLASSES = 6, 9
 
@@ -91,3 +91,32 @@ def test_large_logits_stay_finite(loss):
     result = loss(logits, soft_targets(torch.float32))
     result.backward()
     assert result.isfinite() and logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
+def test_logit_adjustment_is_equation_10_of_its_paper(tau: float) -> None:
+    """arXiv:2007.07314, in float64, with soft targets too; its gradient is that of the probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([200, 10, 0, 37])
+    logits = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(6, 4, generator=generator, dtype=torch.float64)
+    targets = torch.cat([torch.eye(4, dtype=torch.float64)[[0, 1, 3]], targets[3:] / targets[3:].sum(1, keepdim=True)])
+    shares = torch.tensor([200, 10, 1, 37], dtype=torch.float64) / 248  # a class without any counts as if it had one
+    odds = logits.detach().exp() * shares**tau
+    expected = -(targets * (odds / odds.sum(1, keepdim=True)).log()).sum(1).mean()
+    loss = LogitAdjustedCrossEntropy(counts, tau)(logits, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    torch.testing.assert_close(logits.grad, (odds / odds.sum(1, keepdim=True) - targets) / 6, rtol=1e-12, atol=1e-15)
+
+
+def test_logit_adjustment_of_0_is_cross_entropy_and_half_precision_is_computed_in_float32() -> None:
+    logits, targets = torch.randn(5, 3), torch.eye(3)[[0, 1, 2, 0, 1]]
+    counts = torch.tensor([1000, 10, 1])
+    assert torch.equal(
+        LogitAdjustedCrossEntropy(counts, 0.0)(logits, targets), soft_target_cross_entropy(logits, targets)
+    )
+    half = LogitAdjustedCrossEntropy(counts, 1.0)(logits.bfloat16(), targets)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, LogitAdjustedCrossEntropy(counts, 1.0)(logits.bfloat16().float(), targets))
+    assert LogitAdjustedCrossEntropy(counts, 1.0).state_dict() == {}

@@ -285,7 +285,14 @@ def numeric_keys(recipe: str) -> list[str]:
 
 NEGATIVE = {"sync_bn", "augment.mean", "crops.mean", "teacher.mean", "mean"}  # VISSL's node; colours below the middle
 ZERO = NEGATIVE | {
-    *("seed", "model.drop_rate", "model.drop_path_rate", "model.attn_drop_rate", "model.init_values"),
+    *(
+        "seed",
+        "logit_adjustment",
+        "model.drop_rate",
+        "model.drop_path_rate",
+        "model.attn_drop_rate",
+        "model.init_values",
+    ),
     *("model.local_up_to_layer", "init.min_matched", "init.train_blocks", "data.num_workers", "data.download_retry"),
     *("data.max_bad_fraction", "augment.flip_prob", "augment.color_jitter", "augment.random_erasing"),
     *("mixing.mixup_alpha", "mixing.cutmix_alpha", "mixing.prob", "mixing.switch_prob", "mixing.label_smoothing"),

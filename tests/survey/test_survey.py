@@ -141,6 +141,15 @@ def test_training_from_scratch_sees_about_as_many_images_in_all(count: int, side
     assert (choice.page, choice.epochs, choice.image_size) == ("photos_scratch", epochs, size)
 
 
+@pytest.mark.parametrize(("most", "told", "balance"), [(30, False, None), (31, True, None), (101, True, "sqrt")])
+def test_unequal_classes_are_told_and_balanced(most: int, told: bool, balance: str | None) -> None:
+    found = imagined(100)
+    found.counts["train"] = Counter({0: most, 1: 10})
+    choice = choose(found, pretrained=True, cores=2)
+    assert any("imbalance" in reason for reason in choice.reasons) == told
+    assert choice.values.get("data.balance", (None,))[0] == balance
+
+
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_written_page_is_a_configuration_with_the_chosen_values(pretrained: bool, tmp_path: Path) -> None:
     choice = choose(imagined(240, classes=12), pretrained=pretrained, cores=2)

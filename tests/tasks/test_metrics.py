@@ -76,6 +76,7 @@ def test_metrics_of_a_classifier_are_means_over_images(
     expected = {
         "loss": float(F.cross_entropy(logits.double(), labels)),
         "top1": float((best[:, 0] == labels).double().mean()),
+        "class_top1": float(np.mean([float((best[labels == k, 0] == k).double().mean()) for k in labels.unique()])),
         "top5": float((best == labels[:, None]).any(dim=1).double().mean()),
     }
     assert {name: over_ranks(metrics) for name, metrics in measured.items()} == pytest.approx(expected, abs=1e-6)

@@ -22,7 +22,7 @@ from vitcomposer.training.execution import shard_blocks
 CONVIT = str(ROOT / "yamls/convit_ti.yaml")
 NETWORK = {"image_size": 32, "patch_size": 8, "depth": 2, "local_up_to_layer": 1}
 STEPS = 10
-EVALUATED = [f"metrics/{label}/{name}" for label in ("eval", "ema") for name in ("loss", "top1")]
+EVALUATED = [f"metrics/{label}/{name}" for label in ("eval", "ema") for name in ("loss", "top1", "class_top1")]
 
 
 def overrides(folder: Path, name: str, steps: int, *more: str) -> list[str]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vitcomposer.callbacks.throughput import Throughput
+from vitcomposer.data.labels import UNEQUAL
 from vitcomposer.models.weights.averages import EMA_LABEL
 
 LOSS_SMOOTHING = 0.95  # share of the old value after each step
@@ -26,11 +27,21 @@ class Progress(Callback):
 
     Args:
         throughput: The source of images/s.
+        class_imbalance: Training images of the largest class over those of the smallest; where it is above
+            ``UNEQUAL`` the mean of the classes' top-1 is shown before the images'.
         stream: Defaults to ``sys.stderr`` at the start of training.
     """
 
-    def __init__(self, throughput: Throughput, *, stream: TextIO | None = None, seconds_per_line: float = 30.0) -> None:
+    def __init__(
+        self,
+        throughput: Throughput,
+        *,
+        class_imbalance: float | None = None,
+        stream: TextIO | None = None,
+        seconds_per_line: float = 30.0,
+    ) -> None:
         self.throughput = throughput
+        self._unequal = class_imbalance is not None and class_imbalance > UNEQUAL
         self.stream = stream
         self.seconds_per_line = seconds_per_line
         self._file: TextIO | None = None  # None: not shown, on ranks above 0 and outside training
@@ -38,6 +49,7 @@ class Progress(Callback):
         self._cleanup = contextlib.ExitStack()
         self._loss: float | None = None
         self._top1: dict[str, float] = {}  # by the label of the evaluator
+        self._class_top1: dict[str, float] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None, "Composer has set it before training"
@@ -89,6 +101,8 @@ class Progress(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         if state.dataloader_label is not None and "top1" in state.eval_metric_values:
             self._top1[state.dataloader_label] = float(state.eval_metric_values["top1"])
+        if self._unequal and state.dataloader_label is not None and "class_top1" in state.eval_metric_values:
+            self._class_top1[state.dataloader_label] = float(state.eval_metric_values["class_top1"])
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._show(state)
@@ -134,10 +148,9 @@ class Progress(Callback):
         facts = []
         if self._loss is not None:
             facts.append(f"loss {self._loss:.4f}")
-        if "eval" in self._top1:
-            facts.append(f"top-1 {100 * self._top1['eval']:.2f} %")
-        if EMA_LABEL in self._top1:
-            facts.append(f"EMA {100 * self._top1[EMA_LABEL]:.2f} %")
+        for name, found in (("mean of classes", self._class_top1), ("top-1", self._top1)):
+            facts += [f"{name} {100 * found['eval']:.2f} %"] if "eval" in found else []
+            facts += [f"EMA {100 * found[EMA_LABEL]:.2f} %"] if EMA_LABEL in found else []
         speed = self.throughput.recent_images_per_sec
         if speed is not None:
             facts.append(f"{speed:,.0f} images/s")

@@ -24,7 +24,7 @@ from vitcomposer.runs.identity import write_identity
 from vitcomposer.runs.metrics import split_metrics
 from vitcomposer.whole_files import BAD, set_aside, write_whole
 
-FACTS = ("recipe", "model", "seed", "lr_peak")
+FACTS = ("recipe", "model", "seed", "lr_peak", "class_imbalance")
 
 
 class RunRecord(LoggerDestination):
@@ -44,7 +44,8 @@ class RunRecord(LoggerDestination):
     Args:
         run_folder: Created where missing.
         config_yaml: The resolved configuration.
-        facts: ``recipe``, ``model``, ``seed`` and ``lr_peak``.
+        facts: ``recipe``, ``model``, ``seed``, ``lr_peak`` and ``class_imbalance``: training images of the largest
+            class over those of the smallest, None where that is not known.
         throughput: The callback whose totals go into the summary.
         log_interval: Composer time string; evaluations and measurements of a monitor are always logged.
         identity: What ``identity.json`` shall hold; None writes none.
@@ -242,8 +243,11 @@ class RunRecord(LoggerDestination):
             "top1": self._metric("eval", "top1"),
             "top5": self._metric("eval", "top5"),
             "loss": self._metric("eval", "loss"),
+            "class_top1": self._metric("eval", "class_top1"),
             "top1_ema": self._metric("ema", "top1"),
             "top5_ema": self._metric("ema", "top5"),
+            "class_top1_ema": self._metric("ema", "class_top1"),
+            "class_imbalance": self.facts["class_imbalance"],
             "knn": self._knn or None,
             "bad_images": self._bad.get("bad_images"),
             "bad_eval_images": self._bad.get("bad_eval_images"),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from numpy.typing import NDArray
 from streaming.base.distributed import barrier, get_local_rank, maybe_init_dist
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from vitcomposer.data.batch import Batch, Sample, split_batch
 from vitcomposer.data.collate import EvalCollate, TrainCollate, Views
 from vitcomposer.data.jpeg import current_reading, set_reading
 from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.mds.balance import POWERS, Balance
 from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.shared_memory import (
     clear_stale_memory,
@@ -197,6 +199,8 @@ def _build_dataset(cfg: Supervised | Probe, split: Split, seed: int, batch_size:
     if isinstance(dataset, ImageStream):
         _check_classes(cfg, split)
         _check_labels(dataset, cfg.model.num_classes)
+        if train and cfg.data.balance is not None:
+            dataset.balance = Balance(read_labels(dataset, cfg.model.num_classes), POWERS[cfg.data.balance])
     return dataset
 
 
@@ -291,8 +295,8 @@ def _check_labels(dataset: ImageStream, num_classes: int) -> None:
     """Look at some labels, spread over the split, before the first step; the loader looks at every one it reads."""
     if not dataset.stream.is_origin:  # a cache may be empty or damaged
         return
-    for sample_id in np.linspace(0, dataset.num_samples - 1, _LABELS).astype(int).tolist():
-        label = dataset.label_on_disk(sample_id)
+    ids = np.linspace(0, dataset.num_samples - 1, _LABELS).astype(int)
+    for sample_id, label in zip(ids.tolist(), dataset.labels_on_disk(ids), strict=True):
         require(
             label is None or 0 <= label < num_classes,
             "model.num_classes",
@@ -300,6 +304,24 @@ def _check_labels(dataset: ImageStream, num_classes: int) -> None:
             num_classes,
             "Set it to the number of classes, or write the split again with `vitcomposer convert`.",
         )
+
+
+def read_labels(dataset: ImageStream, num_classes: int) -> NDArray[np.int64]:
+    """Of all samples of a split that lies on this machine, (N,); 1.28 million take some seconds.
+
+    Raises:
+        ConfigError: A label that is outside of the classes or cannot be read.
+    """
+    ids = np.arange(dataset.num_samples)
+    labels = [-1 if label is None else label for label in dataset.labels_on_disk(ids)]
+    odd = next((at for at, label in enumerate(labels) if not 0 <= label < num_classes), None)
+    if odd is not None:
+        raise ConfigError(
+            f"data.local must be a data set all of whose labels can be read and are below model.num_classes="
+            f"{num_classes} to weigh its classes (data.balance, logit_adjustment), got another for "
+            f"{dataset.describe(odd)}. Look at it with `vitcomposer inspect --verify`."
+        )
+    return np.array(labels)
 
 
 def check_fills_a_batch(dataset: ImageStream | SyntheticImages, global_batch_size: int) -> None:

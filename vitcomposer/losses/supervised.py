@@ -4,7 +4,7 @@ They are computed in float32 even where autocast hands over bfloat16 or float16 
 """
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitcomposer.losses.precision import at_least_float32
 
@@ -28,3 +28,28 @@ def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logits = at_least_float32(logits)
     return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
+class LogitAdjustedCrossEntropy(nn.Module):
+    """Softmax cross-entropy for unequal classes: Menon et al., arXiv:2007.07314, equation 10.
+
+    The batch mean of ``-sum_k targets_k log softmax(logits + tau log pi)_k``, where ``pi_k`` is the share of class k
+    among the training images. The logits by themselves, which evaluation takes, then aim at the mean of the classes'
+    accuracies: at tau 1 their softmax is that of a data set in which all classes have equal shares.
+
+    Args:
+        counts: Training images of each class, (K,); a class without any counts as if it had one.
+        tau: How far to correct; the paper's is 1, and 0 gives :func:`soft_target_cross_entropy`.
+    """
+
+    shift: Tensor
+
+    def __init__(self, counts: Tensor, tau: float) -> None:
+        super().__init__()
+        counts = counts.double().clamp(min=1)
+        self.register_buffer("shift", tau * (counts / counts.sum()).log(), persistent=False)  # (K,)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, K) and soft targets (B, K) to a scalar."""
+        logits = at_least_float32(logits)
+        return soft_target_cross_entropy(logits + self.shift.to(logits.dtype), targets)

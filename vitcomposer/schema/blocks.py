@@ -114,7 +114,7 @@ class Init:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the images are and how they reach the device. Nothing here changes what a model learns.
+    """Where the images are and how they reach the device. Nothing here but ``balance`` changes what a model learns.
 
     ``remote`` is anything StreamingDataset takes (``s3://bucket/imagenet``, ``gs://``, ``oci://``, ``hf://``, ...) and
     ``local`` the folder that caches it; ``local`` alone is a data set on disk. Splits are folders below both.
@@ -137,6 +137,7 @@ class Data:
     max_bad_fraction: float = 0.001  # images of a split that cannot be decoded, left out; more end the run
     num_canonical_nodes: int | None = None
     shuffle_block_size: int | None = None
+    balance: Literal["sqrt", "full"] | None = None  # class of n images: share n (null), its root, or the same as others
     # Where flips, colour, blur and geometry run, with the same pixels. auto: on a GPU, but RandAugment in the workers.
     augment_on: Literal["auto", "worker", "device"] = "auto"
     synthetic_samples: int = 1_281_167  # per epoch, of source: synthetic

@@ -18,7 +18,7 @@ from vitcomposer.schema.blocks import (
     Schedule,
     check_colors,
 )
-from vitcomposer.schema.recipe import check_steps
+from vitcomposer.schema.recipe import check_balance, check_no_balance, check_steps
 from vitcomposer.schema.times import check_interval, check_seed
 
 NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
@@ -95,6 +95,8 @@ class Probe:
         check_steps(self, usual="DINO uses 1024.")
         with noting():
             require_within("model.num_classes", self.model.num_classes, 2, 10**7, "Count your classes.")
+        with noting():
+            check_balance(self.data, self.augment)
         self.init.check_no_blocks(self.recipe)
         _check_run(self.run, self.recipe)
 
@@ -129,6 +131,7 @@ class Neighbors:
         check_seed("seed", self.seed)
         check_colors("", self.mean, self.std)
         self.knn.check("knn")
+        check_no_balance(self.data, self.recipe)
         self.init.check_no_blocks(self.recipe)
         size, remedy = self.evaluation.global_batch_size, "There is no training batch to follow: use 256."
         require(size is not None, "evaluation.global_batch_size", "a number of images", size, remedy)

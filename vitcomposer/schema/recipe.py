@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
-from vitcomposer.errors import noting, require_within
-from vitcomposer.schema.blocks import Data, Evaluation, Init, Model, Optimizer, Run, Schedule
+from vitcomposer.errors import noting, require, require_within
+from vitcomposer.schema.blocks import Augment, Data, Evaluation, Init, Model, Optimizer, Run, Schedule
 from vitcomposer.schema.times import check_schedule, check_seed
 
 
@@ -69,3 +69,23 @@ def check_steps(recipe: Trainable, *, usual: str) -> None:
         require_within("global_train_batch_size", recipe.global_train_batch_size, 1, 10**7, usual)
     with noting():
         check_schedule(recipe.max_duration, recipe.schedule.t_warmup)
+
+
+def require_labels_here(data: Data, key: str, off: str, value: Any) -> None:
+    """Refuse what needs the label of every image before the first step, unless they lie on this machine."""
+    here = data.source == "mds" and data.remote is None
+    require(here, key, f"{off} unless the images lie in data.local alone", value, f"Set {key}={off}.")
+
+
+def check_balance(data: Data, augment: Augment) -> None:
+    """Refuse ``balance`` where it cannot be had, or where its copies and those of repeated augmentation would mix."""
+    if data.balance is None:
+        return
+    require_labels_here(data, "data.balance", "null", data.balance)
+    views, rule = augment.repeated_augmentation, "1 with data.balance, which repeats images by itself"
+    require(views == 1, "augment.repeated_augmentation", rule, views, "Set one of the two.")
+
+
+def check_no_balance(data: Data, recipe: str) -> None:
+    """Refuse ``balance`` in a recipe that knows no labels in training."""
+    require(data.balance is None, "data.balance", f"null in the recipe {recipe}", data.balance, "Leave it out.")

@@ -19,7 +19,7 @@ from vitcomposer.schema.blocks import (
     check_colors,
 )
 from vitcomposer.schema.probe import KNN
-from vitcomposer.schema.recipe import check_steps
+from vitcomposer.schema.recipe import check_no_balance, check_steps
 
 MAX_CROPS = 100  # of an image
 
@@ -123,6 +123,8 @@ class SelfSupervised:
         with noting():
             check_company(self.algorithms, loss=self.recipe, precision=self.precision, label_smoothing=0.0)
             check_schedule_free(self.optimizer, self.schedule, self.algorithms)
+        with noting():
+            check_no_balance(self.data, self.recipe)
         with noting():
             self.init.check_no_blocks(self.recipe)
             given, remedy = self.model.num_classes, "The head without labels is in the block head."

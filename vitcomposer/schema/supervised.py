@@ -16,7 +16,7 @@ from vitcomposer.schema.blocks import (
     Run,
     Schedule,
 )
-from vitcomposer.schema.recipe import check_steps
+from vitcomposer.schema.recipe import check_balance, check_steps, require_labels_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class Supervised:
     global_train_batch_size: int  # images per step over all devices
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"]
     loss: Literal["soft_target_cross_entropy", "binary_cross_entropy"]
+    logit_adjustment: float = (
+        0.0  # tau of arXiv:2007.07314: the loss sees logits + tau * log of a class's share; 0: off
+    )
     model: Model
     data: Data
     augment: Augment
@@ -58,3 +61,19 @@ class Supervised:
         fits = self.loss != "binary_cross_entropy" or smoothing == 0
         require(fits, "mixing.label_smoothing", rule, smoothing, "Set mixing.label_smoothing=0.")
         check_schedule_free(self.optimizer, self.schedule, self.algorithms)
+        with noting():
+            check_balance(self.data, self.augment)
+        self._check_adjustment()
+
+    def _check_adjustment(self) -> None:
+        key, tau = "logit_adjustment", self.logit_adjustment
+        require_within(key, tau, 0, 10, "1 is the paper's, 0 switches it off.")
+        if not tau:
+            return
+        with noting():
+            require_labels_here(self.data, key, "0", tau)
+        fits, rule = self.data.balance is None, "0 with data.balance, which corrects for the same shares"
+        require(fits, key, rule, tau, "Drop one of the two.")
+        fits = self.loss == "soft_target_cross_entropy" and self.recipe == "supervised"
+        rule = "0 but with recipe: supervised and loss: soft_target_cross_entropy, whose softmax it corrects"
+        require(fits, key, rule, tau, "Set logit_adjustment=0, or use data.balance.")

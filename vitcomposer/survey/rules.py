@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from vitcomposer.data.labels import UNEQUAL
 from vitcomposer.survey.photos import Survey
 
 _Value = TypeVar("_Value")
@@ -16,6 +17,7 @@ _EPOCHS = {SMALL: 30, MEDIUM: 15, math.inf: 8}  # with pre-trained weights, belo
 _CROPS = {SMALL: 0.35, MEDIUM: 0.2, math.inf: 0.08}  # least share of the area, likewise
 SEEN = 240_000  # images that a run from scratch sees, within these epochs
 _SCRATCH_EPOCHS = (30, 300)
+BALANCED = 10  # training images of the largest class over those of the smallest, above which they are balanced
 LARGEST_BATCH = 64
 _STEPS = 10  # of an epoch, at least
 WORKERS = 8
@@ -54,6 +56,7 @@ def choose(found: Survey, *, pretrained: bool, cores: int) -> Choice:
     _choose_length(choice, count)
     if pretrained:
         _choose_tuning(choice, count)
+    _choose_balance(choice, found.imbalance)
     choice.set("data.num_workers", min(cores, WORKERS), f"one for each core, {WORKERS} at most")
     return choice
 
@@ -88,6 +91,14 @@ def _choose_length(choice: Choice, count: int) -> None:
     smoothing = min(1 - 10 / max(steps, 100), 0.9999)
     average = f"{{smoothing: {smoothing:.4g}, update_interval: 1ba}}"
     choice.set("algorithms.EMA", average, f"over a tenth of the run's {steps:,} steps")
+
+
+def _choose_balance(choice: Choice, imbalance: float) -> None:
+    if imbalance > UNEQUAL:
+        choice.reasons.append(f"{imbalance:.0f}:1 imbalance -> the mean of the classes' accuracies is told first")
+    if imbalance > BALANCED:
+        choice.set("data.balance", "sqrt", f"{imbalance:.0f}:1 training images of the largest class to the smallest")
+        choice.reasons[-1] += ", and classes are shown by the square root of their number"
 
 
 def _choose_tuning(choice: Choice, count: int) -> None:

@@ -50,6 +50,8 @@ class ClassificationTask(ComposerModel):
 def classification_metrics(num_classes: int) -> dict[str, Metric]:
     """``top1``, ``loss`` and, where it says something (above five classes), ``top5``: means over the images.
 
+    ``class_top1`` is the mean of the classes' top-1, to which a rare class counts as much as a frequent one.
+
     Padding is left out, so neither the size of a batch nor the number of ranks changes them.
     """
 
@@ -57,9 +59,35 @@ def classification_metrics(num_classes: int) -> dict[str, Metric]:
         return MulticlassAccuracy(num_classes, average="micro", top_k=top_k, ignore_index=IGNORE_LABEL)
 
     metrics: dict[str, Metric] = {"top1": accuracy(1), "loss": MeanCrossEntropy()}
+    metrics["class_top1"] = MeanClassAccuracy(num_classes)
     if num_classes > 5:
         metrics["top5"] = accuracy(5)
     return metrics
+
+
+class MeanClassAccuracy(Metric):
+    """Mean over the classes of the share of their images that are given their class; classes without images aside."""
+
+    right: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        for name in ("right", "images"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")  # (C,)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, C), labels int64 (B,); padding is left out."""
+        known = labels != IGNORE_LABEL  # (B,)
+        classes = labels.where(known, 0)
+        right = known & (logits.argmax(dim=1) == labels)
+        self.right.index_add_(0, classes, right.long())
+        self.images.index_add_(0, classes, known.long())
+
+    def compute(self) -> Tensor:
+        """In [0, 1]; NaN without an image."""
+        seen = self.images > 0  # (C,)
+        return (self.right.double() / self.images.clamp(min=1)).sum() / seen.sum()
 
 
 class MeanCrossEntropy(Metric):

@@ -25,7 +25,7 @@ def build_measurement(
     """
     folder = run_folder(cfg)
     throughput = Throughput(None, cfg.precision)
-    facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": None}
+    facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": None, "class_imbalance": None}
     record = build_record(cfg, facts, throughput)
     return Trainer(
         model=task,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from composer import Trainer
 from composer.core import DataSpec
 from torch import nn
@@ -13,7 +14,7 @@ from vitcomposer.algorithms import build_algorithms, build_stage_algorithms
 from vitcomposer.callbacks import build_attention_monitor
 from vitcomposer.cost.flops import train_flops
 from vitcomposer.curriculum import Options, Plan, build_plan, check_network, split_options
-from vitcomposer.data.loader import build_dataspec, set_view
+from vitcomposer.data.loader import build_dataspec, read_labels, set_view
 from vitcomposer.schema import Supervised
 from vitcomposer.tasks import ClassificationTask
 from vitcomposer.teacher.cache import CachedTeacher
@@ -62,6 +63,8 @@ def build_supervision(
         keep_unmixed=keep_unmixed,
         teacher=cache,
     )
+    if cfg.logit_adjustment:
+        _adjust_logits(cfg, task, train)
     plan = _plan_stages(cfg, options, model, train, teacher_flops)
     set_view(train, plan.view)
     val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=share.device_eval_batch_size)
@@ -80,6 +83,14 @@ def build_supervision(
         callbacks=build_attention_monitor(cfg, model, val_loader.dataset, mean=augment.mean, std=augment.std),
         compiled=compiled,
     )
+
+
+def _adjust_logits(cfg: Supervised, task: ClassificationTask, train: DataSpec) -> None:
+    """Give the task the loss that knows how many training images each class has."""
+    dataset: Any = cast(DataLoader, train.dataloader).dataset
+    labels = read_labels(dataset, cfg.model.num_classes)
+    counts = torch.from_numpy(labels).bincount(minlength=cfg.model.num_classes)  # (K,)
+    task.loss_function = losses.LogitAdjustedCrossEntropy(counts, cfg.logit_adjustment)
 
 
 def _plan_stages(

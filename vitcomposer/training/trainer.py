@@ -28,6 +28,7 @@ from vitcomposer.callbacks import (
     Throughput,
     build_mirror,
 )
+from vitcomposer.data.labels import class_imbalance
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import message
 from vitcomposer.models.weights.averages import EMA_LABEL
@@ -99,13 +100,14 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     peak_lr = cfg.optimizer.peak_lr(cfg.global_train_batch_size)
     throughput = Throughput(train_flops_per_image=train_flops_per_image, precision=cfg.precision)
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
+    facts["class_imbalance"] = imbalance = class_imbalance(cfg.data)
     every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), BadImageCount()]
     skip, latest = cfg.run.skip_nonfinite_steps, folder / layout.LATEST_CHECKPOINT
     every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
     if evaluators:
         every.append(KeptPredictions(folder))
     if cfg.run.progress_bar:
-        every.append(Progress(throughput))
+        every.append(Progress(throughput, class_imbalance=imbalance))
     if cfg.run.remote is not None:
         every.append(build_mirror(cfg, folder))
     saver = Checkpoints(folder / layout.CHECKPOINTS, interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)

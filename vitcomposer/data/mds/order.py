@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from streaming.base.partition import get_partitions
 from streaming.base.shuffle import get_shuffle
 
+from vitcomposer.data.mds.balance import Balance, balanced_order
+
 PADDING = -1  # Streaming's mark for a place without a sample
 
 
@@ -36,10 +38,14 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Shuffle:
-    """Streaming's py1e: shards in random order, samples of the shards within ``block_size`` mixed."""
+    """Streaming's py1e: shards in random order, samples of the shards within ``block_size`` mixed.
+
+    With ``balance`` some samples come several times and others not at all, see ``balance``.
+    """
 
     seed: int
     block_size: int = 1 << 18
+    balance: Balance | None = None
 
 
 def arrange(
@@ -88,6 +94,9 @@ def arrange(
         return _mark_repeated(places, num_samples)
     nodes, seed, block_size = layout.canonical_nodes, shuffle.seed, shuffle.block_size
     order = get_shuffle("py1e", shard_sizes, nodes, seed, epoch, block_size)
+    if shuffle.balance is not None:
+        assert repeats == 1
+        order = balanced_order(order, shuffle.balance, seed=seed, epoch=epoch, block_size=block_size)
     if repeats > 1 and shared_decodes:
         ids = _repeat_on_rank(order, np.maximum(places, 0), layout, repeats)
         return np.where(places != PADDING, ids, PADDING)

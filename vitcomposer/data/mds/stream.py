@@ -18,6 +18,7 @@ from streaming.base.world import World
 
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mds.bad_images import BadImages
+from vitcomposer.data.mds.balance import Balance
 from vitcomposer.data.mds.cache import prepare_within_limit
 from vitcomposer.data.mds.fetch_ahead import FetchAhead
 from vitcomposer.data.mds.order import PADDING, Layout, Shuffle, arrange, steps_before
@@ -136,6 +137,7 @@ class ImageStream(StreamingDataset):
             lock_in_memory(self)
         self._check_nodes()
         self.repeats, self.shared_decodes = repeats, shared_decodes
+        self.balance: Balance | None = None  # to be set before the loader starts its workers
         self._ends = np.cumsum(self.samples_per_shard)
         index = str(self.stream.folder / INDEX)
         self._rows = RowReader(cast(list[MDSReader], self.shards), self.stream.folder, index, low_resolution)
@@ -179,7 +181,8 @@ class ImageStream(StreamingDataset):
     def _ids_of_worker(self, epoch: int, first: int) -> NDArray[np.int64]:
         """Virtual ids of this worker: each computes the whole order, which is quicker than sharing it safely."""
         world = self._worker
-        shuffle = Shuffle(seed=self.shuffle_seed, block_size=self.shuffle_block_size or 1 << 18)
+        block = self.shuffle_block_size or 1 << 18
+        shuffle = Shuffle(seed=self.shuffle_seed, block_size=block, balance=self.balance)
         plan = arrange(
             self.samples_per_shard,
             self._layout(world),
@@ -240,13 +243,14 @@ class ImageStream(StreamingDataset):
         sample_id = sample["sample_id"]
         self.bad.add(sample_id, self.place(sample_id), str(error), "It is left out of the evaluation.")
 
-    def label_on_disk(self, sample_id: int) -> int | None:
-        """What a shard that is here says, before anything of it is checked; None where it cannot be read."""
-        shard, row, *_ = (int(value[0]) for value in self._locate(np.array([sample_id])))
-        try:
-            return self._rows.read(shard, row)[1]
-        except (OSError, ShardError, ValueError):  # reading it in earnest will tell
-            return None
+    def labels_on_disk(self, ids: NDArray[np.int64]) -> Iterator[int | None]:
+        """What shards that are here say, before anything of them is checked; None where one cannot be read."""
+        shards, rows, *_ = self._locate(ids)
+        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+            try:
+                yield self._rows.read(shard, row)[1]
+            except (OSError, ShardError, ValueError):  # reading it in earnest will tell
+                yield None
 
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, with its split."""
