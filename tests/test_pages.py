@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.test_structure import LAYERS, ROOT, YAMLS, is_module, measured
-from vitcomposer import cli, config
+from vitcomposer import __version__, cli, config
 from vitcomposer.data.augment.policies import RandAugment
 from vitcomposer.installed import SECOND_STEP
 from vitcomposer.schema import CONFIGS, pages
@@ -140,6 +140,14 @@ def is_set(page: typing.Any, key: str) -> bool:
             return False
         page = page[part]
     return True
+
+
+def test_the_newest_version_of_the_changelog_is_that_of_the_package() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    versions = [heading for heading in headings if heading != "Unreleased"]
+    assert versions == headings[-len(versions) :]  # what no version has yet stands above them
+    assert re.fullmatch(rf"{re.escape(__version__)} \(20\d\d-\d\d-\d\d\)", versions[0])
+    assert f"vitcomposer-{__version__}-py3-none-any.whl" in (ROOT / "docs/set_up.md").read_text()
 
 
 PAGES = [ROOT / "README.md", ROOT / "yamls/README.md", ROOT / "recipes/RECORDS.md", *sorted(ROOT.glob("docs/*.md"))]

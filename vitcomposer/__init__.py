@@ -1,3 +1,3 @@
 """Train Vision Transformers fast and accurately on MosaicML Composer."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
