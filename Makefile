@@ -21,10 +21,10 @@ quote := '
 KEYS = $(foreach name,$(filter-out $(own),$(given)),$(quote)$(subst $(quote),'\'',$(name)=$(value $(name)))$(quote))
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup constraints yamls demo swav_demo test matrix integrations lint audit $(RECIPES)
+.PHONY: list setup constraints yamls demo swav_demo pictures test matrix integrations lint audit $(RECIPES)
 
 list:
-	@echo "make setup | demo | swav_demo | test | matrix | integrations | lint | audit    (each does the set-up it needs)"
+	@echo "make setup | demo | swav_demo | pictures | test | matrix | integrations | lint | audit    (each does the set-up it needs)"
 	@echo "make RECIPE [NGPU=8] [key=value ...]"
 	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
@@ -60,6 +60,13 @@ demo: setup
 swav_demo: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
 	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/swav_demo.yaml $(ARGS) $(KEYS)
+
+# docs/pictures, of a demo of a third of the length with an evaluation every other epoch; needs Chromium.
+pictures: setup
+	$(BIN)/vitcomposer convert digits datasets/digits
+	rm -rf runs/digits
+	OMP_NUM_THREADS=1 $(BIN)/composer -n 1 train.py yamls/demo.yaml run.name=digits max_duration=20ep schedule.t_warmup=2ep run.eval_interval=2ep
+	$(BIN)/python -m tests.pictures runs/digits
 
 # The tests on the older PyTorch: make test TORCH=2.7. One torch thread a worker: two pytest workers share two cores.
 test: setup

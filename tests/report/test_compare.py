@@ -95,4 +95,4 @@ def test_settings_and_names_act_neither_on_the_page_nor_on_the_terminal(tmp_path
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\u202e" not in out
     page = (tmp_path / "x.html").read_text()
-    assert "<script" not in page and "\u202e" not in page and "data.local" in page
+    assert "<script" not in page and "\u202e" not in page and "data.<wbr>local" in page

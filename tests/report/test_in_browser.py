@@ -65,14 +65,18 @@ def test_letters_of_charts_can_be_read_on_a_phone(chromium: Browser, pages: dict
     assert len(found) > 50 and min(found) >= 12, "pixels of a line of text"
 
 
+@pytest.mark.parametrize("page", ["photos", "swav"])
 @pytest.mark.parametrize("dark", [False, True])
-def test_colours_follow_the_system_and_can_be_read(dark: bool, chromium: Browser, pages: dict[str, Path]) -> None:
-    chromium.look(pages["photos"], 1280, dark=dark)
+def test_colours_follow_the_system_and_can_be_read(
+    dark: bool, page: str, chromium: Browser, pages: dict[str, Path]
+) -> None:
+    chromium.look(pages[page], 1280, dark=dark)
     back = luminance(chromium.value("getComputedStyle(document.body).backgroundColor"))
     assert (back < 0.1) is dark
-    texts = "['h1', '.lead', '.card p', '.note', 'th', 'td', 'svg text', 'svg .name', 'pre']"
-    style = "getComputedStyle(document.querySelector(each))"
-    colours = chromium.value(f"{texts}.map(each => each.startsWith('svg') ? {style}.fill : {style}.color)")
+    texts = "'h1, .lead, .card p, .note, th, td, summary, svg text, pre'"
+    style = "(each.closest('svg') ? getComputedStyle(each).fill : getComputedStyle(each).color)"
+    colours = chromium.value(f"[...new Set([...document.querySelectorAll({texts})].map(each => {style}))]")
+    assert len(colours) > (10 if page == "swav" else 4), "a layer has a colour"
     for colour in colours:
         bright, dim = sorted((luminance(colour) + 0.05, back + 0.05), reverse=True)
         assert bright / dim >= 4.5, colour

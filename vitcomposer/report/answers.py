@@ -37,19 +37,19 @@ def _trend(story: Story, name: str, at: list[float], values: list[float], x: str
     images, first, last = story.evaluated_images, values[0], values[-1]
     error = standard_error(last, images) if images else 0.0
     chance = 1 / story.classes if story.classes else None
-    guessing = f"guessing gives {percent(chance)}" if chance else "what guessing gives is not known"
     path = f"{name} went from {percent(first)} to {percent(last)}" if len(values) > 1 else f"{name} is {percent(last)}"
+    path += f"; guessing gives {percent(chance)}" if chance else ""
     if chance is not None and last - chance <= SHOWN * (standard_error(chance, images) if images else 0.0):
-        return "Not shown", f"{path}; {guessing}."
+        return "Not shown", f"{path}."
     best = max(range(len(values)), key=values.__getitem__)
     if values[best] - last > SHOWN * error:
-        return "It was", f"{path}, after {percent(values[best])} at {x} {at[best]:,g}: it has got worse since."
+        return "It was", f"{path}. It was {percent(values[best])} at {x} {at[best]:,g}: it has got worse since."
     if len(values) < _ENOUGH:
-        return "Yes", f"{path}; {guessing}."
+        return "Yes", f"{path}."
     before = max(values[: min(math.ceil(0.8 * len(values)), len(values) - 1)])
     if last - before > SHOWN * error:
-        return "Yes, and it goes on", f"{path}; {guessing}. The last fifth still added: a longer run may add more."
-    return "Yes", f"{path}; {guessing}. The last fifth added nothing that is shown."
+        return "Yes, and it goes on", f"{path}. The last fifth still added: a longer run may add more."
+    return "Yes", f"{path}. The last fifth added nothing that is shown."
 
 
 def x_of(story: Story) -> str:

@@ -197,7 +197,7 @@ def _look(series: Series) -> str:
     """The colour that the style sheet gives everything of a line."""
     if series.style is not None:
         return f'style="--c:var(--s{series.style % COLOURS})"'
-    return f'style="--c:hsl({250 - 215 * series.shade:.0f} 60% 50%)"'
+    return f'style="--c:hsl({250 - 215 * series.shade:.0f} 60% var(--light))"'
 
 
 def _mark(series: Series, x: float, y: float) -> str:

@@ -25,14 +25,14 @@ _NAMED = 12  # lines beside each other that have room for their names
 
 
 def main_charts(story: Story) -> list[str]:
-    """Loss, accuracy, learning rate, images/s and waiting."""
+    """Accuracy, loss, learning rate, images/s and waiting."""
     x = x_of(story)
     rate = Series("", *story.series("lr", x))
     speed = Series("", *story.series("throughput/images_per_sec", x))
     waited = Series("", *_percent(*story.series("throughput/data_wait_fraction", x)))
     return [
-        _loss(story, x),
         _accuracy(story, x),
+        _loss(story, x),
         chart("Learning rate", [rate], x_name=x, y_name="largest of the groups", low=0),
         chart("Speed", [speed], x_name=x, y_name="images/s in training", low=0),
         chart("Waiting for data", [waited], x_name=x, y_name="% of the training time", low=0, high=100),

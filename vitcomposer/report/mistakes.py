@@ -6,7 +6,7 @@ import numpy as np
 
 from vitcomposer.escape import for_html
 from vitcomposer.evaluation.confused import confusions
-from vitcomposer.report.page import section, table, text
+from vitcomposer.report.page import section, shown, table, text
 from vitcomposer.report.photos import SIDE, find_photos
 from vitcomposer.report.statistics import class_mean, class_scores, standard_error, surest_mistakes
 from vitcomposer.report.story import Story
@@ -47,7 +47,7 @@ def _pair(story: Story, found: Predictions, photos: dict[int, str], true: int, g
     images = int((found.label == true).sum())
     names = [for_html(story.class_name(label)) for label in (true, guess)]
     share = whole_percent(len(rows) / images)
-    words = f"<b>{names[0]}</b> taken for <b>{names[1]}</b>: {len(rows)} of {images} ({share})"
+    words = f"<b>{names[0]}</b> taken for <b>{names[1]}</b>: {shown(f'{len(rows)} of {images} ({share})')}"
     return f'<div class="pair">{words}{_strip(story, found, photos, rows[:_PHOTOS_OF_A_PAIR], named=False)}</div>'
 
 
@@ -77,9 +77,9 @@ def _strip(story: Story, found: Predictions, photos: dict[int, str], rows: Seque
         said, sure = story.class_name(int(found.prediction[row])), float(found.confidence[row])
         true, own = story.class_name(int(found.label[row])), float(found.label_probability[row])
         alt = for_html(f"image {sample_id}: {true} taken for {said}")
-        words = f"{whole_percent(sure)} sure"
+        words = shown(f"{whole_percent(sure)} sure")
         if named:
-            words = f"said <b>{for_html(said)}</b> {whole_percent(sure)}, is {for_html(true)} {whole_percent(own)}"
+            words = f"said <b>{for_html(said)}</b> {shown(f'{whole_percent(sure)}, is {true} {whole_percent(own)}')}"
         picture = f'<img alt="{alt}" title="{alt}" width="{SIDE}" height="{SIDE}" src="{photos[sample_id]}">'
         figures.append(f"<figure>{picture}{words}</figure>")
     return f'<div class="photos">{"".join(figures)}</div>' if figures else ""

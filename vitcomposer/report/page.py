@@ -8,9 +8,10 @@ from vitcomposer.escape import for_html
 
 STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --ink: #1b1b1b; --soft: #5a5a5a; --line: #dcdcd8; --panel: #f6f6f3;
-  --s0: #1f5fa8; --s1: #b4500a; --s2: #22733a; --s3: #8046a0; --s4: #a3283a; --s5: #4d6570; }
+  --s0: #1f5fa8; --s1: #b4500a; --s2: #22733a; --s3: #8046a0; --s4: #a3283a; --s5: #4d6570; --light: 29%; }
 @media (prefers-color-scheme: dark) { :root { --bg: #16181b; --ink: #e8e8e6; --soft: #a9adb3; --line: #3a3e44;
-  --panel: #202327; --s0: #7db4f0; --s1: #f2a35e; --s2: #7ccf8d; --s3: #cc9be0; --s4: #f08a93; --s5: #b3c3cb; } }
+  --panel: #202327; --s0: #7db4f0; --s1: #f2a35e; --s2: #7ccf8d; --s3: #cc9be0; --s4: #f08a93; --s5: #b3c3cb;
+  --light: 72%; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { font: 16px/1.5 system-ui, sans-serif; background: var(--bg); color: var(--ink); max-width: 1180px;
@@ -40,7 +41,7 @@ circle, .mark { fill: var(--c); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 400; color: var(--soft); } thead th { font-weight: 600; color: var(--ink); }
-td { min-width: 4.5rem; overflow-wrap: anywhere; }
+@media (max-width: 600px) { th, td { padding-right: .5rem; font-size: .9375rem; } }
 pre { background: var(--panel); border-radius: 8px; padding: .75rem 1rem; overflow-x: auto; font-size: .875rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
@@ -50,9 +51,9 @@ details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
 .photos figure { max-width: 128px; font-size: .8125rem; line-height: 1.3; overflow-wrap: anywhere; }
 .photos img { display: block; width: 100%; height: auto; border-radius: 4px; background: var(--panel); }
 @media print { :root { --bg: #fff; --ink: #000; --soft: #444; --line: #ccc; --panel: #f4f4f4; --s0: #1f5fa8;
-  --s1: #b4500a; --s2: #22733a; --s3: #8046a0; --s4: #a3283a; --s5: #4d6570; }
+  --s1: #b4500a; --s2: #22733a; --s3: #8046a0; --s4: #a3283a; --s5: #4d6570; --light: 29%; }
   body { max-width: none; padding: 0; font-size: 11pt; } figure, .card, .pair, tr { break-inside: avoid; }
-  .charts { grid-template-columns: 1fr 1fr; } h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; } }
+  .cards, .charts { grid-template-columns: 1fr 1fr; } h2, h3 { break-after: avoid; } pre { white-space: pre-wrap; } }
 """
 
 # Nothing is fetched and nothing runs, whatever a text in it may try.
@@ -60,6 +61,8 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 _BESIDE_A_NUMBER = re.compile(r"(?<=\d) (?=%)|(?<=\d) (?=\u00b1)|(?<=\u00b1) (?=\d)")
+
+_IN_A_KEY = re.compile(r"((?<=[^\W\d])[._]|/)(?=\w)")
 
 
 class Card(NamedTuple):
@@ -119,6 +122,11 @@ def shown(words: str) -> str:
     return _BESIDE_A_NUMBER.sub("\u00a0", for_html(words))
 
 
+def _cell(words: str) -> str:
+    """Text that may also go on in the next line behind the points, slashes and underscores of keys and paths."""
+    return _IN_A_KEY.sub(r"\1<wbr>", shown(words))
+
+
 def text(words: str, kind: str = "") -> str:
     """A paragraph."""
     mark = f' class="{kind}"' if kind else ""
@@ -134,8 +142,8 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     """A table whose first column names its rows; it scrolls by itself where it is too wide."""
     if not rows:
         return ""
-    top = f"<thead><tr>{''.join(f'<th>{for_html(cell)}</th>' for cell in head)}</tr></thead>" if head else ""
+    top = f"<thead><tr>{''.join(f'<th>{_cell(cell)}</th>' for cell in head)}</tr></thead>" if head else ""
     lines = (
-        f"<tr><th>{for_html(row[0])}</th>{''.join(f'<td>{shown(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
+        f"<tr><th>{_cell(row[0])}</th>{''.join(f'<td>{_cell(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
     )
     return f'<div class="wide"><table>{top}<tbody>{"".join(lines)}</tbody></table></div>'

@@ -10,7 +10,7 @@ from vitcomposer.escape import for_terminal
 from vitcomposer.report import curves
 from vitcomposer.report.answers import answers
 from vitcomposer.report.mistakes import mistakes
-from vitcomposer.report.page import cards, charts, code, details, page, section, table, text
+from vitcomposer.report.page import cards, charts, code, details, page, section, shown, table, text
 from vitcomposer.report.statistics import standard_error
 from vitcomposer.report.story import EMA, Story, changed_from_yaml, command_words, read_story
 from vitcomposer.report.words import duration, flops, percent, setting
@@ -63,8 +63,8 @@ def report_of(story: Story) -> str:
         *(text(problem, "soft") for problem in story.problems),
         cards(answers(story)),
         section("Over the run", charts(curves.main_charts(story))),
-        section("How good is it?", table(_scores(story))),
         mistakes(story),
+        section("How good is it?", table(_scores(story))),
         section("How do I do it again?", *_again(story)),
         section("What next?", *_next(story)),
         section(
@@ -109,7 +109,7 @@ def _again(story: Story) -> list[str]:
     changed = changed_from_yaml(story)
     if changed:
         rows = [(key, *("-" if value is None else setting(value) for value in both)) for key, *both in changed]
-        parts.append(f"<h3>What differs from the yaml</h3>{table(rows, ('', str(page_name), story.name))}")
+        parts.append(f"<h3>What differs from {shown(str(page_name))}</h3>{table(rows, ('', 'yaml now', 'this run'))}")
     elif changed is not None:
         parts.append(text(f"Nothing differs from {page_name} as it is now."))
     elif overrides:
