@@ -37,6 +37,7 @@ COMMANDS = (  # as the help lists them
     Command("new", "start"),
     Command("weights", "start"),
     Command("convert", "start"),
+    Command("check", "start", takes_keys=True),
     Command("train", "start", takes_keys=True),
     Command("report", "look"),
     Command("attention", "look", takes_keys=True),

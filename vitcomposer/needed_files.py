@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 
 from vitcomposer.config.values import known
-from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, no_split
+from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, count_samples, no_split
 from vitcomposer.errors import ConfigError
 from vitcomposer.installed import check_installed
 from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
+from vitcomposer.schema.probe import NO_STEP
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.stores.weights import how_to_get
 
@@ -50,6 +51,20 @@ def _data_faults(cfg: Recipe) -> list[str]:
     absent = [split for split in dict.fromkeys(splits) if not Path(local, split, INDEX).is_file()]
     if absent:
         return [no_split(local, absent[0])]
+    return [*_batch_faults(cfg), *_class_faults(cfg, local)]
+
+
+def _batch_faults(cfg: Recipe) -> list[str]:
+    batch, images = known(cfg, "global_train_batch_size"), count_samples(cfg.data, cfg.data.train_split)
+    if batch is None or images is None or batch <= images or known(cfg, "max_duration") in (None, NO_STEP):
+        return []
+    rule = f"at most {images}, the number of training samples"
+    remedy = f"Set global_train_batch_size={max(1, images // 2)} or less."
+    return [f"global_train_batch_size must be {rule}, got {batch}. {remedy}"]
+
+
+def _class_faults(cfg: Recipe, local: str) -> list[str]:
+    data = cfg.data
     classes = known(cfg, "model.num_classes")
     names = Path(local, data.train_split, CLASS_NAMES)
     if not isinstance(cfg, Supervised | Probe) or classes is None or not names.is_file():

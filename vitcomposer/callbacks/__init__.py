@@ -2,7 +2,6 @@
 
 from vitcomposer.callbacks.attention import AttentionMonitor, build_attention_monitor
 from vitcomposer.callbacks.bad_images import BadImageCount
-from vitcomposer.callbacks.batch_norm import SameStatistics
 from vitcomposer.callbacks.checkpoints import Checkpoints
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
 from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
@@ -28,7 +27,6 @@ __all__ = [
     "Preemption",
     "Progress",
     "RunRecord",
-    "SameStatistics",
     "SaveError",
     "StepSeed",
     "Throughput",

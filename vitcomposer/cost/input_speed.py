@@ -170,11 +170,12 @@ def measure_loaders(cfg: Supervised, workers: list[int], seconds: float) -> tupl
         began = time.perf_counter()
         iter(loader)
         starts[count] = time.perf_counter() - began
-        speeds.append(_measure_loader(loader, seconds, f"loader, {_count(count, 'worker')}"))
+        speeds.append(measure_loader(loader, seconds, f"loader, {_count(count, 'worker')}"))
     return speeds, starts
 
 
-def _measure_loader(loader: "DataLoader", seconds: float, name: str) -> Speed:
+def measure_loader(loader: "DataLoader", seconds: float, name: str) -> Speed:
+    """Batches as they come, once all workers are at work; ends the workers."""
     batches = _forever(loader)
     in_step = max(1, loader.num_workers)  # they finish at much the same time
     for _ in islice(batches, in_step):
@@ -192,7 +193,7 @@ def measure_prefetch(cfg: Supervised, workers: int, seconds: float) -> dict[int,
     found = {}
     for factor in PREFETCH_FACTORS:
         changed = replace(cfg, data=replace(cfg.data, prefetch_factor=factor))
-        found[factor] = _measure_loader(_loader(changed, num_workers=workers), seconds, "").per_second
+        found[factor] = measure_loader(_loader(changed, num_workers=workers), seconds, "").per_second
     return found
 
 

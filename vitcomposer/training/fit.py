@@ -35,21 +35,21 @@ def fit(trainer: Trainer, cfg: Recipe) -> int:
                 _end_without_a_step(trainer)
             else:
                 trainer.fit()
-        _end_workers(trainer)
+        end_workers(trainer)
         trainer.close()
     except BaseException:
         # Trainer.close() waits for all ranks, and the others may not come here.
-        _end_workers(trainer)
+        end_workers(trainer)
         trainer.engine.close()
         raise
     finally:
-        _let_go(trainer)
+        let_go(trainer)
     if stopped.stopped and dist.get_global_rank() == 0:
         _say_where_it_goes_on(trainer.state)
     return stopped.status
 
 
-def _let_go(trainer: Trainer) -> None:
+def let_go(trainer: Trainer) -> None:
     """Drop what Composer and torch keep of a closed run to the end of the process: its weights and its optimizer."""
     forget_engine(trainer)
     forget = getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", None)  # private, and a cache of modules
@@ -74,7 +74,7 @@ def _end_without_a_step(trainer: Trainer) -> None:
         trainer.engine.run_event(Event.EVAL_AFTER_ALL)
 
 
-def _end_workers(trainer: Trainer) -> None:
+def end_workers(trainer: Trainer) -> None:
     """End persistent loader workers now: Python's own clean-up sends them the one SIGTERM that they outlive."""
     state = trainer.state
     for loader in (state.train_dataloader, *(evaluator.dataloader.dataloader for evaluator in state.evaluators)):
