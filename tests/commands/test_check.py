@@ -84,9 +84,8 @@ def test_recipes_without_labels_and_without_steps_and_curricula(tmp_path: Path, 
     # Half of the compute is steps at 32 pixels, each of which costs more than the first, at 16.
     slowest = max(found["seconds_per_step"], 16 / found["loader_rate"])
     assert found["train_seconds"] >= 100 * slowest
-    assert (
-        cli.main(["check", "probe_knn", *run, *small[:3], "init.weights=null", "evaluation.global_batch_size=16", "knn.k=[10]"]) == 0
-    )
+    knn = ["init.weights=null", "evaluation.global_batch_size=16", "knn.k=[10]"]
+    assert cli.main(["check", "probe_knn", *run, *small[:3], *knn]) == 0
     assert "the recipe knn takes no step: nothing to measure" in capsys.readouterr().out
     assert os.listdir(tmp_path) == []
 
