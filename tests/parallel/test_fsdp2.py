@@ -18,19 +18,21 @@ from vitcomposer.cli import main
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.runs.predictions import read_predictions
 from vitcomposer.teacher.writer import write_cache
+from vitcomposer.training.execution import HAS_NORMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, SAVED = 20, 10
+# The keys' biases have no gradient but rounding noise, which Adam would blow up with its own eps.
+ADAM = ["optimizer.lr=1e-3", "optimizer.options={eps: 1e-4}"]
+LAMB = ["optimizer.lr=2e-2", "optimizer.options={eps: 1e-4}"]
 OPTIONS = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}  # of teachers
-LABELLED = ("convit", "distilled", "cached")
+LABELLED = ("convit", *(["lamb"] if HAS_NORMS else []), "distilled", "cached")
 RECIPES = (*LABELLED, "swav", "simclr", "moco", "dino")
 
 
 def common(*, name: str, folder: Path, fsdp2: bool) -> list[str]:
     """Rounding apart, the only thing that two runs differ in is who keeps which weights."""
     overrides = [f"max_duration={STEPS}ba", "schedule.alpha_f=1", "schedule.t_warmup=2ba", "optimizer.lr_scaling=none"]
-    # The keys' biases have no gradient but rounding noise, which Adam would blow up with its own eps.
-    overrides += ["optimizer.lr=1e-3", "optimizer.options={eps: 1e-4}"]
     overrides += [
         f"run.save_interval={SAVED}ba",
         "run.log_interval=1ba",
@@ -42,18 +44,21 @@ def common(*, name: str, folder: Path, fsdp2: bool) -> list[str]:
 
 def labelled(recipe: str, photos: Path, teacher: Path, cache: Path) -> list[str]:
     """With drop path, mixing, clipping and an average: all of them are the same on the same two ranks."""
-    yaml = {"convit": "convit_ti", "distilled": "deit_ti_distilled", "cached": "deit_s_distilled_cached"}[recipe]
+    yaml = {"convit": "convit_ti", "lamb": "deit3_s", "distilled": "deit_ti_distilled"}
     overrides = [*tiny_photo_overrides(photos, photos, "x"), "model.embed_dim=48", "model.drop_path_rate=0.2"]
     overrides += ["algorithms.EMA={smoothing: 0.7, update_interval: 1ba}", "augment.repeated_augmentation=1"]
     overrides += ["algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}"]
     if recipe == "convit":
         overrides += ["model.local_up_to_layer=1", "run.attention_interval=10ba"]
     else:
-        overrides += ["model.num_heads=3", "teacher.name=deit_tiny_patch16", f"teacher.weights={teacher}"]
+        overrides += ["model.num_heads=3"]
+    if recipe in ("distilled", "cached"):
+        overrides += ["teacher.name=deit_tiny_patch16", f"teacher.weights={teacher}"]
         overrides += [f"teacher.options.{key}={value}" for key, value in OPTIONS.items()]
     if recipe == "cached":
         overrides += [f"cache.local={cache}"]
-    return [str(ROOT / f"yamls/{yaml}.yaml"), *overrides]
+    page = ROOT / f"yamls/{yaml.get(recipe, 'deit_s_distilled_cached')}.yaml"
+    return [str(page), *overrides, *(LAMB if recipe == "lamb" else ADAM)]
 
 
 def unlabelled(recipe: str, photos: Path) -> list[str]:
@@ -67,7 +72,9 @@ def unlabelled(recipe: str, photos: Path) -> list[str]:
     if recipe == "swav":
         overrides += ["loss.queue_length=32", "loss.queue_start_epoch=0", "crops.size_crops=[16,8]"]
         overrides += [f"loss.freeze_prototypes_epochs={12 / 12}", f"loss.hard_assignment_epochs={6 / 12}"]
-    return [str(ROOT / yaml), *overrides]
+    if recipe == "dino":
+        overrides += ["algorithms.GradientClipping={clipping_type: norm_per_parameter, clipping_threshold: 0.1}"]
+    return [str(ROOT / yaml), *overrides, *ADAM]
 
 
 @dataclass(frozen=True)

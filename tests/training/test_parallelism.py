@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vitcomposer.algorithms import averaged_weights
 from vitcomposer.errors import ConfigError
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.schema import Optimizer, Run
-from vitcomposer.training.execution import shard_blocks
+from vitcomposer.training.execution import BY_NORM, HAS_NORMS, check_shares, share_blocks
 
 CONVIT = str(ROOT / "yamls/convit_ti.yaml")
 NETWORK = {"image_size": 32, "patch_size": 8, "depth": 2, "local_up_to_layer": 1}
@@ -119,32 +120,46 @@ def test_sharded_checkpoint_fills_a_plain_model_and_goes_on_with_ddp(
     assert len(curve) == STEPS + 3 and curve == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-def config(optimizer: str = "adamw", compile: bool = False, **algorithms: dict) -> SimpleNamespace:
+def config(optimizer: str = "adamw", compile: bool = False, **algorithms: dict) -> Any:
     chosen = Optimizer(name=optimizer, lr=1e-3, lr_batch_size=16, lr_scaling="none", weight_decay=0.05)
-    return SimpleNamespace(
-        run=Run(name="x", parallelism="fsdp2", compile=compile), optimizer=chosen, algorithms=algorithms
-    )
+    run = Run(name="x", parallelism="fsdp2", compile=compile)
+    return SimpleNamespace(run=run, optimizer=chosen, algorithms=algorithms)
 
 
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
         (config(compile=True), "run.compile must be false with fsdp2"),
-        (config(optimizer="lamb"), "optimizer.name must be adamw or sgd with fsdp2.*got 'lamb'"),
-        (config(optimizer="adamw_schedulefree"), "optimizer.name must be adamw or sgd"),
+        (config(optimizer="muon"), "optimizer.name must be adamw.* with fsdp2.*got 'muon'"),
+        (config(optimizer="adamw_schedulefree"), "optimizer.name must be adamw"),
         (config(SAM={}), "algorithms.SAM must be left out with fsdp2"),
-        (config(GradientClipping={"clipping_type": "adaptive"}), "clipping_type must be norm with fsdp2"),
+        (
+            config(GradientClipping={"clipping_type": "adaptive"}),
+            "clipping_type must be norm, value or norm_per_parameter with fsdp2, got 'adaptive'",
+        ),
     ],
 )
-def test_what_needs_whole_tensors_is_refused(cfg: SimpleNamespace, message: str) -> None:
-    network = build_model("convit_tiny", num_classes=8, **NETWORK)
+def test_what_needs_whole_tensors_is_refused(cfg: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        shard_blocks(network, cfg, world_size=2)
+        check_shares(cfg)
+
+
+@pytest.mark.skipif(HAS_NORMS, reason="for the older torch")
+@pytest.mark.parametrize("name", BY_NORM)
+def test_optimizers_by_norm_need_a_newer_torch(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"adamw or sgd with fsdp2.*got '{name}'.*needs torch 2.14"):
+        check_shares(config(optimizer=name))
 
 
 def test_network_without_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="run.parallelism must be ddp for a network without transformer blocks"):
-        shard_blocks(torch.nn.Linear(2, 2), config(), world_size=2)
+    with pytest.raises(ConfigError, match="run.parallelism must be ddp for a network without blocks"):
+        share_blocks(torch.nn.Linear(2, 2), Run(name="x", parallelism="fsdp2"), world_size=2)
+
+
+@pytest.mark.skipif(dist.get_world_size() > 1, reason="for one rank")
+def test_one_rank_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_train([CONVIT, *overrides(tmp_path, "one", 1, "run.parallelism=fsdp2")]) == 2
+    assert "run.parallelism must be ddp on one rank" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["linear", "knn"])
@@ -160,12 +175,6 @@ def test_recipe_whose_trunk_does_not_learn_is_refused(
     name = "probe" if recipe == "linear" else "knn"
     assert f"run.parallelism must be ddp in the recipe {name}, whose trunk does not learn, got 'fsdp2'" in said
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(dist.get_world_size() > 1, reason="for one rank")
-def test_one_rank_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_train([CONVIT, *overrides(tmp_path, "one", 1, "run.parallelism=fsdp2")]) == 2
-    assert "run.parallelism must be ddp on one rank" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from vitcomposer.callbacks.attention import AttentionMonitor, build_attention_monitor
 from vitcomposer.callbacks.bad_images import BadImageCount
+from vitcomposer.callbacks.batch_norm import SameStatistics
 from vitcomposer.callbacks.checkpoints import Checkpoints
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
 from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
@@ -27,6 +28,7 @@ __all__ = [
     "Preemption",
     "Progress",
     "RunRecord",
+    "SameStatistics",
     "SaveError",
     "StepSeed",
     "Throughput",

@@ -10,6 +10,7 @@ VARIANTS: dict[str, tuple[Any, tuple[int, int, int, int]]] = {
     "resnet34": (resnet.BasicBlock, (3, 4, 6, 3)),
     "resnet50": (resnet.Bottleneck, (3, 4, 6, 3)),
 }
+RESIDUAL_BLOCKS = (resnet.BasicBlock, resnet.Bottleneck)
 _STRIDE = 32
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import skip_init
 
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.models.layers import Block
+from vitcomposer.models.resnet import RESIDUAL_BLOCKS
 from vitcomposer.models.transformer import ImageTransformer, num_recomputed
 from vitcomposer.schema import Run
 from vitcomposer.schema.recipe import Trainable
@@ -22,7 +23,12 @@ from vitcomposer.schema.recipe import Trainable
 GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few stages of patch dropout
 SHARDED = "fsdp2"
 AUTO = "auto"
-ELEMENTWISE = ("adamw", "sgd")  # optimizers that do to a share of a tensor what they do to the tensor
+ELEMENTWISE, BY_NORM = ("adamw", "sgd"), ("lamb", "lars")
+# timm takes the norms of many tensors at once, which torch 2.7 cannot where they are shares.
+HAS_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+SHAREABLE = (*ELEMENTWISE, *BY_NORM) if HAS_NORMS else ELEMENTWISE  # do to shares what they do to the whole tensor
+CLIPPED = ("norm", "value", "norm_per_parameter")
+BLOCKS = (Block, *RESIDUAL_BLOCKS)  # what FSDP2 gathers by itself
 ATTENTION_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -120,8 +126,26 @@ def compile_forward(module: nn.Module) -> None:
     module.forward = forward
 
 
-def shard_blocks(task: nn.Module, cfg: Trainable, *, world_size: int) -> ParallelismConfig:
-    """FSDP2 with every transformer block gathered by itself, in float32: autocast computes what it does under DDP.
+def check_shares(cfg: Trainable) -> None:
+    """Refuse what needs a tensor as a whole.
+
+    Raises:
+        ConfigError: ``run.compile``, the optimizer or an algorithm.
+    """
+    remedy = "Set run.parallelism=ddp."
+    require(not cfg.run.compile, "run.compile", f"false with {SHARDED}, which gathers between the blocks", True, remedy)
+    rule = f"{', '.join(SHAREABLE[:-1])} or {SHAREABLE[-1]} with {SHARDED}, which shows it a share of each tensor"
+    newer = " With lamb and lars it needs torch 2.14." if cfg.optimizer.name in BY_NORM else ""
+    require(cfg.optimizer.name in SHAREABLE, "optimizer.name", rule, cfg.optimizer.name, remedy + newer)
+    rule = f"left out with {SHARDED}, under which it is untested"
+    require("SAM" not in cfg.algorithms, "algorithms.SAM", rule, "SAM", remedy)
+    clipping = cfg.algorithms.get("GradientClipping", {}).get("clipping_type", "norm")
+    rule = f"{', '.join(CLIPPED[:-1])} or {CLIPPED[-1]} with {SHARDED}"
+    require(clipping in CLIPPED, "algorithms.GradientClipping.clipping_type", rule, clipping, remedy)
+
+
+def share_blocks(task: nn.Module, run: Run, *, world_size: int) -> ParallelismConfig:
+    """FSDP2 with every block of a network gathered by itself, in float32: autocast computes what it does under DDP.
 
     What else the networks of the task have, and each of its heads, is gathered as one.
 
@@ -129,23 +153,16 @@ def shard_blocks(task: nn.Module, cfg: Trainable, *, world_size: int) -> Paralle
     or, with ``run.sharded_checkpoints``, a folder with which FSDP2 goes on, on any number of ranks above one.
 
     Raises:
-        ConfigError: One rank, no transformer blocks, or something that needs a tensor as a whole.
+        ConfigError: One rank, or no blocks.
     """
     remedy = "Set run.parallelism=ddp."
     require(world_size > 1, "run.parallelism", "ddp on one rank, which has nobody to share with", SHARDED, remedy)
-    networks = [child for child in task.children() if any(isinstance(module, Block) for module in child.modules())]
-    require(bool(networks), "run.parallelism", "ddp for a network without transformer blocks", SHARDED, remedy)
-    require(not cfg.run.compile, "run.compile", f"false with {SHARDED}, which gathers between the blocks", True, remedy)
-    rule = f"{' or '.join(ELEMENTWISE)} with {SHARDED}, which shows it a share of each tensor"
-    require(cfg.optimizer.name in ELEMENTWISE, "optimizer.name", rule, cfg.optimizer.name, remedy)
-    rule = f"left out with {SHARDED}, under which it is untested"
-    require("SAM" not in cfg.algorithms, "algorithms.SAM", rule, "SAM", remedy)
-    clipping = cfg.algorithms.get("GradientClipping", {}).get("clipping_type", "norm")
-    require(clipping == "norm", "algorithms.GradientClipping.clipping_type", f"norm with {SHARDED}", clipping, remedy)
+    networks = [child for child in task.children() if any(isinstance(module, BLOCKS) for module in child.modules())]
+    require(bool(networks), "run.parallelism", "ddp for a network without blocks", SHARDED, remedy)
     for network in networks:  # by a name that is no attribute of nn.Module
-        setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, Block))  # noqa: B010
+        setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, BLOCKS))  # noqa: B010
     # A dict would need an environment variable too: its key fsdp2 Composer passes over, and trains DDP.
-    saved = "sharded" if cfg.run.sharded_checkpoints else "full"
+    saved = "sharded" if run.sharded_checkpoints else "full"
     return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type=saved, mixed_precision="FULL"))
 
 

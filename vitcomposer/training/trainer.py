@@ -24,6 +24,7 @@ from vitcomposer.callbacks import (
     Preemption,
     Progress,
     RunRecord,
+    SameStatistics,
     StepSeed,
     Throughput,
     build_mirror,
@@ -46,9 +47,10 @@ from vitcomposer.schema.recipe import Recipe, Trainable
 from vitcomposer.training.execution import (
     SHARDED,
     average_gradients,
+    check_shares,
     compile_forward,
     recompute_activations,
-    shard_blocks,
+    share_blocks,
 )
 from vitcomposer.training.setup import BatchShare
 
@@ -101,7 +103,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     throughput = Throughput(train_flops_per_image=train_flops_per_image, precision=cfg.precision)
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": peak_lr}
     facts["class_imbalance"] = imbalance = class_imbalance(cfg.data)
-    every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), BadImageCount()]
+    every: list[Callback] = [throughput, Preemption(), StepSeed(cfg.seed), SameStatistics(), BadImageCount()]
     skip, latest = cfg.run.skip_nonfinite_steps, folder / layout.LATEST_CHECKPOINT
     every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
     if evaluators:
@@ -124,11 +126,13 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         algorithms = [*algorithms, ScheduleFreeWeights()]
     if cfg.run.activation_checkpointing:
         recompute_activations(task, cfg.run.activation_checkpointing)
+    sharding = None
+    if cfg.run.parallelism == SHARDED:
+        check_shares(cfg)
+        sharding = share_blocks(task, cfg.run, world_size=dist.get_world_size())
     if cfg.run.compile:
         for module in compiled or [task]:
             compile_forward(module)
-    shared = cfg.run.parallelism == SHARDED
-    sharding = shard_blocks(task, cfg, world_size=dist.get_world_size()) if shared else None
     if dist.get_global_rank() == 0:
         print(f"{folder}: {share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}")
     trainer = Trainer(
