@@ -21,6 +21,8 @@ _VISSL = {
     "MODEL.WEIGHTS_INIT.PARAMS_FILE": "init.weights",
     "MODEL.TRUNK.NAME": "model.name",
     "MODEL.AMP_PARAMS.USE_AMP": "precision=auto",
+    "MODEL.GRAD_CLIP.USE_GRAD_CLIP": "algorithms.GradientClipping={clipping_type: norm, clipping_threshold: 1.0}",
+    "MODEL.GRAD_CLIP.MAX_NORM": "algorithms.GradientClipping.clipping_threshold",
     "MODEL.SYNC_BN_CONFIG.GROUP_SIZE": "sync_bn",
     "MODEL.SYNC_BN_CONFIG.CONVERT_BN_TO_SYNC_BN": "sync_bn",
     "MODEL.ACTIVATION_CHECKPOINTING.USE_ACTIVATION_CHECKPOINTING": "run.activation_checkpointing=1",
