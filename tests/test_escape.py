@@ -52,7 +52,7 @@ def test_markdown_of_a_name_has_no_markup(name: str) -> None:
 def card(names: list[str], **metrics: object) -> str:
     model = {"name": "vit_tiny_patch16", "num_classes": len(names)}
     evaluation = {"image_size": 32, "crop_ratio": 1.0, "interpolation": "bicubic"}
-    ours = {"model": model, "evaluation": evaluation, "mean": [0.5], "std": [0.5], "averaged": False}
+    ours = {"model": model, "evaluation": evaluation, "mean": [0.5], "std": [0.5], "exif": "apply", "averaged": False}
     page = {"vitcomposer": ours, "label_names": names}
     return write_card(page, parameters=1000, files={}, metrics=metrics, notes=[])
 

@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 
 from tests.conftest import PHOTOS, read_photo
@@ -66,7 +68,7 @@ def test_probabilities_are_those_of_timms_pipeline_on_every_kind_of_file(
 ) -> None:
     photo = read_photo("coffee")
     turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by 90 degrees, which neither ImageNet's training nor timm does
+    turned[0x0112] = 6  # to be shown turned by 90 degrees, as the photographs of its training would have been
     paths = [tmp_path / name for name in ("a.jpg", "b.png", "c.webp", "d.jpg", "e.gif", "f.jpg", "g.JPEG")]
     photo.save(paths[0], quality=90)
     photo.convert("RGBA").save(paths[1])
@@ -82,13 +84,50 @@ def test_probabilities_are_those_of_timms_pipeline_on_every_kind_of_file(
     trained = load_trained(trained_run)
     options = {"interpolation": "bicubic", "crop_pct": 0.875, "mean": trained.mean, "std": trained.std}
     transform = cast(Callable[[Image.Image], torch.Tensor], create_transform((3, 32, 32), **options))
-    for path, answer in zip(paths, answers, strict=True):
+    kept = json.loads(predicted(trained_run, paths[3], capsys, "--exif", "keep", *more))
+    for path, answer in [*zip(paths, answers, strict=True), (paths[3], kept)]:
         with Image.open(path) as image, torch.inference_mode():
-            expected = trained.network(transform(image.convert("RGB"))[None]).softmax(dim=1)[0]
-        assert answer["path"] == str(path)
+            shown = image if answer is kept else ImageOps.exif_transpose(image)
+            expected = trained.network(transform(shown.convert("RGB"))[None]).softmax(dim=1)[0]
+        assert answer["path"] == ("FILE" if answer is kept else str(path))
         assert [entry["class"] for entry in answer["classes"]] == [NAMES[e["index"]] for e in answer["classes"]]
         found = torch.tensor([entry["probability"] for entry in sorted(answer["classes"], key=lambda e: e["index"])])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def predicted(run: Path, path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The answer about one file, without its name."""
+    assert main(["predict", str(run), str(path), "--workers", "0", *options]) == 0
+    return capsys.readouterr().out.replace(str(path), "FILE")
+
+
+def test_images_of_more_than_8_bits_are_scaled_or_refused_and_never_white(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = np.asarray(read_photo("coffee").convert("L").resize((80, 60)))
+    white = {"white.png": np.full((60, 80), 255, np.uint8), "8.png": grey}
+    deep = grey.astype(np.uint16) * 257
+    same = {"16.png": deep, "16.tiff": deep}
+    ranged = {"i.tiff": deep.astype(np.int32), "f.tiff": deep.astype(np.float32)}
+    for name, values in {**white, **same, **ranged}.items():
+        Image.fromarray(values).save(tmp_path / name)
+        (tmp_path / "train" / name).mkdir(parents=True)  # a class of each
+        Image.fromarray(values).save(tmp_path / "train" / name / name)
+    answer = predicted(trained_run, tmp_path / "8.png", capsys)
+    assert answer != predicted(trained_run, tmp_path / "white.png", capsys)
+    assert [predicted(trained_run, tmp_path / name, capsys) for name in same] == [answer] * 2
+    for name in ranged:
+        assert main(["predict", str(trained_run), str(tmp_path / name), "--workers", "0"]) == 1
+        assert "have no range that is known" in capsys.readouterr().err
+        assert predicted(trained_run, tmp_path / name, capsys, "--range", "0", "65535") == answer
+    convert = ["convert", "folder", str(tmp_path / "train"), "--val-fraction", "0", "--workers", "1"]
+    assert main([*convert[:3], str(tmp_path / "refused"), *convert[3:], "--strict"]) == 2
+    assert "have no range that is known" in capsys.readouterr().err
+    assert main([*convert[:3], str(tmp_path / "mds"), *convert[3:], "--range", "0", "65535"]) == 0
+    capsys.readouterr()
+    assert main(["predict", str(trained_run), str(tmp_path / "mds/train"), "--workers", "0"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert Counter(row["probability_1"] for row in rows)[rows_of(answer)[0]["probability_1"]] == 5
 
 
 def test_shards_files_and_a_list_on_stdin_are_answered_in_the_order_given(

@@ -36,7 +36,8 @@ def mess(tmp_path: Path) -> Path:
     (folder / "bee/broken.jpg").write_bytes((folder / "ant/turned.jpg").read_bytes()[:2000])
     (folder / "notes.txt").write_text("none")
     (folder / "bee/copy.jpg").write_bytes((folder / "ant/000.JPEG").read_bytes())
-    photo.resize((600, 400)).crop((6, 4, 594, 396)).save(folder / "bee/near.jpg", quality=50)
+    seen = photo.resize((600, 400)).crop((6, 4, 594, 396)).transpose(Image.Transpose.ROTATE_270)
+    seen.save(folder / "bee/near.jpg", quality=50)
     return folder
 
 

@@ -50,6 +50,20 @@ def add_max_pixels(parser: Any) -> None:
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=help_text)
 
 
+def add_exif(parser: Any) -> None:
+    """Add how image files lie."""
+    help_text = (
+        "whether image files are turned upright by their EXIF orientation (default: as those that the model was "
+        "trained on; apply where that is not known)"
+    )
+    parser.add_argument("--exif", choices=("apply", "keep"), help=help_text)
+
+
+def turns_upright(args: argparse.Namespace, trained: bool) -> bool:
+    """What :func:`add_exif` was given, else as the model was trained."""
+    return trained if args.exif is None else args.exif == "apply"
+
+
 def given_reading(args: argparse.Namespace) -> Reading:
     """What :func:`add_reading` was given."""
     return Reading(args.max_pixels, tuple(args.range) if args.range else None)

@@ -1,7 +1,10 @@
-"""Reads image files that nobody has checked, in loader workers; the broken ones are named and left out."""
+"""Reads image files that nobody has checked, in loader workers; the broken ones are named and left out.
+
+Whether files are turned by their EXIF orientation is said here; stored samples say it themselves (``jpeg.upright``).
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.conversion.folders import read_file
 from vitcomposer.data.jpeg import decode as jpeg
 from vitcomposer.data.jpeg.decode import Interpolation
+from vitcomposer.data.jpeg.pixels import open_image
+from vitcomposer.data.jpeg.raw import raw_of
+from vitcomposer.data.jpeg.upright import exif_orientation, turned, with_mark, without_mark
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.worker_room import check_worker_room
@@ -38,26 +44,55 @@ class ImageSet:
     paths: Sequence[str] | None = None
     warnings: Sequence[str] = ()
 
+    def lying(self, upright: bool) -> "ImageSet":
+        """The same images, where they are files turned upright by EXIF or read as they are stored."""
+        if not isinstance(self.samples, ImageFiles):
+            return self
+        return replace(self, samples=self.samples.lying(upright))
+
     def describe(self, sample_id: int) -> str:
         """What a sample is called."""
         return f"{self.name}:{sample_id}" if self.paths is None else self.paths[sample_id]
 
 
 class ImageFiles(Dataset[Sample]):
-    """Files as samples: ``image``, ``label`` and ``sample_id``, the place in the list; ``image`` may be an error."""
+    """Files as samples: ``image``, ``label`` and ``sample_id``, the place in the list; ``image`` may be an error.
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None) -> None:
-        self._paths, self._labels = paths, labels
+    Args:
+        upright: Turn them by their EXIF orientation; False reads them as they are stored.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, *, upright: bool = True) -> None:
+        self._paths, self._labels, self._upright = paths, labels, upright
+
+    def lying(self, upright: bool) -> "ImageFiles":
+        """The same files, turned upright or not."""
+        return ImageFiles(self._paths, self._labels, upright=upright)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, at: int) -> Sample:
         try:
-            image: Any = read_file(self._paths[at])
+            image: Any = without_mark(read_file(self._paths[at]))
+            image = _upright(image) if self._upright else image
         except (OSError, ValueError) as error:
             image = error
         return {"image": image, "label": IGNORE_LABEL if self._labels is None else self._labels[at], "sample_id": at}
+
+
+def _upright(encoded: bytes) -> bytes:
+    """A file as decoders turn it: with a mark, or its turned pixels; as it is where it lies right or is no image."""
+    try:
+        with open_image(encoded) as image:
+            orientation = exif_orientation(image)
+    except ValueError:  # decoders say why
+        return encoded
+    if orientation == 1:
+        return encoded
+    if encoded[:2] == b"\xff\xd8":
+        return with_mark(encoded, orientation)
+    return raw_of(turned(jpeg.decode_rgb(encoded), orientation))
 
 
 class TolerantCollate(EvalCollate):

@@ -72,7 +72,7 @@ def open_labelled(
     Raises:
         ValueError: No such data set, or classes that the model does not have.
     """
-    images = open_labelled_images(path, split=split, batch_size=batch_size, cache=cache)
+    images = open_labelled_images(path, split=split, batch_size=batch_size, cache=cache).lying(trained.upright)
     classes = trained.model.num_classes
     outputs = model_classes(images.class_names, trained.class_names, num_classes=classes, where=path)
     return Labelled(

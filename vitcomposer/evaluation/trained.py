@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitcomposer import config
 from vitcomposer.data.mds.index import CLASS_NAMES
+from vitcomposer.data.mds.shards import images_of
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.json_file import read_json, to_block
 from vitcomposer.models import build_model, load_weights
@@ -18,8 +19,10 @@ from vitcomposer.models.weights.formats import model_tensors
 from vitcomposer.models.weights.load import read_checkpoint
 from vitcomposer.origins import EXPORTED, weights_file
 from vitcomposer.runs import layout
+from vitcomposer.runs.identity import read_identity
 from vitcomposer.runs.metrics import last_evaluation
 from vitcomposer.schema import Evaluation, Model, Probe, Supervised
+from vitcomposer.schema.recipe import Recipe
 
 Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]
@@ -41,6 +44,8 @@ class Trained:
         class_names: In the order of the outputs, where they are known.
         source: What was loaded, for messages.
         averaged: The weights are a moving average (EMA) or that of a schedule-free optimizer.
+        upright: Image files are turned by their EXIF orientation, as those of its training were; where nothing is known
+            of these, they are turned.
     """
 
     network: nn.Module
@@ -53,6 +58,7 @@ class Trained:
     class_names: tuple[str, ...] | None
     source: str
     averaged: bool
+    upright: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,8 @@ def _of_run(run: Path, file: Path, overrides: Sequence[str]) -> _Saved:
         )
     recorded = run / layout.CLASS_NAMES
     names = _names_in(recorded) if recorded.is_file() else _names_of_data(cfg)
-    return _saved(cfg, file, str(run if file == run / layout.LATEST_CHECKPOINT else file), names)
+    source = str(run if file == run / layout.LATEST_CHECKPOINT else file)
+    return _saved(cfg, file, source, names, trained_upright(cfg, run))
 
 
 def _of_yaml(path: Path, overrides: Sequence[str]) -> _Saved:
@@ -170,7 +177,7 @@ def _of_yaml(path: Path, overrides: Sequence[str]) -> _Saved:
             f"init.weights must be the file of the trained network for {path}, got None. Add init.weights=FILE, or "
             "give the folder of a run instead of a yaml."
         )
-    return _saved(cfg, weights_file(cfg.init.weights), cfg.init.weights, _names_of_data(cfg))
+    return _saved(cfg, weights_file(cfg.init.weights), cfg.init.weights, _names_of_data(cfg), trained_upright(cfg))
 
 
 def _load_config(path: Path, overrides: Sequence[str]) -> Supervised:
@@ -198,7 +205,14 @@ def _names_of_data(cfg: Supervised) -> list[str] | None:
     return None
 
 
-def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None) -> _Saved:
+def trained_upright(cfg: Recipe, run: Path | None = None) -> bool:
+    """Whether the images of a run were turned by EXIF, by what it noted down or by its data; True if nothing tells."""
+    recorded = None if run is None else (read_identity(run) or {}).get("images", {}).get("train")
+    images = recorded or images_of(cfg.data, cfg.data.train_split)
+    return images is None or images["source"] != "mds" or images.get("exif") == "apply"
+
+
+def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None, upright: bool) -> _Saved:
     facts = {
         "image_size": cfg.evaluation.image_size or cfg.model.image_size,
         "crop_ratio": cfg.evaluation.crop_ratio,
@@ -206,6 +220,7 @@ def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None) ->
         "mean": tuple(cfg.augment.mean),
         "std": tuple(cfg.augment.std),
         "source": source,
+        "upright": upright,
     }
     content = read_checkpoint(file)
     weights = _weights_in(content)
@@ -275,6 +290,7 @@ def _input_of(ours: Mapping[str, Any]) -> dict[str, Any]:
     if not all(each > 0 for each in statistics["std"]):
         raise ValueError(f"std must be positive, got {statistics['std']}")
     facts = {"image_size": size, "crop_ratio": evaluation.crop_ratio, "interpolation": evaluation.interpolation}
+    facts["upright"] = ours.get("exif", "apply") == "apply"
     return {**facts, **statistics}
 
 

@@ -16,6 +16,11 @@ _PAPERS = {
 }
 _NAMED = 20  # classes that the card lists; config.json has all
 
+_LYING = {
+    "apply": "Photographs are turned upright by their EXIF orientation (Pillow's `ImageOps.exif_transpose`).",
+    "keep": "EXIF orientation is ignored.",
+}
+
 _TIMM = """\
 ```python
 import json
@@ -89,7 +94,8 @@ def write_card(
         *(f"{note}\n" for note in notes),
         _classes(page.get("label_names")),
         _measured(metrics, averaged=ours["averaged"]),
-        f"## Input\n\nRGB in [0, 1]; shorter side to {size} / {evaluation['crop_ratio']:g} pixels "
+        f"## Input\n\n{_LYING[ours['exif']]}\n"
+        f"RGB in [0, 1]; shorter side to {size} / {evaluation['crop_ratio']:g} pixels "
         f"({evaluation['interpolation']}, antialiased), the centre {size} x {size} of it, "
         f"less the mean {_numbers(ours['mean'])}, divided by {_numbers(ours['std'])}.\n",
         "## Files\n\n| file | largest difference of its logits from the trained network's |\n|-|-|\n"

@@ -121,6 +121,7 @@ def _page(trained: "Trained", form: "TimmForm | None") -> dict[str, Any]:
         "evaluation": {"image_size": size, "crop_ratio": trained.crop_ratio, "interpolation": trained.interpolation},
         "mean": list(trained.mean),
         "std": list(trained.std),
+        "exif": "apply" if trained.upright else "keep",
         "averaged": trained.averaged,
     }
     return page

@@ -19,7 +19,7 @@ from vitcomposer.whole_files import write_whole
 
 _DIGEST = "sha256"
 
-Images = dict[str, Any]  # of a split: source, samples, classes (names in label order, or None), index (sha256, or None)
+Images = dict[str, Any]  # of a split, see mds.shards.images_of
 
 
 def plain(cfg: Recipe) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from PIL import Image
 from vitcomposer.data.conversion.folders import read_file
 from vitcomposer.data.conversion.sources import FolderSource, Item, ListSource, hash_order
 from vitcomposer.data.jpeg.pixels import eight_bits, is_deep, open_image
+from vitcomposer.data.jpeg.upright import exif_orientation, turned, turned_size
 
 LOOKED_AT = 2_000  # images
 THUMBNAIL = 32  # pixels of a side
 DECODED = 2_000_000_000  # pixels in all of the images that thumbnails are made of
-_ORIENTATION = 0x0112  # tag of EXIF
 _READERS = 4  # threads: Pillow decodes without holding Python's lock
 
 
@@ -27,7 +27,7 @@ _READERS = 4  # threads: Pillow decodes without holding Python's lock
 class Look:
     """What one image is; ``fault`` says why it cannot be read."""
 
-    width: int = 0  # pixels, as it is stored
+    width: int = 0  # pixels, when it is upright
     height: int = 0
     turned: bool = False  # by EXIF
     odd: str | None = None  # CMYK, 16 bits, transparency
@@ -138,10 +138,11 @@ def look_at(path: Path, *, decode: int) -> Look:
         with open_image(read_file(path)) as image, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF blocks and palettes
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            orientation = exif_orientation(image)
+            height, width = turned_size(height, width, orientation)
             odd = _odd(image)
-            small = _thumbnail(image) if width * height <= decode else None
-            return Look(width, height, turned, odd, small)
+            small = turned(_thumbnail(image), orientation) if width * height <= decode else None
+            return Look(width, height, orientation != 1, odd, small)
     except MemoryError:
         raise  # the machine's fault, not the image's
     except Exception as error:  # decoders raise almost anything on damaged input

@@ -1,5 +1,6 @@
 """Low-shot splits: balanced, exact copies of rows, drawn by a seed alone."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ def low_shot(photo_mds: Path, tmp_path: Path) -> Path:
 
 def test_low_shot_split_is_balanced_exact_and_drawn_by_its_seed(low_shot: Path) -> None:
     whole, part = read_shards(low_shot, "train"), read_shards(low_shot, "train_10pct")
+    assert json.loads((low_shot / "train_10pct/index.json").read_text())["exif"] == "apply"
     assert len(part) == round(0.1 * len(PHOTOS) * TRAIN_PER_CLASS) == 19
     assert len(set(part)) == 19 and set(part) <= set(whole), "bytes and label of rows of the whole split"
     counts = Counter(label for _, label in part)

@@ -108,7 +108,7 @@ def load_network(source: str, overrides: Sequence[str], *, weights: "Weights") -
 
 
 def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained":
-    from vitcomposer.evaluation.trained import Trained
+    from vitcomposer.evaluation.trained import Trained, trained_upright
     from vitcomposer.models import load_weights
     from vitcomposer.training.network import build_network
 
@@ -128,6 +128,7 @@ def _load_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> "Trained
         class_names=None,
         source=str(file),
         averaged=False,
+        upright=trained_upright(cfg, path if path.is_dir() else None),
     )
 
 
@@ -166,7 +167,7 @@ def read_images(paths: Sequence[str], model: "Trained") -> tuple["Tensor", "Tens
     from vitcomposer.data.files import ImageFiles, crop_loader
 
     loader = crop_loader(
-        ImageFiles(paths),
+        ImageFiles(paths, upright=model.upright),
         image_size=model.image_size,
         crop_ratio=model.crop_ratio,
         interpolation=model.interpolation,

@@ -116,6 +116,11 @@ def _add_storing(group: Any) -> None:
     group.add_argument("--raw-fraction", type=float, default=0.0, metavar="SHARE", help=help_text)
     help_text = "add a column of raw pixels with this shorter side, for training stages at a low resolution"
     group.add_argument("--raw-below", type=int, metavar="PIXELS", help=help_text)
+    help_text = (
+        "apply: turn images upright by their EXIF orientation (default of folder and list); keep: read them as they "
+        "are stored, as ImageNet's papers do (default of torchvision)"
+    )
+    group.add_argument("--exif", choices=("apply", "keep"), help=help_text)
     add_reading(group)
     help_text = "store PNG, CMYK and the like anew as JPEG of this quality (default: as they are)"
     group.add_argument("--reencode", type=int, metavar="QUALITY", help=help_text)
@@ -155,6 +160,7 @@ def _store_options(args: argparse.Namespace) -> "StoreOptions":
         raw_fraction=args.raw_fraction,
         raw_below=args.raw_below,
         reencode=args.reencode,
+        exif=args.exif,
         reading=given_reading(args),
     )
 

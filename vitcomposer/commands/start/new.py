@@ -92,7 +92,7 @@ def _found(found: "Survey", pairs: list["Pair"], table: Path) -> list[str]:
         lines.append(f"  of {len(found.photos):,} images looked at:")
     odd = [f"{count:,} {what}" for what, count in sorted(found.odd.items())]
     if found.turned:
-        lines.append(f"  {found.turned:,} turned by EXIF (are read as they are stored)")
+        lines.append(f"  {found.turned:,} turned by EXIF (become upright)")
     if odd:
         lines.append(f"  {', '.join(odd)} (become RGB)")
     lines += [f"  cannot be read: {for_terminal(photo.item.name)} ({photo.look.fault})" for photo in found.broken[:5]]

@@ -8,10 +8,11 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer.commands.arguments import add_reading, given_reading
+from vitcomposer.commands.arguments import add_exif, add_reading, given_reading, turns_upright
 from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
@@ -53,6 +54,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode images (default: %(default)s)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU where there is one)")
     add_reading(parser)
+    add_exif(parser)
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16 autocast")
 
 
@@ -79,6 +81,7 @@ def _run(args: argparse.Namespace) -> int:
     require(0 <= share < 1, "--max-bad-fraction", "in [0, 1)", share, "0.001 leaves out one image in a thousand.")
     models = _models(args)
     first = next(iter(models.values()))
+    first = replace(first, upright=turns_upright(args, first.upright))
     sets = _open_sets(args, first)
     networks = {kind: model.network.to(device) for kind, model in models.items()}
     out = args.out or (Path(args.source, layout.EVALUATION) if Path(args.source, layout.CONFIG).is_file() else None)
@@ -193,6 +196,7 @@ def _write_results(out: Path, args: argparse.Namespace, model: "Trained", result
         "image_size": model.image_size,
         "crop_ratio": model.crop_ratio,
         "interpolation": model.interpolation,
+        "exif": "apply" if model.upright else "keep",
         "bf16": args.bf16,
         "results": results,
     }

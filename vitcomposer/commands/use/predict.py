@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vitcomposer.commands.arguments import given_reading
+from vitcomposer.commands.arguments import given_reading, turns_upright
 from vitcomposer.commands.use.evaluate import add_loading, choose_device
 from vitcomposer.data.jpeg import set_reading
 from vitcomposer.errors import require
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_TOP_K = 5
 
 EPILOG = """Answers come in the order of the images, a batch at a time. Images that cannot be read are named on stderr
-and left out; the exit status is then 1. EXIF orientation is ignored, as it is in training."""
+and left out; the exit status is then 1. Files are turned upright by their EXIF orientation, unless the model was
+trained on images that were not, or --exif keep is given; MDS splits are read as they were converted."""
 
 
 def add_command(commands: Any) -> None:
@@ -64,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     top_k = min(DEFAULT_TOP_K, classes) if args.top_k is None else args.top_k
     require(1 <= top_k <= classes, "--top-k", f"from 1 to {classes}, the classes", top_k, "5 is usual.")
     model.network.to(device)
+    parts = [part.lying(turns_upright(args, model.upright)) for part in parts]
     answered = broken = 0
     total = sum(part.num_samples for part in parts)
     with _open_output(args.out) as out, tqdm(total=total, unit=" images", disable=None, leave=False) as bar:

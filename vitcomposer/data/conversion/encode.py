@@ -1,7 +1,8 @@
 """Encodes an image as it is to be stored: its bytes as they are, made seekable, made smaller, or as raw pixels.
 
-Whatever is decoded here is RGB as torchvision's ``pil_loader`` has it: EXIF orientation is ignored. JPEG is written
-with 4:2:0 chroma at every quality: nearly all photographs come that way, and it is what decodes fastest.
+Whatever is decoded here is RGB as torchvision's ``pil_loader`` has it, then turned upright by EXIF where that is asked
+for. JPEG is written with 4:2:0 chroma at every quality: nearly all photographs come that way, and it is what decodes
+fastest.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,11 @@ from PIL import Image
 from vitcomposer.data.jpeg import MAX_PIXELS, Reading
 from vitcomposer.data.jpeg.markers import INDEX_MAGIC, Markers, parse_markers, without_index
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image, scaling
-from vitcomposer.data.jpeg.raw import _RAW_HEAD, RAW_MAGIC, check_jpeg_size
+from vitcomposer.data.jpeg.raw import check_jpeg_size, raw_of
+from vitcomposer.data.jpeg.upright import exif_orientation, turned, with_mark, without_mark
 
+Exif = Literal["apply", "keep"]
+_TURNED = "turned by EXIF"
 _T = TypeVar("_T")
 
 
@@ -34,6 +38,9 @@ class StoreOptions:
         raw_fraction: Share of the images that are stored as raw pixels, in [0, 1].
         raw_below: Adds the column ``image_small``: raw pixels of the image with this shorter side, never enlarged.
         reencode: JPEG quality at which other formats, CMYK and the like are stored anew; None keeps them as they are.
+        exif: "apply" has images turned by their EXIF orientation, exactly: JPEGs get a mark and are turned by whoever
+            decodes them, others are stored as PNG. "keep" leaves it to viewers, as ImageNet's papers do. None is what
+            the source says: "apply" for files of one's own, see ``Source.exif``.
         reading: How many pixels an image may have, and what is black and white in 16 and 32 bits and floats. With a
             range such images are stored as grey PNG of 8 bits.
         seed: Of the draw of raw images.
@@ -48,6 +55,7 @@ class StoreOptions:
     raw_fraction: float = 0.0
     raw_below: int | None = None
     reencode: int | None = None
+    exif: Exif | None = None
     reading: Reading = Reading()
     seed: int = 0
 
@@ -77,6 +85,8 @@ class StoreOptions:
         names = ("seekable", "short_side", "raw_fraction", "raw_below", "reencode")
         record: dict[str, Any] = {_flag(name): getattr(self, name) for name in names}
         record["--quality"] = self.quality if self.short_side else None
+        if self.exif == "apply":
+            record["--exif"] = self.exif
         if self.reading.value_range is not None:
             record["--range"] = list(self.reading.value_range)
         if self.reading.max_pixels != MAX_PIXELS:
@@ -103,7 +113,7 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
 
     Args:
         data: The encoded image.
-        options: As given for the split; ``seekable`` None counts as off.
+        options: As given for the split; ``seekable`` None counts as off, ``exif`` None as "keep".
         name: Of the image; with the seed it decides whether the image is stored raw.
 
     Raises:
@@ -111,7 +121,8 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
 
     It is read as ``vitcomposer.data.jpeg`` says; ``options.reading`` is what a conversion sets there.
     """
-    picture = _Picture(data)
+    data = without_mark(data)  # only what is decided here turns an image
+    picture = _Picture(data, upright=options.exif == "apply")
     picture.decode()  # first, and for every way of storing: what training refuses, no split may hold
     if _share(options.seed, name) < options.raw_fraction:
         image, outcome = raw_sample(shrink(picture.decode(), options.short_side)), "raw"
@@ -124,14 +135,15 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
         image, outcome = _keep(data, picture, options)
     if image is data and picture.scaling:
         outcome = f"kept: {picture.scaling} when read"
+    if picture.orientation != 1:
+        outcome += f", {_TURNED}"
     small = (raw_sample(shrink(picture.decode(), options.raw_below)),) if options.raw_below else ()
     return Stored((image, *small), outcome, picture.format, *picture.size)
 
 
 def raw_sample(image: Image.Image) -> bytes:
     """Pixels as they are stored: a head of 16 bytes, then RGB."""
-    head = _RAW_HEAD.pack(RAW_MAGIC, image.height, image.width, 0)
-    return head + image.convert("RGB").tobytes()
+    return raw_of(np.asarray(image.convert("RGB")))
 
 
 def shrink(image: Image.Image, short_side: int | None) -> Image.Image:
@@ -146,20 +158,23 @@ def shrink(image: Image.Image, short_side: int | None) -> Image.Image:
 
 
 class _Picture:
-    """An encoded image that is decoded when it must be, once.
+    """An encoded image that is decoded when it must be, once; ``size`` is that of the upright one.
 
     Pillow stops at a file that ends early (its LOAD_TRUNCATED_IMAGES is off). Of an animation only the first frame is
     decoded.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, upright: bool = False) -> None:
         if not data:
             raise ValueError("the file is empty")
-        self._pixels: Image.Image | None = None
+        self._pixels: np.ndarray | None = None
         self._fault: str | None = None
         self._image = open_image(data)
         self.scaling = scaling(self._image)  # how more than 8 bits become 8
+        self.orientation = exif_orientation(self._image) if upright else 1
         self.format, self.size = str(self._image.format), self._image.size
+        if self.orientation > 4:  # lies on a side
+            self.size = self.size[::-1]
         if data[:2] == b"\xff\xd8":
             check_jpeg_size(self._image.height, self._image.width, data)
 
@@ -180,14 +195,14 @@ class _Picture:
 
     def decode(self) -> Image.Image:
         """RGB, or gray as it came: resized and encoded as such it gives the same pixels, in fewer bytes."""
+        return Image.fromarray(turned(self.stored_pixels(), self.orientation))
+
+    def stored_pixels(self) -> np.ndarray:
+        """What ``decode`` gives before it is turned, uint8 (height, width, 3), or (height, width) of gray."""
         self.check()
         if self._pixels is None:
-            self._pixels = _explained(lambda: eight_bits(self._image))
+            self._pixels = np.asarray(_explained(lambda: eight_bits(self._image)))
         return self._pixels
-
-    def pixels(self) -> np.ndarray:
-        """What ``decode`` gives, uint8 (height, width, 3), or (height, width) of gray."""
-        return np.asarray(self.decode())
 
 
 def _explained(decode: Callable[[], _T]) -> _T:
@@ -206,6 +221,9 @@ def _keep(data: bytes, picture: _Picture, options: StoreOptions) -> tuple[bytes,
     is_jpeg = data[:2] == b"\xff\xd8"
     if is_jpeg:
         data = _without_wrong_index(data, picture)
+        data = data if picture.orientation == 1 else with_mark(data, picture.orientation)
+    elif picture.orientation != 1 and not options.reencode:
+        return _encode_png(picture.decode()), f"PNG of {picture.format}"
     if not options.seekable and not options.reencode:
         return data, "kept"
     reason = picture.format
@@ -231,7 +249,7 @@ def _without_wrong_index(data: bytes, picture: _Picture) -> bytes:
     """The JPEG without an index that somebody else made and that leads the region decoder to other pixels."""
     from vitcomposer.data.jpeg.region import decodes_to
 
-    if data[2:4] != b"\xff\xeb" or data[6:14] != INDEX_MAGIC or decodes_to(data, picture.pixels()):
+    if data[2:4] != b"\xff\xeb" or data[6:14] != INDEX_MAGIC or decodes_to(data, picture.stored_pixels()):
         return data
     return without_index(data)
 
@@ -242,8 +260,8 @@ def _rewrite(data: bytes, picture: _Picture, markers: Markers) -> tuple[bytes, s
 
     made = make_seekable(data)
     outcome = "seekable from progressive" if markers.progressive else "seekable"
-    outcome += ", EXIF rotation kept" if markers.orientation != 1 else ""
-    if made.how == "already" or (made.how != "unchanged" and verify(picture.pixels(), made.data)):
+    outcome += ", EXIF rotation kept" if markers.orientation != picture.orientation else ""
+    if made.how == "already" or (made.how != "unchanged" and verify(picture.stored_pixels(), made.data)):
         return made.data, outcome
     return data, f"kept: {made.reason or 'pixels would differ'}"
 
@@ -252,7 +270,7 @@ def _made_seekable(jpeg: bytes) -> bytes:
     from vitcomposer.data.jpeg.seekable import make_seekable, verify
 
     made = make_seekable(jpeg).data
-    return made if verify(_Picture(jpeg).pixels(), made) else jpeg
+    return made if verify(_Picture(jpeg).stored_pixels(), made) else jpeg
 
 
 def _encode(image: Image.Image, quality: int) -> bytes:

@@ -208,7 +208,7 @@ def _undecodable(store: Store, prefix: str, shards: list[dict[str, Any]]) -> Ite
 
 
 def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
-    from vitcomposer.data.jpeg.decode import decode_rgb
+    from vitcomposer.data.jpeg.decode import decode_as_stored
     from vitcomposer.data.jpeg.raw import raw_sample
     from vitcomposer.data.jpeg.region import decodes_to
     from vitcomposer.data.mds.reader import LOW_RESOLUTION_COLUMN
@@ -217,7 +217,7 @@ def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
     for name, (encoding, value) in columns.items():
         try:
             if name in (*IMAGE_COLUMNS, LOW_RESOLUTION_COLUMN) and encoding in IMAGE_ENCODINGS:
-                pixels = decode_rgb(raw_sample(memoryview(value)) if encoding == "pil" else value)
+                pixels = decode_as_stored(raw_sample(memoryview(value)) if encoding == "pil" else value)
                 if read_index(value) is not None and not decodes_to(value, pixels):
                     return "has an index that does not lead to its pixels: convert the data set again"
         except (ValueError, ShardError, struct.error) as error:

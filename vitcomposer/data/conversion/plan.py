@@ -59,6 +59,9 @@ def plan_split(store: Store, source: Source, split: str, limit: int, options: St
     old = read_plan(store, split)
     if options.seekable is None:
         options = dataclasses.replace(options, seekable=old["stored"]["--seekable"] if old else split == "train")
+    if options.exif is None:
+        exif = old["stored"].get("--exif", "keep") if old else source.exif
+        options = dataclasses.replace(options, exif=exif)
     plan = {
         "class_names": source.class_names,
         "images": len(items),

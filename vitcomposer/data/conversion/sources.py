@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vitcomposer.data.conversion.encode import Exif
 from vitcomposer.data.conversion.folder_splits import Labelled, Layout, class_folder, find_layout
 from vitcomposer.data.conversion.folder_splits import find_copies as report_copies
 from vitcomposer.data.conversion.folders import (
@@ -49,8 +50,10 @@ class Source(ABC):
     Attributes:
         folder: All of which is read; a conversion must not write into it.
         warnings: What was found in it and is no error, a line each.
+        exif: Whether its images are turned upright by EXIF where nothing else is said (see ``StoreOptions``).
     """
 
+    exif: Exif = "keep"
     class_names: list[str]
     splits: dict[str, list[Item]]
     folder: Path | None = None
@@ -85,6 +88,8 @@ class FolderSource(Source):
     Raises:
         ValueError: All that makes the labels of the folder doubtful, at once; ``warnings`` has what does not.
     """
+
+    exif = "apply"
 
     def __init__(
         self,
@@ -160,6 +165,8 @@ class ListSource(Source):
     Raises:
         ValueError: A line that cannot be used, as ``file:line``.
     """
+
+    exif = "apply"
 
     def __init__(
         self,

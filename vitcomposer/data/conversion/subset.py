@@ -19,6 +19,7 @@ from vitcomposer.data.conversion.plan import read_json, to_json
 from vitcomposer.data.conversion.sources import hash_order
 from vitcomposer.data.mds.index import CLASS_NAMES
 from vitcomposer.data.mds.reader import LABEL_COLUMNS, LABEL_FORMATS
+from vitcomposer.json_file import parse_json
 from vitcomposer.stores.objects import Store, open_store
 
 _RECORD = "subset.json"
@@ -80,7 +81,8 @@ def _write_subset(store: Store, name: str, fraction: float, seed: int, split: st
     class_names = store.read(f"{split}/{CLASS_NAMES}")
     if class_names is not None:
         store.write(f"{name}/{CLASS_NAMES}", class_names)
-    store.write(f"{name}/index.json", json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode())
+    whole = {**parse_json(index), "shards": entries}  # with what holds for all images
+    store.write(f"{name}/index.json", json.dumps(whole, sort_keys=True).encode())
     store.clean()
     return record
 

@@ -36,7 +36,7 @@ from vitcomposer.data.conversion.left_out import (
     count_images,
     write_list,
 )
-from vitcomposer.data.conversion.plan import Chunk, check_room, plan_split, read_json, to_json
+from vitcomposer.data.conversion.plan import Chunk, check_room, plan_split, read_json, read_plan, to_json
 from vitcomposer.data.conversion.shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
 from vitcomposer.data.conversion.sources import Source, check_same_classes
 from vitcomposer.data.jpeg import reading
@@ -349,8 +349,11 @@ def _finish_split(store: Store, class_names: list[str], split: str, markers: lis
         heights[height] += count
     counts = {name: total["classes"][str(label)] for label, name in enumerate(class_names)}
     write_new(store, f"{split}/{CLASS_NAMES}", to_json(class_names))
+    index = {"version": 2, "shards": shards}
+    if ((read_plan(store, split) or {}).get("stored") or {}).get("--exif") == "apply":
+        index["exif"] = "apply"
     # laid out as MDSWriter does, without line breaks
-    write_new(store, f"{split}/index.json", json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode())
+    write_new(store, f"{split}/index.json", json.dumps(index, sort_keys=True).encode())
     return {
         "images": sum(shard["samples"] for shard in shards),
         "bytes": sum(marker["bytes"] for marker in markers),

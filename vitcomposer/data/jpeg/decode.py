@@ -2,8 +2,8 @@
 
 Of a seekable JPEG only the box is decoded (jpeg.region); libjpeg-turbo decodes every other JPEG, down to
 the box's last row; Pillow decodes the rest and has the last word on what counts as broken. The pixels are those of
-torchvision's ``pil_loader`` on every path. EXIF orientation is ignored, as torchvision and timm ignore it: a model
-trained on ImageNet has seen those photographs unturned.
+torchvision's ``pil_loader`` on every path. Of a JPEG with the mark of ``jpeg.upright`` sizes, boxes and pixels are
+those of the upright image, of all others those that are stored: EXIF alone turns nothing, as in torchvision and timm.
 
 Wherever an encoded image is taken, so is a raw sample: ``b"\\x00RAW"``, height, width and zero as little-endian 32-bit
 numbers, then the pixels, row by row, three bytes each.
@@ -23,6 +23,7 @@ from vitcomposer.data.jpeg.pixels import eight_bits, open_image
 from vitcomposer.data.jpeg.raw import Encoded, _is_raw, check_jpeg_size, raw_pixels
 from vitcomposer.data.jpeg.region import decode_seekable
 from vitcomposer.data.jpeg.resize import resize_rgb
+from vitcomposer.data.jpeg.upright import read_mark, stored_box, turned, turned_size
 
 Interpolation = Literal["bicubic", "bilinear"]
 DecodeScale = Literal["exact", "dct"]
@@ -38,6 +39,10 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
     Raises:
         ValueError: The header belongs to no image format that Pillow knows.
     """
+    return turned_size(*_stored_size(encoded), read_mark(encoded))
+
+
+def _stored_size(encoded: Encoded) -> tuple[int, int]:
     if _is_jpeg(encoded):
         header = _read_header(encoded)
         if header is not None:  # else Pillow decides below whether it is broken
@@ -58,6 +63,11 @@ def decode_rgb(encoded: Encoded) -> np.ndarray:
     Raises:
         ValueError: The image is truncated or damaged; the message is the decoder's.
     """
+    return turned(decode_as_stored(encoded), read_mark(encoded))
+
+
+def decode_as_stored(encoded: Encoded) -> np.ndarray:
+    """What :func:`decode_rgb` gives, before it is turned."""
     if _is_jpeg(encoded):
         header = _read_header(encoded)
         if header is not None:
@@ -89,22 +99,39 @@ def decode_region(encoded: Encoded, box: Box) -> np.ndarray:
     Raises:
         ValueError: The image is damaged where it is read, or the box leaves it.
     """
+    orientation = read_mark(encoded)
+    if orientation == 1:
+        return _stored_region(encoded, box)
+    height, width = read_size(encoded)
+    if not _lies_inside(box, height, width):
+        raise _box_error(box, height, width)
+    return turned(_stored_region(encoded, stored_box(box, orientation, height, width)), orientation)
+
+
+def _stored_region(encoded: Encoded, box: Box) -> np.ndarray:
     if _is_jpeg(encoded):
         pixels = decode_seekable(encoded, box)  # uint8 (box height, box width, 3)
         if pixels is not None:
             return pixels
         pixels = _rows_down_to(encoded, box[0] + box[2])  # uint8 (rows down to the box's last or more, width, 3)
     else:
-        pixels = decode_rgb(encoded)
+        pixels = decode_as_stored(encoded)
+    if not _lies_inside(box, *pixels.shape[:2]):
+        raise _box_error(box, *_stored_size(encoded))
     top, left, height, width = box
-    inside = min(top, left) >= 0 and min(height, width) >= 1
-    if not inside or top + height > pixels.shape[0] or left + width > pixels.shape[1]:
-        rows, columns = read_size(encoded)
-        raise ValueError(
-            f"box must be (top, left, height, width) inside the {rows}x{columns} image, got {box}. "
-            "Draw it from vitcomposer.data.jpeg.decode.read_size of the same bytes."
-        )
     return pixels[top : top + height, left : left + width]
+
+
+def _lies_inside(box: Box, rows: int, columns: int) -> bool:
+    top, left, height, width = box
+    return min(top, left) >= 0 and min(height, width) >= 1 and top + height <= rows and left + width <= columns
+
+
+def _box_error(box: Box, rows: int, columns: int) -> ValueError:
+    return ValueError(
+        f"box must be (top, left, height, width) inside the {rows}x{columns} image, got {box}. "
+        "Draw it from vitcomposer.data.jpeg.decode.read_size of the same bytes."
+    )
 
 
 def decode_crop_into(
@@ -188,7 +215,7 @@ def _rows_down_to(encoded: Encoded, bottom: int) -> np.ndarray:
                 return simplejpeg.decode_jpeg(cut, colorspace="RGB", strict=False)
             except ValueError:
                 pass
-    return decode_rgb(encoded)
+    return decode_as_stored(encoded)
 
 
 def _find_frame(encoded: Encoded) -> tuple[int, int, int, int] | None:
@@ -217,8 +244,10 @@ def _decode_reduced_into(encoded: Encoded, box: Box, out: Tensor, interpolation:
     # Of a seekable file the segments under the box are decoded faster than the whole file at any scale.
     if not _is_jpeg(encoded) or encoded[6:14] == INDEX_MAGIC:
         return False
-    height, width = read_size(encoded)
+    height, width = _stored_size(encoded)
     size = -(-height // factor), -(-width // factor)  # height and width, rounded up as libjpeg does
+    orientation = read_mark(encoded)
+    box = stored_box(box, orientation, *turned_size(height, width, orientation))
     try:
         pixels = simplejpeg.decode_jpeg(
             encoded, colorspace="RGB", min_height=size[0], min_width=size[1], min_factor=factor
@@ -229,11 +258,10 @@ def _decode_reduced_into(encoded: Encoded, box: Box, out: Tensor, interpolation:
     bottom, right = min(top + box[2] / factor, size[0]), min(left + box[3] / factor, size[1])
     if pixels.shape[:2] != size or min(box[:2]) < 0 or box[0] + box[2] > height or box[1] + box[3] > width:
         return False
+    rows, columns = turned_size(out.shape[-2], out.shape[-1], orientation)
     # Pillow alone resizes a box that starts between two pixels.
-    resized = Image.fromarray(pixels).resize(
-        (out.shape[-1], out.shape[-2]), _PILLOW[interpolation], box=(left, top, right, bottom)
-    )
-    out.copy_(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+    resized = Image.fromarray(pixels).resize((columns, rows), _PILLOW[interpolation], box=(left, top, right, bottom))
+    out.copy_(torch.from_numpy(turned(np.array(resized), orientation)).permute(2, 0, 1))
     return True
 
 

@@ -59,6 +59,12 @@ def read_raw_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if not zero and len(data) == _RAW_HEAD.size + 3 * height * width else None
 
 
+def raw_of(pixels: np.ndarray) -> bytes:
+    """Pixels uint8 (height, width, 3) as a raw sample."""
+    height, width, _ = pixels.shape
+    return _RAW_HEAD.pack(RAW_MAGIC, height, width, 0) + pixels.tobytes()
+
+
 def _is_raw(encoded: Encoded) -> bool:
     return encoded[:4] == RAW_MAGIC
 

@@ -262,7 +262,8 @@ def images_of(data: Data, split: str) -> dict[str, Any] | None:
         split: ``data.train_split`` or ``data.val_split``.
 
     Returns:
-        ``source``; ``samples``; ``classes``, the names in label order or None; ``index``, its sha256 or None.
+        ``source``; ``samples``; ``classes``, the names in label order or None; ``index``, its sha256 or None; ``exif``,
+        "apply" where ``vitcomposer convert`` had its images turned upright, else "keep".
 
     Raises:
         ConfigError: A class_names.json that is no list of names.
@@ -271,13 +272,15 @@ def images_of(data: Data, split: str) -> dict[str, Any] | None:
         return {"source": data.source, "samples": data.synthetic_samples, "classes": None, "index": None}
     folder = Path(data.local or "", split)
     try:
-        samples = sum(shard["samples"] for shard in read_json(folder / INDEX)["shards"])
+        index = read_json(folder / INDEX)
+        samples = sum(shard["samples"] for shard in index["shards"])
     except (OSError, ValueError, KeyError, TypeError):  # said by whoever reads its images
         return None
     classes = read_class_names(folder / CLASS_NAMES)
     with (folder / INDEX).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"source": data.source, "samples": samples, "classes": classes, "index": digest}
+    exif = "apply" if index.get("exif") == "apply" else "keep"
+    return {"source": data.source, "samples": samples, "classes": classes, "index": digest, "exif": exif}
 
 
 def _hash(algorithm: str, path: Path) -> str:
