@@ -8,7 +8,7 @@ import pytest
 from tests.report.runs import HOSTILE, SUMMARY, evaluated, line, said, write_run
 from vitcomposer import config
 from vitcomposer.cli import main
-from vitcomposer.report.compare import comparison, difference, names_of
+from vitcomposer.report.compare import comparison, difference, names_of, results
 from vitcomposer.report.story import read_story
 
 LABELS = [0, 1] * 100
@@ -77,6 +77,14 @@ def test_three_runs_are_compared_with_the_first(two: list[Path], tmp_path: Path,
     printed = capsys.readouterr().out
     assert "my_photos_lr: -5.0; 200 images, paired" in printed
     assert "third: +0.0; 200 images, paired: 2 standard errors of a difference are 0.0: not shown to differ" in printed
+
+
+def test_of_unequal_classes_their_means_are_compared_first(two: list[Path]) -> None:
+    for folder, lost in zip(two, (1, 3), strict=True):
+        said(folder, [0] * 40 + [1] * 10, [0] * 40 + [0] * lost + [1] * (10 - lost))
+    rows = results([read_story(folder) for folder in two])
+    assert [row.name for row in rows[:2]] == ["mean of classes", "top-1"]
+    assert rows[0].remarks[1].startswith("-10.0; 50 images, paired: 2 standard errors of a difference are 12.6: not")
 
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:

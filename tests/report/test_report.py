@@ -1,10 +1,12 @@
 """The page of one run: what it answers, that it holds what was measured, and that nothing in it acts."""
 
 import base64
+import html
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +20,10 @@ from PIL import Image, ImageOps
 from tests.conftest import PHOTOS
 from tests.report.runs import HOSTILE, SUMMARY, evaluated, line, said, write_run
 from vitcomposer import config
-from vitcomposer.cli import main
+from vitcomposer.cli import COMMANDS, main
 from vitcomposer.data.labeled_sets import open_split
 from vitcomposer.report import has_report, report_at_end, write_report
-from vitcomposer.report.answers import learning
+from vitcomposer.report.answers import answers, learning
 from vitcomposer.report.charts import Series, chart, si
 from vitcomposer.report.photos import SIDE, find_photos
 from vitcomposer.report.story import command_words, read_story
@@ -71,6 +73,17 @@ def test_mistakes_are_listed_where_their_images_are_not_here(whole_run: Path) ->
     assert "There are no pictures" in text and "<td>image 1</td>" not in text
     assert f"taken for <b>{'b' * 300}</b>: 2 of 3 (67 %)" in text
     assert "The mean of the 3 classes is" in text
+
+
+def test_of_unequal_classes_their_mean_is_told_first(tmp_path: Path) -> None:
+    lines = [evaluated(step) | {"metrics/ema/class_top1": 0.7} for step in (1, 2)]
+    folder = said(write_run(tmp_path / "a", lines), [0] * 8 + [1, 1], [0] * 8 + [0, 1], "predictions_ema.csv")
+    quality = answers(read_story(folder))[1]
+    assert quality.answer == "75.0 \u00b1 17.7 %"
+    assert quality.behind.startswith("Mean of the 2 classes of the average (EMA), which have 2 to 8 images")
+    assert quality.behind.endswith("Top-1 of all 10 images: 60.0 \u00b1 15.5 %.")
+    text = write_report(folder).read_text().replace("\u00a0", " ")
+    assert "<figcaption>Mean of the classes" in text and "Mean of classes, average, EMA</th><td>75.0" in text
 
 
 def accuracies(*values: float) -> list[dict[str, Any]]:
@@ -238,6 +251,17 @@ def test_what_differs_from_the_yaml_is_shown(tmp_path: Path) -> None:
     assert rows == [["max_duration", "60ep", "9ep"], ["algorithms.EMA.smoothing", "0.99", "-"]] + rows[2:]
     assert [row[0] for row in rows[2:]] == ["algorithms.EMA.update_interval"]
     assert f"git checkout abc\n{command}" in text
+
+
+def test_commands_that_it_gives_are_there_and_take_what_it_gives(trained_run: Path) -> None:
+    text = html.unescape(re.sub("<[^>]+>", "\n", (trained_run / "report.html").read_text()))
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if "vitcomposer " in line[:40]]
+    given = {words[1]: words[2:] for words in lines if words[0].endswith("vitcomposer")}
+    assert given.keys() == {"train", "predict", "export", "report"}
+    assert given.keys() <= {command.name for command in COMMANDS}
+    page, name = given["train"]
+    assert config.load(page, [name]).run.name == "photos_again"
+    assert {given[each][0] for each in ("predict", "export", "report")} == {str(trained_run)}
 
 
 def test_photos_of_other_images_are_not_shown(trained_run: Path, tmp_path: Path) -> None:

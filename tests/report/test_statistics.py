@@ -62,4 +62,23 @@ def test_classes_come_with_what_they_are_taken_for_the_weakest_first() -> None:
     mean, error = stats.class_mean(scores)
     assert mean == pytest.approx((0.25 + 0.5 + 1) / 3)
     assert error == pytest.approx(math.sqrt(0.25 * 0.75 / 4 + 0.25 / 2) / 3)
+    assert not stats.is_unequal(scores) and stats.is_unequal([*scores, stats.ClassScore(4, 13, 1, None)])
     assert stats.surest_mistakes(found, 2).tolist() == [1, 2]
+
+
+def test_mean_of_classes_differs_as_it_spreads_over_draws_of_the_images() -> None:
+    """Of a class with 300 images and one with 12, drawn again and again."""
+    rng = np.random.default_rng(3)
+    labels = np.array([0] * 300 + [1] * 12)
+
+    def draw() -> stats.Difference:
+        first = rng.random(312) < np.where(labels == 0, 0.9, 0.5)
+        second = np.where(rng.random(312) < 0.8, first, rng.random(312) < 0.7)
+        found = stats.class_mean_difference(*(predictions(labels, np.where(r, labels, 2)) for r in (first, second)))
+        assert found is not None
+        return found
+
+    draws = [draw() for _ in range(2_000)]
+    spread = np.std([each.value for each in draws])
+    assert np.sqrt(np.mean([each.error**2 for each in draws])) == pytest.approx(spread, rel=0.08)
+    assert stats.class_mean_difference(predictions([0, 1], [0, 1]), predictions([1, 1], [0, 1])) is None

@@ -3,7 +3,15 @@
 import math
 
 from vitcomposer.report.page import Card
-from vitcomposer.report.statistics import SHOWN, interval, standard_error
+from vitcomposer.report.statistics import (
+    SHOWN,
+    ClassScore,
+    class_mean,
+    class_scores,
+    interval,
+    is_unequal,
+    standard_error,
+)
 from vitcomposer.report.story import Story
 from vitcomposer.report.words import duration, flops, hours, percent, whole_percent
 
@@ -67,12 +75,26 @@ def quality(story: Story) -> Card:
         return Card(question, "Not measured", "No accuracy was logged.")
     if not images:
         return Card(question, percent(top1), f"{name}{weights}; on how many images is not known.")
+    scores = class_scores(story.said) if story.said is not None else []
+    if scores and is_unequal(scores):
+        mean, error = class_mean(scores)
+        behind = (
+            f"Mean of the {len(scores):,} classes{weights}, which have {scores_range(scores)} images; \u00b1 is one "
+            f"standard error. Top-1 of all {images:,} images: {percent(top1, standard_error(top1, images))}."
+        )
+        return Card(question, percent(mean, error), behind)
     low, high = interval(top1, images)
     behind = (
         f"{name}{weights} on {images:,} images, \u00b1 one standard error. Two of them (95 %): "
         f"{100 * low:.1f} to {percent(high)}."
     )
     return Card(question, percent(top1, standard_error(top1, images)), behind)
+
+
+def scores_range(scores: list[ClassScore]) -> str:
+    """From how many images a class has to how many another has."""
+    images = [score.images for score in scores]
+    return f"{min(images):,} to {max(images):,}"
 
 
 def speed(story: Story) -> Card:

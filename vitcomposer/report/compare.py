@@ -9,7 +9,18 @@ from vitcomposer.report.answers import hours_name
 from vitcomposer.report.charts import COLOURS, Series, chart
 from vitcomposer.report.curves import smoothed
 from vitcomposer.report.page import charts, page, section, table, text
-from vitcomposer.report.statistics import SHOWN, Difference, paired, standard_error, unpaired
+from vitcomposer.report.statistics import (
+    SHOWN,
+    ClassScore,
+    Difference,
+    class_mean,
+    class_mean_difference,
+    class_scores,
+    is_unequal,
+    paired,
+    standard_error,
+    unpaired,
+)
 from vitcomposer.report.story import Story
 from vitcomposer.report.words import duration, flops, hours, percent, setting
 from vitcomposer.whole_files import write_whole
@@ -104,7 +115,9 @@ def differing_settings(stories: Sequence[Story]) -> list[Row]:
 
 def results(stories: Sequence[Story]) -> list[Row]:
     """Accuracy with the differences from the first run, speed and cost."""
-    rows = [_accuracies(stories)] if any(story.top1 is not None for story in stories) else []
+    scores = [class_scores(story.said) if story.said is not None else None for story in stories]
+    rows = [_class_means(stories, scores)] if any(each and is_unequal(each) for each in scores) else []
+    rows += [_accuracies(stories)] if any(story.top1 is not None for story in stories) else []
     rows += [_neighbours(stories)] if any(story.last("knn/top1") is not None for story in stories) else []
     spent = [story.device_hours for story in stories]
     kinds = dict.fromkeys(hours_name(story) for story in stories)
@@ -119,6 +132,18 @@ def results(stories: Sequence[Story]) -> list[Row]:
 
 def _row(name: str, cells: Sequence[str | None]) -> Row:
     return Row(name, [cell or "-" for cell in cells], [""] * len(cells))
+
+
+def _class_means(stories: Sequence[Story], scores: Sequence[list[ClassScore] | None]) -> Row:
+    cells, remarks = [], []
+    first = stories[0].said
+    for story, found in zip(stories, scores, strict=True):
+        cells.append(percent(*class_mean(found)) if found else "-")
+        change = None
+        if story is not stories[0] and first is not None and story.said is not None:
+            change = class_mean_difference(first, story.said)
+        remarks.append("" if change is None else str(change))
+    return Row("mean of classes", cells, remarks)
 
 
 def _accuracies(stories: Sequence[Story]) -> Row:

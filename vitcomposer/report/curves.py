@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vitcomposer.report.answers import x_of
 from vitcomposer.report.charts import COLOURS, Series, chart
-from vitcomposer.report.statistics import SHOWN, standard_error
+from vitcomposer.report.statistics import SHOWN, class_scores, is_unequal, standard_error
 from vitcomposer.report.story import EMA, Story
 
 SMOOTHED_POINTS = 100  # the smoothed loss is a mean over 1/100 of the run
@@ -32,6 +32,7 @@ def main_charts(story: Story) -> list[str]:
     waited = Series("", *_percent(*story.series("throughput/data_wait_fraction", x)))
     return [
         _accuracy(story, x),
+        *([_of_classes(story, x)] if story.said is not None and is_unequal(class_scores(story.said)) else []),
         _loss(story, x),
         chart("Learning rate", [rate], x_name=x, y_name="largest of the groups", low=0),
         chart("Speed", [speed], x_name=x, y_name="images/s in training", low=0),
@@ -65,6 +66,12 @@ def _accuracy(story: Story, x: str) -> str:
         for at, (key, (k,)) in enumerate(keys.items())
     ]
     return chart("k-NN top-1" if lines else "Top-1", lines, x_name=x, y_name="top-1 (%)")
+
+
+def _of_classes(story: Story, x: str) -> str:
+    kinds = enumerate((("eval", "weights"), (EMA, "EMA")))
+    lines = [Series(name, *_percent(*story.series(f"metrics/{kind}/class_top1", x)), at) for at, (kind, name) in kinds]
+    return chart("Mean of the classes", lines, x_name=x, y_name="mean of their top-1 (%)")
 
 
 def _errors(shares: Sequence[float], images: int | None) -> list[float] | None:

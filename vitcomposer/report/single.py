@@ -11,7 +11,7 @@ from vitcomposer.report import curves
 from vitcomposer.report.answers import answers
 from vitcomposer.report.mistakes import mistakes
 from vitcomposer.report.page import cards, charts, code, details, page, section, shown, table, text
-from vitcomposer.report.statistics import standard_error
+from vitcomposer.report.statistics import class_mean, class_scores, standard_error
 from vitcomposer.report.story import EMA, Story, changed_from_yaml, command_words, read_story
 from vitcomposer.report.words import duration, flops, percent, setting
 from vitcomposer.runs import layout
@@ -83,6 +83,9 @@ def _scores(story: Story) -> list[tuple[str, str]]:
     """Every accuracy of the last evaluation."""
     images, rows = story.evaluated_images, []
     for kind, weights in (("eval", "trained weights"), (EMA, "average, EMA")):
+        said = story.predictions.get(kind)
+        if said is not None:
+            rows.append((f"Mean of classes, {weights}", percent(*class_mean(class_scores(said)))))
         for key, name in (("top1", "Top-1"), ("top5", "Top-5")):
             value = story.last(f"metrics/{kind}/{key}")
             if value is not None:
@@ -103,6 +106,9 @@ def _again(story: Story) -> list[str]:
     commit = story.environment.get("git_commit")
     lines = [f"git checkout {commit}"] if isinstance(commit, str) else []
     lines += [command] if isinstance(command, str) else []
+    if (story.folder / layout.CONFIG).is_file():
+        kept, name = (shlex.quote(str(each)) for each in (story.folder / layout.CONFIG, f"{story.name}_again"))
+        lines += ["# or, from the settings that the run kept:", f"vitcomposer train {kept} run.name={name}"]
     parts = [code("\n".join(lines))] if lines else []
     if story.environment.get("git_dirty"):
         parts.append(text("Files of the code were changed after that commit.", "soft"))
@@ -147,7 +153,7 @@ def _next(story: Story) -> list[str]:
         lines += [f"vitcomposer predict {run} FILE_OR_FOLDER", f"vitcomposer export {run} --out exported"]
     elif recipe not in _MEASUREMENTS:
         weights = shlex.quote(str(story.folder / layout.LATEST_CHECKPOINT))
-        lines += [f"composer train.py yamls/probe_linear.yaml init.weights={weights}"]
+        lines += [f"vitcomposer train probe_linear init.weights={weights}"]
     lines.append(f"vitcomposer report {run} OTHER_RUN        # side by side")
     return [code("\n".join(lines))]
 

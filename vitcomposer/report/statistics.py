@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vitcomposer.data.labels import UNEQUAL
 from vitcomposer.evaluation.confused import confusions
 from vitcomposer.runs.predictions import Predictions
 
@@ -112,6 +113,26 @@ def class_mean(scores: list[ClassScore]) -> tuple[float, float]:
     shares = np.array([score.top1 for score in scores])
     images = np.array([score.images for score in scores])
     return float(shares.mean()), float(np.sqrt((shares * (1 - shares) / images).sum()) / len(scores))
+
+
+def is_unequal(scores: list[ClassScore]) -> bool:
+    """Whether the mean of the classes is told first: the largest has over ``UNEQUAL`` times the images of the least."""
+    images = [score.images for score in scores]
+    return max(images) > UNEQUAL * min(images)
+
+
+def class_mean_difference(first: Predictions, second: Predictions) -> Difference | None:
+    """Of the means of the classes' accuracies; None where images or labels are not the same.
+
+    The variance of the mean difference of a class's images, added up over the classes, over their number squared.
+    """
+    if paired(first, second) is None:
+        return None
+    change = second.right.astype(float) - first.right.astype(float)  # (N,)
+    of_classes = [change[first.label == label] for label in np.unique(first.label)]
+    error = math.sqrt(sum(each.var() / len(each) for each in of_classes)) / len(of_classes)
+    value = float(np.mean([each.mean() for each in of_classes]))
+    return Difference(value, error, len(change), True)
 
 
 def surest_mistakes(found: Predictions, count: int) -> NDArray[np.intp]:
