@@ -21,16 +21,16 @@ quote := '
 KEYS = $(foreach name,$(filter-out $(own),$(given)),$(quote)$(subst $(quote),'\'',$(name)=$(value $(name)))$(quote))
 RECIPES := $(filter-out demo swav_demo,$(notdir $(basename $(wildcard yamls/*.yaml))))
 
-.PHONY: list setup constraints yamls demo swav_demo pictures test matrix integrations lint audit $(RECIPES)
+.PHONY: list setup constraints yamls demo swav_demo pictures test matrix integrations lint audit docs $(RECIPES)
 
 list:
-	@echo "make setup | demo | swav_demo | pictures | test | matrix | integrations | lint | audit    (each does the set-up it needs)"
+	@echo "make setup | demo | swav_demo | pictures | test | matrix | integrations | lint | audit | docs    (each does the set-up it needs)"
 	@echo "make RECIPE [NGPU=8] [key=value ...]"
 	@for name in demo swav_demo $(RECIPES); do printf '  %-12s %s\n' $$name "$$(head -1 yamls/$$name.yaml | cut -c3-)"; done
 
 setup: $(VENV)/installed
 
-# uv fetches and unpacks in parallel: README's "Set-up" has the same three steps by pip. Hashes are those of the lock.
+# uv fetches and unpacks in parallel: docs/set_up.md has the same three steps by pip. Hashes are those of the lock.
 $(VENV)/installed: pyproject.toml setup.py $(LOCK)
 	@test -n "$(PYTHON)" || { echo "vitcomposer needs Python 3.11, 3.12 or 3.13: make $(MAKECMDGOALS) PYTHON=/path/to/python3.13"; exit 1; }
 	@echo "setting up $(VENV) with $(PYTHON)"; head -1 $(LOCK)
@@ -98,6 +98,14 @@ audit:
 	.venv-audit/bin/bandit --quiet --configfile pyproject.toml --recursive vitcomposer recipes train.py
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 	.venv-audit/bin/pip-audit --requirement constraints-torch-2.7.txt --no-deps --disable-pip --strict
+
+# The pages of docs/ as a site, in an environment of its own. Material for MkDocs 9.8 is looked after until May 2027; its
+# makers' next one, Zensical, reads mkdocs.yml too.
+docs:
+	@test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install $(PIP) \
+		'mkdocs>=1.6,<2' 'mkdocs-material>=9.8,<10'; }
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS)
+	@echo "site/index.html"
 
 $(RECIPES): setup
 	$(BIN)/composer -n $(NGPU) train.py yamls/$@.yaml $(ARGS) $(KEYS)
