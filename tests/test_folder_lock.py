@@ -80,6 +80,40 @@ def test_second_process_is_refused_and_a_killed_one_keeps_nobody_out(lock: Path)
     assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
+def test_a_killed_process_that_still_gives_its_memory_back_is_waited_for(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = hold_elsewhere(lock)
+    real, asked = folder_lock._was_killed, []
+
+    def dies_slowly(pid: int) -> bool:
+        asked.append(real(pid))
+        if len(asked) == 3:
+            process.kill()
+        return True
+
+    monkeypatch.setattr(folder_lock, "_was_killed", dies_slowly)
+    assert take(lock)
+    assert len(asked) >= 3 and asked[:3] == [False] * 3
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("flags", "pending", "killed"),
+    [("4194560", "0", False), ("4194564", "0", True), ("4194560", "100", True), ("4194560", "4000", False)],
+    ids=["running", "exiting", "SIGKILL waits", "SIGTERM waits"],
+)
+def test_what_the_system_says_of_a_killed_process(
+    flags: str, pending: str, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {
+        "/proc/7/stat": f"7 (a (b) c) R 1 7 7 0 -1 {flags} 0",
+        "/proc/7/status": f"SigPnd:\t0000000000000000\nShdPnd:\t{int(pending, 16):016x}\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[str(path)])
+    assert folder_lock._was_killed(7) is killed
+
+
 def test_end_of_the_process_gives_the_lock_back_with_its_folder(lock: Path) -> None:
     code = HOLD.replace("time.sleep(60)", "")
     subprocess.run([sys.executable, "-c", code, str(lock)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -5,6 +5,7 @@ stay inside that function. Exit codes: 0 done, 1 a check failed, 2 something to 
 """
 
 import argparse
+import re
 import sys
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -61,7 +62,10 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, text: str) -> NoReturn:
-        self.exit(2, f"error: {message(text)}. `{self.prog} --help` shows what it takes.\n")
+        text = text.replace(", key=value", "")  # of which any number may be left out, argparse counts it as required
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", text)
+        near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
+        self.exit(2, f"error: {message(text)}.{near} `{self.prog} --help` shows what it takes.\n")
 
 
 def help_text() -> str:

@@ -8,6 +8,8 @@ disk, or of a container is alive while its file is touched, which its process do
 import atexit
 import json
 import os
+import re
+import signal
 import socket
 import sys
 import threading
@@ -23,6 +25,7 @@ from vitcomposer.errors import ConfigError
 
 BEAT = 10.0  # seconds between two touches
 STALE = 60.0  # seconds without a touch, seen by who waits for one
+_EXITING = 0x4  # PF_EXITING of Linux
 OLD = 300.0  # seconds since the last touch, by the disk's clock or another node's, that need no wait
 
 
@@ -147,6 +150,26 @@ def _start_of(pid: int) -> int | None:
         return None
 
 
+def _runs_on(pid: int, ticks: int) -> bool:
+    """Whether the process of that start runs. A killed one goes by itself, which takes seconds on a full machine."""
+    end = time.monotonic() + STALE
+    while _start_of(pid) == ticks:
+        if not _was_killed(pid) or time.monotonic() > end:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _was_killed(pid: int) -> bool:
+    """Whether SIGKILL waits for a process, or it gives its memory back already: it runs none of its code again."""
+    try:
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        pending = re.findall(r"^(?:Sig|Shd)Pnd:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except (OSError, ValueError, IndexError):
+        return False
+    return bool(flags & _EXITING) or any(int(mask, 16) >> (signal.SIGKILL - 1) & 1 for mask in pending)
+
+
 def _make(folder: Path) -> list[Path]:
     missing = []
     while not folder.exists():
@@ -215,7 +238,7 @@ def _parse(content: bytes) -> Writer | None:
 def _is_alive(path: Path, writer: Writer | None) -> bool:
     here = this_process()
     if writer is not None and (writer.host, writer.machine) == (here.host, here.machine) and here.ticks is not None:
-        return isinstance(writer.pid, int) and writer.ticks is not None and _start_of(writer.pid) == writer.ticks
+        return isinstance(writer.pid, int) and writer.ticks is not None and _runs_on(writer.pid, writer.ticks)
     try:
         first = path.stat().st_mtime
         if _now_of_disk(path) - first > OLD:

@@ -177,10 +177,10 @@ def test_torn_last_line_is_left_out(whole_run: Path) -> None:
 
 
 def test_folder_without_metrics_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="run_folder must be the folder of a run.*got .*Give the folder"):
+    with pytest.raises(ValueError, match="RUN must be the folder of a run.*got .*Give the folder"):
         write_report(tmp_path)
     assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: run_folder must be the folder of a run")
+    assert capsys.readouterr().err.startswith("error: RUN must be the folder of a run")
 
 
 def test_what_keeps_a_report_from_being_written_ends_no_run(whole_run: Path, capsys: Any) -> None:

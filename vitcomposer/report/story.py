@@ -142,7 +142,7 @@ def read_story(run_folder: str | Path) -> Story:
     folder = Path(run_folder)
     if not (folder / layout.METRICS).is_file():
         raise ValueError(
-            f"run_folder must be the folder of a run, with a metrics.jsonl, got {folder}. "
+            f"RUN must be the folder of a run, with a metrics.jsonl, got {folder}. "
             "Give the folder that holds config.yaml."
         )
     lines, bad = split_metrics((folder / layout.METRICS).read_bytes())

@@ -19,7 +19,8 @@ def require_plain_address(key: str, address: str | None) -> None:
     """Raise ConfigError for an address that carries a password or a signature: it would be in every file of the run."""
     secret = address is not None and re.search(r"://[^/\s]*:[^/\s]*@|://[^\s]*[?#]", address) is not None
     remedy = "Take them out: every store reads its own from the environment (docs/object_stores.md)."
-    require(not secret, key, "an address without password, query and signature", "one with", remedy)
+    shown = re.sub(r"://[^/\s]*@", "://...@", re.split(r"[?#]", address or "")[0])
+    require(not secret, key, "an address without password, query and signature", shown, remedy)
 
 
 def _fraction(key: str, value: float, remedy: str) -> None:
