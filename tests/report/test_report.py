@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.conftest import PHOTOS
+from tests.conftest import PHOTOS, read_photo
 from tests.report.runs import HOSTILE, SUMMARY, evaluated, line, said, write_run
 from vitcomposer import config
 from vitcomposer.cli import COMMANDS, main
+from vitcomposer.data.jpeg.upright import with_mark
 from vitcomposer.data.labeled_sets import open_split
 from vitcomposer.report import has_report, report_at_end, write_report
 from vitcomposer.report.answers import answers, learning
 from vitcomposer.report.charts import Series, chart, si
-from vitcomposer.report.photos import SIDE, find_photos
+from vitcomposer.report.photos import SIDE, find_photos, small_picture
 from vitcomposer.report.story import command_words, read_story
 
 CONFIG = {"recipe": "supervised", "model": {"num_classes": 3, "name": "deit"}}
@@ -205,6 +206,24 @@ def test_lines_keep_their_ends_and_their_mean_when_they_are_thinned() -> None:
     ]
 
 
+def distance(address: str, image: Image.Image) -> float:
+    """Mean difference of a picture in a page from the middle of an image, of 255."""
+    shown = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    return float(np.abs(np.asarray(shown, int) - np.asarray(ImageOps.fit(image, (SIDE, SIDE)), int)).mean())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_stand_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    read_photo("china").resize((301, 203)).save(buffer, "JPEG", exif=exif, quality=95)
+    upright = ImageOps.exif_transpose(Image.open(buffer))
+    address = small_picture(with_mark(buffer.getvalue(), orientation))
+    assert distance(address, upright) < 6
+    assert orientation == 1 or distance(address, ImageOps.mirror(upright)) > 20
+
+
 def test_run_has_the_photos_of_its_mistakes(trained_run: Path, photo_mds: Path) -> None:
     """The report that the run itself has written."""
     story = read_story(trained_run)
@@ -213,10 +232,8 @@ def test_run_has_the_photos_of_its_mistakes(trained_run: Path, photo_mds: Path) 
     assert len(photos) == len(story.said.sample_id) and why == ""
     images = open_split(str(photo_mds / "val"), 8).samples
     for sample_id in (0, 17, 47):
-        shown = Image.open(io.BytesIO(base64.b64decode(photos[sample_id].partition(",")[2])))
         stored = Image.open(io.BytesIO(bytes(images[sample_id]["image"]))).convert("RGB")
-        fitted = ImageOps.fit(stored, (SIDE, SIDE))
-        assert np.abs(np.asarray(shown, int) - np.asarray(fitted, int)).mean() < 6
+        assert distance(photos[sample_id], stored) < 6
     text = (trained_run / "report.html").read_text()
     wrong = int((~story.said.right).sum())
     assert wrong and min(wrong, 12) <= text.count("<img ") <= 36 and "There are no pictures" not in text

@@ -8,11 +8,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from vitcomposer.data.conversion.inspect import columns_of_row, read_shard_index
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image
 from vitcomposer.data.jpeg.raw import raw_pixels, raw_sample, read_raw_size
+from vitcomposer.data.jpeg.upright import read_mark, turned
 from vitcomposer.data.mds.index import IMAGE_COLUMNS, IMAGE_ENCODINGS, INDEX
 from vitcomposer.report.story import Story
 
@@ -46,7 +48,7 @@ def find_photos(story: Story, sample_ids: Iterable[int]) -> tuple[dict[int, str]
     found: dict[int, str] = {}
     for sample_id in wanted:
         try:
-            found[sample_id] = _small(_encoded(folder, shards, sample_id))
+            found[sample_id] = small_picture(_encoded(folder, shards, sample_id))
         except MemoryError:
             raise  # the machine's fault, not the image's
         except Exception:  # whatever an image is, it ends no pictures of others
@@ -82,13 +84,14 @@ def _image_of(row: bytes, shard: dict[str, Any]) -> bytes:
     raise ValueError("there is no column with an image")
 
 
-def _small(encoded: bytes) -> str:
+def small_picture(encoded: bytes) -> str:
+    """An encoded image, upright as the network sees it, as the data address of a square from its middle."""
     if read_raw_size(encoded) is not None:
         image = Image.fromarray(raw_pixels(encoded))
     else:
         image = open_image(encoded)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))  # a JPEG of 12 million pixels in a tenth of the time
-        image = eight_bits(image).convert("RGB")
+        image = Image.fromarray(turned(np.asarray(eight_bits(image).convert("RGB")), read_mark(encoded)))
     # Handwritten digits of 8 x 8 pixels keep their edges.
     method = Image.Resampling.NEAREST if min(image.size) <= SIDE // 3 else Image.Resampling.BICUBIC
     buffer = BytesIO()
