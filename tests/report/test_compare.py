@@ -10,6 +10,7 @@ from vitcomposer import config
 from vitcomposer.cli import main
 from vitcomposer.report.compare import comparison, difference, names_of, results
 from vitcomposer.report.story import read_story
+from vitcomposer.runs.identity import plain, write_identity
 
 LABELS = [0, 1] * 100
 FIRST = [*[1, 0] * 5, *LABELS[10:]]  # ten wrong
@@ -53,6 +54,15 @@ def test_of_other_images_only_their_number_counts(two: list[Path]) -> None:
     assert str(found).endswith("not shown to differ"), "of so few images, unless they are the same"
     text = comparison([first, second])
     assert "On different images" in text and "Paired" not in text
+
+
+def test_other_images_are_named(two: list[Path]) -> None:
+    for folder, index in zip(two, ("a", "b"), strict=True):
+        cfg = config.load(folder / "config.yaml")
+        write_identity(folder, {"config": plain(cfg), "images": {"val": {"samples": 200, "index": index}}})
+    said(two[1], LABELS[1:], SECOND[1:])
+    rows = results([read_story(folder) for folder in two])
+    assert rows[0].remarks[1].endswith("; the images are others")
 
 
 def test_accuracy_without_a_number_of_images_has_no_error(two: list[Path]) -> None:

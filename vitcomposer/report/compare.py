@@ -153,8 +153,16 @@ def _accuracies(stories: Sequence[Story]) -> Row:
         error = standard_error(story.top1, images) if story.top1 is not None and images else None
         cells.append(percent(story.top1, error) + (f", {story.weights}" if story.weights else ""))
         found = None if story is stories[0] else difference(stories[0], story)
-        remarks.append("" if found is None else str(found))
+        others = "" if _on_the_same_images(stories[0], story) else "; the images are others"
+        remarks.append("" if found is None else f"{found}{others}")
     return Row("top-1", cells, remarks)
+
+
+def _on_the_same_images(first: Story, other: Story) -> bool:
+    """Whether nothing says that they were measured on images of different splits."""
+    known = [story.images.get("val") for story in (first, other)]
+    indexes = [each.get("index") for each in known if isinstance(each, dict) and each.get("index")]
+    return len(set(map(str, indexes))) < 2
 
 
 def difference(first: Story, other: Story) -> Difference | None:
