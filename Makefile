@@ -67,6 +67,7 @@ pictures: setup
 	rm -rf runs/digits
 	OMP_NUM_THREADS=1 $(BIN)/composer -n 1 train.py yamls/demo.yaml run.name=digits max_duration=20ep schedule.t_warmup=2ep run.eval_interval=2ep
 	$(BIN)/python -m tests.pictures runs/digits
+	$(BIN)/vitcomposer preview swav_demo --count 6 --out docs/pictures/preview.png
 
 # The tests on the older PyTorch: make test TORCH=2.7. One torch thread a worker: two pytest workers share two cores.
 test: setup

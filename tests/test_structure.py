@@ -27,7 +27,7 @@ ROWS = (  # an import goes from a row to a lower one, or within a folder
     ("recipes",),
     ("vitcomposer.training",),
     ("vitcomposer.callbacks",),
-    ("vitcomposer.export", "vitcomposer.launch", "vitcomposer.report", "vitcomposer.tasks"),
+    ("vitcomposer.export", "vitcomposer.launch", "vitcomposer.preview", "vitcomposer.report", "vitcomposer.tasks"),
     ("vitcomposer.algorithms", "vitcomposer.cost", "vitcomposer.evaluation"),
     ("vitcomposer.needed_files", "vitcomposer.runs", "vitcomposer.survey", "vitcomposer.teacher"),
     ("vitcomposer.data",),

@@ -38,6 +38,7 @@ COMMANDS = (  # as the help lists them
     Command("new", "start"),
     Command("weights", "start"),
     Command("convert", "start"),
+    Command("preview", "start", takes_keys=True),
     Command("check", "start", takes_keys=True),
     Command("train", "start", takes_keys=True),
     Command("report", "look"),

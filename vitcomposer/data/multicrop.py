@@ -12,7 +12,7 @@ from vitcomposer.data.augment.programs_torch import apply_programs
 from vitcomposer.data.augment.transforms import Normalize
 from vitcomposer.data.batch import CROPS, OP_CODES, OP_VALUES, Batch, Sample, Source, batch_labels
 from vitcomposer.data.batch_memory import empty_batch
-from vitcomposer.data.boxes import random_resized_box
+from vitcomposer.data.boxes import Box, random_resized_box
 from vitcomposer.data.collate import draw_programs, replaced, run_programs, unexpected
 from vitcomposer.data.jpeg.decode import Interpolation, read_size
 from vitcomposer.data.random import random_key
@@ -100,14 +100,16 @@ class MultiCrop:
             except Exception as error:
                 raise unexpected(self._source, sample, error) from error
 
+    def draw_boxes(self, rng: random.Random, height: int, width: int) -> list[list[Box]]:
+        """Where the crops of each group lie in an image of that size: the first draws of its generator."""
+        return [
+            [random_resized_box(rng, height, width, scale, _RATIO) for _ in range(crops)]
+            for crops, scale in zip(self._num_crops, self._crop_scales, strict=True)
+        ]
+
     def _cut(self, encoded: bytes | memoryview, rng: random.Random, outs: list[Tensor]) -> None:
         """Every crop of one image, ``outs`` holding those of each group."""
-        height, width = read_size(encoded)
-        boxes = [
-            random_resized_box(rng, height, width, scale, _RATIO)
-            for crops, scale in zip(self._num_crops, self._crop_scales, strict=True)
-            for _ in range(crops)
-        ]
+        boxes = [box for group in self.draw_boxes(rng, *read_size(encoded)) for box in group]
         decode_views(encoded, boxes, [out for group in outs for out in group.unbind()], self._interpolation)
 
 
