@@ -55,6 +55,15 @@ def test_a_file_comes_whole_and_a_second_call_only_looks(
     assert "is there" in capsys.readouterr().out and len(server.asked) == 1
 
 
+def test_what_comes_next_is_a_recipe_that_starts_from_the_file(
+    server: WeightsServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "named_by", {f"{NAME}.pth": ["finetune_photos"]}.get)
+    assert main(["weights", NAME]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "Next: vitcomposer train finetune_photos"
+
+
 def test_a_broken_connection_goes_on_where_it_broke(server: WeightsServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.breaks = [100_000, 50_000]
     assert main(["weights", NAME]) == 0

@@ -37,7 +37,7 @@ def _run(args: argparse.Namespace) -> int:
         _bring(weights, folder / weights.name)
     users = next((named_by(weights.name) for weights in chosen if named_by(weights.name)), [])
     if users and folder == Path(FOLDER):
-        print(f"Next: composer -n 1 train.py yamls/{users[0]}.yaml")
+        print(f"Next: vitcomposer train {users[0]}")
     return 0
 
 
