@@ -46,6 +46,7 @@ COMMANDS = (  # as the help lists them
     Command("inspect", "look"),
     Command("eval", "use", takes_keys=True, module="evaluate"),
     Command("predict", "use", takes_keys=True),
+    Command("embed", "use", takes_keys=True),
     Command("export", "use", takes_keys=True),
     Command("soup", "use", takes_keys=True),
     Command("list", "plan", module="pages"),

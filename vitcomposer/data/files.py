@@ -63,11 +63,11 @@ class ImageFiles(Dataset[Sample]):
     """
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, *, upright: bool = True) -> None:
-        self._paths, self._labels, self._upright = paths, labels, upright
+        self._paths, self.labels, self._upright = paths, labels, upright
 
     def lying(self, upright: bool) -> "ImageFiles":
         """The same files, turned upright or not."""
-        return ImageFiles(self._paths, self._labels, upright=upright)
+        return ImageFiles(self._paths, self.labels, upright=upright)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -78,7 +78,7 @@ class ImageFiles(Dataset[Sample]):
             image = _upright(image) if self._upright else image
         except (OSError, ValueError) as error:
             image = error
-        return {"image": image, "label": IGNORE_LABEL if self._labels is None else self._labels[at], "sample_id": at}
+        return {"image": image, "label": IGNORE_LABEL if self.labels is None else self.labels[at], "sample_id": at}
 
 
 def _upright(encoded: bytes) -> bytes:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from vitcomposer import config
 from vitcomposer.data.mds.index import CLASS_NAMES
-from vitcomposer.data.mds.shards import images_of
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.json_file import read_json, to_block
 from vitcomposer.models import build_model, load_weights
@@ -208,7 +207,11 @@ def _names_of_data(cfg: Supervised) -> list[str] | None:
 def trained_upright(cfg: Recipe, run: Path | None = None) -> bool:
     """Whether the images of a run were turned by EXIF, by what it noted down or by its data; True if nothing tells."""
     recorded = None if run is None else (read_identity(run) or {}).get("images", {}).get("train")
-    images = recorded or images_of(cfg.data, cfg.data.train_split)
+    images = recorded
+    if images is None:
+        from vitcomposer.data.mds.shards import images_of  # Streaming takes seconds to import
+
+        images = images_of(cfg.data, cfg.data.train_split)
     return images is None or images["source"] != "mds" or images.get("exif") == "apply"
 
 

@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
 
     device = choose_device(args)
     set_reading(given_reading(args))
-    parts = list(_find(args.inputs, args.batch_size))
+    parts = list(find_sets(args.inputs, args.batch_size))
     model = load_trained(args.source, args.overrides, weights=args.weights)
     classes = model.model.num_classes
     top_k = min(DEFAULT_TOP_K, classes) if args.top_k is None else args.top_k
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def _find(inputs: Sequence[str], batch_size: int) -> "Iterator[ImageSet]":
+def find_sets(inputs: Sequence[str], batch_size: int) -> "Iterator[ImageSet]":
     """The images in their order: files in a row together, and each MDS split."""
     paths: list[str] = []
     for given in inputs:
@@ -155,28 +155,14 @@ def _predict(
     """For every batch the names of its images, what is wrong with the others, and (N, top_k, 2) classes and shares."""
     import torch
 
-    from vitcomposer.data.augment.transforms import EvalTransform
-    from vitcomposer.data.files import crop_loader
+    from vitcomposer.evaluation.inference import run_network
 
-    normalize = EvalTransform(model.mean, model.std)
-    loader = crop_loader(
-        part.samples,
-        image_size=model.image_size,
-        crop_ratio=model.crop_ratio,
-        interpolation=model.interpolation,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
-    for batch in loader:
-        broken = dict(batch["broken"])
-        names = [part.describe(at) for at in batch["sample_id"].tolist()]
-        faults = [f"{names[row]}: {reason}" for row, reason in broken.items()]
-        with torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
-            logits = model.network(normalize({"image": batch["image"].to(device)})["image"])
-        best = logits.float().softmax(dim=1).topk(top_k, dim=1)
-        sound = [row for row in range(len(names)) if row not in broken]
-        answers = torch.stack((best.indices.double(), best.values.double()), dim=2).cpu()[sound]
-        yield [names[row] for row in sound], faults, answers
+    how: dict[str, Any] = {"device": device, "batch_size": args.batch_size, "workers": args.workers, "bf16": args.bf16}
+    for answers in run_network(model.network, part.samples, model, **how):
+        faults = [f"{part.describe(at)}: {reason}" for at, reason in answers.broken.items()]
+        best = answers.outputs.softmax(dim=1).topk(top_k, dim=1)
+        pairs = torch.stack((best.indices.double(), best.values.double()), dim=2).cpu()
+        yield [part.describe(at) for at in answers.sample_ids], faults, pairs
 
 
 def _lines(names: list[str], best: "Tensor", class_names: Sequence[str] | None, form: str) -> bytes:
