@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,12 @@ def test_convert_prints_a_summary_and_a_second_call_does_nothing(
 ) -> None:
     command = ["convert", "digits", str(tmp_path / "out"), "--workers", "1"]
     assert main(command) == 0
+    first, facts, following = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"1,797 of 1,797 images, [\d,]+ images/s", first)
+    assert re.fullmatch(r"train 1,438  val 359 \(20 % of each class\)   10 classes: 0 1 2 3 \.\.\. 9   0.\d MB", facts)
+    assert following == f"Next: vitcomposer inspect {tmp_path / 'out'}"
+    assert main([*command, "--details"]) == 0
     printed = capsys.readouterr().out
-    assert "1,797 of 1,797 images" in printed and "images/s" in printed
     assert "1,438 (1,438 PNG)" in printed and "over 10 classes" in printed
     assert main(command) == 0
     assert "already done" in capsys.readouterr().out
@@ -57,7 +62,7 @@ def test_convert_prints_what_was_stored_and_inspect_finds_it(
             read_photo("china").resize((500, 375)).save(tmp_path / "images" / name / f"a/{number}.jpg", quality=95)
     read_photo("china").save(tmp_path / "images/train/a/x.png")
     out, command = str(tmp_path / "out"), ["convert", "folder", str(tmp_path / "images")]
-    assert main([*command, out, "--workers", "1"]) == 0
+    assert main([*command, out, "--workers", "1", "--details"]) == 0
     printed = capsys.readouterr().out
     assert "stored     seekable: 5 of 6, kept: PNG: 1 of 6 (+" in printed
     assert "stored     kept: 2 of 2 (+0.0 % bytes in all)" in printed
@@ -65,12 +70,12 @@ def test_convert_prints_what_was_stored_and_inspect_finds_it(
     printed = capsys.readouterr().out
     assert "1 other, 5 seekable, of 6 samples read" in printed and "2 other, of 2 samples read" in printed
     options = ["--no-seekable", "--short-side", "100", "--quality", "80", "--raw-fraction", "0.5", "--raw-below", "32"]
-    assert main([*command, f"{out}2", "--workers", "1", *options, "--reencode", "75"]) == 0
+    assert main([*command, f"{out}2", "--workers", "1", *options, "--reencode", "75", "--details"]) == 0
     assert "resized: " in capsys.readouterr().out
     assert main(["inspect", f"{out}2", "--verify"]) == 0
     printed = capsys.readouterr().out
     assert "image: bytes, image_small: bytes, label: int" in printed and " raw, of 6 samples read" in printed
-    assert main([*command, f"{out}3", "--workers", "1", "--seekable", "--raw-fraction", "1"]) == 0
+    assert main([*command, f"{out}3", "--workers", "1", "--seekable", "--raw-fraction", "1", "--details"]) == 0
     assert "raw: 6 of 6 (+" in capsys.readouterr().out
     assert main(["inspect", f"{out}3"]) == 0
     assert "image: raw 500x375 RGB, 562,516 bytes" in capsys.readouterr().out

@@ -89,6 +89,14 @@ def did_you_mean(given: str, known: Collection[str]) -> str:
     return f" Did you mean {names.get(near[0], near[0])!r}?" if near else ""
 
 
+def no_classes(class_names: object) -> str:
+    """The message where a recipe with labels meets images without; ``class_names`` is the path of their list."""
+    return (
+        f"data.local must be a data set of two classes or more, {class_names} lists fewer. Convert one folder per "
+        "class, or train without labels: swav, dino."
+    )
+
+
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient or a weight is NaN or infinite; says step, layer, samples, the last checkpoint and a remedy.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vitcomposer.config.values import known
 from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, count_samples, no_split
-from vitcomposer.errors import ConfigError
+from vitcomposer.errors import ConfigError, no_classes
 from vitcomposer.installed import check_installed
 from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
@@ -74,7 +74,9 @@ def _class_faults(cfg: Recipe, local: str) -> list[str]:
     except (ValueError, TypeError, RecursionError):  # which the loader explains
         return []
     rule = f"{count}, the number of classes in {names}"
-    found = f"model.num_classes must be {rule}, got {classes}. Set model.num_classes={count}."
+    if count < 2:
+        return [no_classes(names)]
+    found = f"model.num_classes must be {rule}, got {classes}. Set model.num_classes={count}, or leave it out."
     return [] if count == classes else [found]
 
 

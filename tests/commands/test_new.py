@@ -42,7 +42,13 @@ def test_yaml_fits_the_folder_and_the_printed_conversion_makes_what_it_trains_on
     convert, train, predict = printed_commands(printed)
     assert convert[:5] == ["vitcomposer", "convert", "folder", "my photos", "datasets/my_photos"]
     assert main([*convert[1:], "--workers", "1"]) == 0
+    converted = capsys.readouterr().out
+    assert "left out 1 (2.27 %): datasets/my_photos/left_out.csv\n" in converted
+    assert "   2 classes: ant bee   " in converted and converted.endswith(
+        "\nNext: vitcomposer preview my_photos.yaml\n"
+    )
     cfg = config.load(train[-1])
+    assert cfg.model.num_classes == 2
     assert cfg.data.local == convert[4] and Path(cfg.data.local, "val/index.json").is_file()
     assert predict[2] == "runs/my_photos" and Image.open(predict[3]).size == (40, 30)
 
@@ -62,7 +68,7 @@ def test_weights_that_are_there_are_started_from_and_missing_ones_are_told(
     assert main(shlex.split(again)[1:]) == 0
     printed = capsys.readouterr().out
     assert "wrote photos_pretrained.yaml: DeiT III-S from ImageNet-21k" in printed and "missing" not in printed
-    assert config.load("photos_pretrained.yaml").init.weights == str(new.WEIGHTS)
+    assert config.load("photos_pretrained.yaml", ["model.num_classes=2"]).init.weights == str(new.WEIGHTS)
 
 
 def test_list_of_files_is_read_as_convert_reads_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +116,7 @@ def test_converted_images_go_beside_a_folder_that_holds_datasets(
     assert main(["new", "."]) == 0
     convert, *_ = printed_commands(capsys.readouterr().out)
     assert convert[3:5] == [".", "../photos_mds"]
-    assert config.load("photos.yaml").data.local == "../photos_mds"
+    assert config.load("photos.yaml", ["model.num_classes=2"]).data.local == "../photos_mds"
 
 
 def test_no_torch_is_imported() -> None:

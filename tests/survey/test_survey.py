@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -156,8 +157,10 @@ def test_written_page_is_a_configuration_with_the_chosen_values(pretrained: bool
     choice = choose(imagined(240, classes=12), pretrained=pretrained, cores=2)
     text = changed_page((ROOT / f"yamls/{choice.page}.yaml").read_text(), choice.values, ["a head", ""])
     (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "data/train").mkdir(parents=True)
+    (tmp_path / "data/train/class_names.json").write_text(json.dumps([f"class{at}" for at in range(12)]))
     assert text.startswith("# a head\n#\nrecipe: supervised\n")
-    cfg = config.load(tmp_path / "mine.yaml")
+    cfg = config.load(tmp_path / "mine.yaml", [f"data.local={tmp_path / 'data'}"])
     assert (cfg.run.name, cfg.model.num_classes, cfg.data.num_workers) == ("mine", 12, 2)
     assert (cfg.global_train_batch_size, cfg.max_duration) == (choice.batch, f"{choice.epochs}ep")
     steps = choice.epochs * (240 // choice.batch)

@@ -5,7 +5,7 @@ type of its field (:mod:`vitcomposer.config.values`), so that a text keeps its l
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from omegaconf.resolvers import oc
 
 from vitcomposer.config.trees import Plain, Tree, find_page, is_null, read_overrides, read_page
 from vitcomposer.config.values import is_mapping, read
-from vitcomposer.errors import ConfigError, collect, did_you_mean
+from vitcomposer.errors import ConfigError, collect, did_you_mean, no_classes
+from vitcomposer.json_file import read_json
 from vitcomposer.origins import recorded_model, recorded_page, recorded_statistics, take_over
 from vitcomposer.runs import layout
-from vitcomposer.schema import CONFIGS, Run, expand_home
+from vitcomposer.schema import CONFIGS, Data, Run, expand_home
 from vitcomposer.schema.credentials import variable_within
 from vitcomposer.schema.recipe import Recipe
 
@@ -31,6 +32,10 @@ ENVIRONMENT = frozenset({
     "PBS_JOBNAME", "LSB_JOBID", "JOB_ID", "SKYPILOT_TASK_ID",
 })
 # fmt: on
+
+
+_LABELLED = ("supervised", "distill", "probe")
+_MOST_NAMES = 1 << 26  # bytes
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any], None] | None = None) -> Any:
@@ -60,6 +65,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
         _check_secrets(tree)
         tree = expand_home(tree)
         _start_from_recorded(tree, set(_leaves(dict(changes))), path)
+    with collect(problems):
+        _count_classes(tree)
     cfg = read(schema, tree, problems)
     if also is not None:
         with collect(problems):
@@ -117,6 +124,31 @@ def _put(schema: type, tree: Tree, path: list[str], value: Any, problems: list[s
             _put(schema, tree[name], [*path, below], entry, problems)
         return
     tree[name] = value
+
+
+def _count_classes(tree: Tree) -> None:
+    """Give the model as many classes as the data set has, where ``model.num_classes`` is null or left out.
+
+    Raises:
+        ConfigError: A data set that does not list its classes, or has none.
+    """
+    model, data = tree.get("model"), tree.get("data")
+    if tree.get("recipe") not in _LABELLED or not isinstance(model, dict) or not isinstance(data, dict):
+        return
+    given = model.get("num_classes")
+    if not model or (given is not None and not is_null(given)):
+        return
+    tree["model"] = {**model, "num_classes": Plain("2")}  # where there is an error, it is the only one
+    path = Path(str(data.get("local")), str(data.get("train_split", Data.train_split)), layout.CLASS_NAMES)
+    names: Any = None
+    with suppress(OSError, ValueError):
+        names = read_json(path, _MOST_NAMES)
+    if not isinstance(names, list):
+        rule = f"a number, or left out where {path} lists the classes, which it does not"
+        raise ConfigError(f"model.num_classes must be {rule}. Write it with `vitcomposer convert`, or set a number.")
+    if len(names) < 2:
+        raise ConfigError(no_classes(path))
+    tree["model"]["num_classes"] = Plain(str(len(names)))
 
 
 def _start_from_recorded(tree: Tree, given: set[str], path: Path) -> None:

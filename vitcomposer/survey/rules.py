@@ -50,7 +50,7 @@ def choose(found: Survey, *, pretrained: bool, cores: int) -> Choice:
     """
     choice = Choice(PRETRAINED if pretrained else FROM_SCRATCH)
     count = found.training_images
-    choice.set("model.num_classes", len(found.class_names), "the class folders")
+    choice.set("model.num_classes", "null", f"as many as the data set has, {len(found.class_names)} now")
     _choose_size(choice, found)
     _choose_batch(choice, count)
     _choose_length(choice, count)

@@ -288,7 +288,7 @@ def test_command_line_leaves_out_as_many_as_it_is_told(
     assert main([*command, "--max-bad-fraction", "1.5"]) == 2
     assert "--max-bad-fraction must be in [0, 1], got 1.5" in capsys.readouterr().err
     assert main([*command, "--max-bad-fraction", "0.04"]) == 0
-    assert f"left out   1 that cannot be decoded, listed in {out}/left_out.csv" in capsys.readouterr().out
+    assert f"left out 1 (2.86 %): {out}/left_out.csv\n" in capsys.readouterr().out
 
 
 def test_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
@@ -296,3 +296,16 @@ def test_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images/a/x.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="train must hold an image that can be decoded, none of 1 can"):
         convert(FolderSource(tmp_path / "images", val_fraction=0), tmp_path / "out", workers=1, max_bad_fraction=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_moves_by_images_within_a_chunk(tmp_path: Path, workers: int) -> None:
+    """Chunks of hundreds of images would have it stand still for seconds."""
+    write_images(tmp_path / "images", {"a": 150, "b": 150}, size=200)
+    seen: list[tuple[int, int]] = []
+    source = FolderSource(tmp_path / "images", val_fraction=0.5)
+    convert(source, tmp_path / "out", workers=workers, on_progress=lambda *counts: seen.append(counts))
+    done = [count for count, _ in seen]
+    assert done[0] == 0 and done[-1] == 300 and done == sorted(done) and {total for _, total in seen} == {300}
+    assert len(list((tmp_path / "out").glob("*/shard.*"))) == 2
+    assert len(set(done)) == 301 if workers == 1 else len(set(done)) > 3

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.data.conversion.conversion import items, read_shards, write_images
-from vitcomposer.data.conversion.sources import DigitsSource, FolderSource, ListSource
+from vitcomposer.data.conversion.sources import DigitsSource, FolderSource, ListSource, UnlabelledSource
 from vitcomposer.data.conversion.write import convert
 
 pytestmark = pytest.mark.timeout(120)
@@ -60,6 +60,18 @@ def test_val_fraction_holds_out_a_share_of_every_class(tmp_path: Path) -> None:
     again = FolderSource(tmp_path / "images", val_fraction=0.2).splits["val"]
     other = FolderSource(tmp_path / "images", val_fraction=0.2, seed=1).splits["val"]
     assert {item.name for item in again} == names["val"] != {item.name for item in other}
+
+
+def test_images_without_classes_are_all_of_a_folder_and_below(folder: Path, tmp_path: Path) -> None:
+    source = UnlabelledSource(folder)
+    assert len(source.splits["train"]) == 35 and source.splits.keys() == {"train"}
+    assert {item.label for item in source.splits["train"]} == {0} and source.class_names == ["unlabelled"]
+    assert any(".txt" in line for line in source.warnings)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="must hold images, or folders of them. It holds none"):
+        UnlabelledSource(tmp_path / "none")
+    with pytest.raises(ValueError, match="There is no such folder"):
+        UnlabelledSource(tmp_path / "nowhere")
 
 
 def test_list_takes_csv_tsv_and_spaces_with_or_without_header(folder: Path, tmp_path: Path) -> None:

@@ -5,16 +5,22 @@ Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 
 import argparse
 import os
+import shlex
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer.commands.arguments import add_reading, given_reading
 from vitcomposer.errors import require
+from vitcomposer.escape import for_terminal
 
 if TYPE_CHECKING:
     from vitcomposer.data.conversion.encode import StoreOptions
     from vitcomposer.data.conversion.sources import Source
 
+_LINE_EVERY = 5.0  # seconds
+_NAMED = 5  # classes, with the last
 _PART_VARIABLES = ("SLURM_ARRAY_TASK_ID", "JOB_COMPLETION_INDEX")
 
 
@@ -33,6 +39,7 @@ def add_command(commands: Any) -> None:
     merge = kinds.add_parser("merge", help="one data set of parts made with --part", description=_run_merge.__doc__)
     merge.add_argument("out", help="folder or s3://bucket/prefix of the parts")
     _add_tolerance(merge, None, "default: as the parts were made")
+    _add_details(merge)
     merge.set_defaults(run=_run_merge)
 
 
@@ -47,6 +54,7 @@ def _common() -> argparse.ArgumentParser:
     common.add_argument(
         "--seed", type=int, default=0, help="of the order and of held-out images (default: %(default)s)"
     )
+    _add_details(common)
     _add_storing(common.add_argument_group("how images are stored"))
     _add_parts(common.add_argument_group("more than one machine"))
     return common
@@ -56,6 +64,8 @@ def _add_folder(kinds: Any, common: argparse.ArgumentParser) -> None:
     folder = kinds.add_parser("folder", parents=[common], help="one folder per class, below train and val or alone")
     folder.add_argument("path")
     folder.add_argument("out", help="folder or s3://bucket/prefix")
+    help_text = "all images of the folder and below it, for recipes without labels (swav, dino, ...): no class, no val"
+    folder.add_argument("--unlabelled", action="store_true", help=help_text)
     folder.add_argument(
         "--val-name", help="folder beside train (default: one of a usual name, such as val or validation)"
     )
@@ -103,6 +113,10 @@ def _add_tolerance(parser: Any, default: float | None, default_text: str) -> Non
     group.add_argument("--strict", action="store_const", const=0.0, dest="max_bad_fraction", help=help_text)
 
 
+def _add_details(parser: Any) -> None:
+    parser.add_argument("--details", action="store_true", help="print formats, sizes and how images were stored too")
+
+
 def _add_storing(group: Any) -> None:
     group.add_argument(
         "--seekable",
@@ -146,7 +160,7 @@ def _run_convert(args: argparse.Namespace) -> int:
     if part is not None:
         said = f", {left_out:,} images that cannot be decoded are left out" if left_out else ""
         print(f"part {part} of {args.parts} is done{said}; after all: vitcomposer convert merge {args.out}")
-    _print_summary(summary, args.out)
+    _print_summary(summary, args, source.held_out)
     return 0
 
 
@@ -219,7 +233,7 @@ def _run_merge(args: argparse.Namespace) -> int:
     """Check that all parts of a conversion are done and belong together, and write what makes them one data set."""
     from vitcomposer.data.conversion.parts import merge
 
-    _print_summary(merge(args.out, args.max_bad_fraction), args.out)
+    _print_summary(merge(args.out, args.max_bad_fraction), args)
     return 0
 
 
@@ -235,8 +249,11 @@ def _run_subset(args: argparse.Namespace) -> int:
 
 
 def _folder(args: argparse.Namespace) -> "Source":
-    from vitcomposer.data.conversion.sources import FolderSource
+    from vitcomposer.data.conversion.sources import FolderSource, UnlabelledSource
 
+    if args.unlabelled:
+        require(args.val_name is None, "--val-name", "left out with --unlabelled", args.val_name, "It makes no val.")
+        return UnlabelledSource(args.path)
     options = {"val_name": args.val_name, "val_fraction": args.val_fraction, "seed": args.seed}
     # Of many machines the first alone reads files to compare them.
     return FolderSource(args.path, **options, find_copies=args.part is None or _part(args) == 0)
@@ -264,56 +281,90 @@ def _digits(args: argparse.Namespace) -> "Source":
 
 
 class _Progress:
-    """A bar on a terminal; elsewhere, such as in the log of a cluster job, a line every few seconds."""
+    """A bar on a terminal; elsewhere, such as in the log of a cluster job, a line every few seconds; both on stderr."""
 
     def __init__(self, out: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:,.0f} images/s"))
-        console = Console(markup=False, emoji=False)
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        console = Console(markup=False, emoji=False, stderr=True)
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._lines = not console.is_terminal
         self._task = self._bar.add_task("", total=None, rate=0.0)
         self._out = out
         self._before = 0  # images of an earlier call
         self._start: float | None = None
         self._next_line = 0.0
+        self._result = ""
 
     def __enter__(self) -> "_Progress":
         if not self._lines:
             self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if not self._lines:
             self._bar.stop()
+        if kind is None and self._result:
+            print(self._result)
 
     def update(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` images are stored."""
         now = time.monotonic()
         if self._start is None:
-            self._start, self._before, self._next_line = now, done, now + 5
-            if done == total:
-                self._bar.console.print(f"already done: {total:,} images are stored in {self._out}", highlight=False)
-            elif done:
-                self._bar.console.print(f"continuing: {done:,} of {total:,} images are stored", highlight=False)
+            self._begin(now, done, total)
+            return
         rate = (done - self._before) / max(now - self._start, 1e-9)
+        self._result = f"{done:,} of {total:,} images, {rate:,.0f} images/s"
         self._bar.update(self._task, completed=done, total=total, rate=rate)
-        last = done == total and done > self._before
-        if self._lines and (now >= self._next_line or last):
-            self._next_line = now + 5
-            print(f"{done:,} of {total:,} images, {rate:,.0f} images/s", flush=True)
+        if self._lines and now >= self._next_line and rate and done < total:
+            self._next_line = now + _LINE_EVERY
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            print(f"{self._result}, {minutes}:{seconds:02} left", file=sys.stderr, flush=True)
+
+    def _begin(self, now: float, done: int, total: int) -> None:
+        self._start, self._before, self._next_line = now, done, now + 2
+        self._bar.update(self._task, completed=done, total=total)
+        if done == total:
+            self._result = f"already done: {total:,} images are stored in {self._out}"
+        elif done:
+            print(f"continuing: {done:,} of {total:,} images are stored", flush=True)
 
 
-def _print_summary(summary: dict[str, Any], out: str) -> None:
-    for split, facts in summary.items():
-        _print_facts(split, facts, out)
-
-
-def _print_facts(split: str, facts: dict[str, Any], out: str) -> None:
+def _print_summary(summary: dict[str, Any], args: argparse.Namespace, held_out: float | None = None) -> None:
+    """What came of it, and what to call next; nothing for a part, which has no summary."""
     from vitcomposer.data.conversion.left_out import LEFT_OUT
 
+    if not summary:
+        return
+    if args.details:
+        for split, facts in summary.items():
+            _print_details(split, facts)
+    left_out = sum(facts["left_out"] for facts in summary.values())
+    if left_out:
+        share = 100 * left_out / (left_out + sum(facts["images"] for facts in summary.values()))
+        print(f"left out {left_out:,} ({share:.2f} %): {args.out.rstrip('/')}/{LEFT_OUT}")
+    held = f" ({100 * held_out:g} % of each class)" if held_out else ""
+    counts = "  ".join(f"{split} {facts['images']:,}" for split, facts in summary.items())
+    size = sum(facts["shard_bytes"] for facts in summary.values())
+    print(f"{counts}{held}   {_classes(summary)}   {_bytes(size)}")
+    page = Path(f"{Path(args.out).name}.yaml")
+    local = "://" not in args.out and page.is_file()
+    print(f"Next: {shlex.join(['vitcomposer', *(('preview', str(page)) if local else ('inspect', args.out))])}")
+
+
+def _classes(summary: dict[str, Any]) -> str:
+    names = [for_terminal(name) for name in next(iter(summary.values()))["class_counts"]]
+    shown = names if len(names) <= _NAMED else [*names[: _NAMED - 1], "...", names[-1]]
+    return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {' '.join(shown)}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _print_details(split: str, facts: dict[str, Any]) -> None:
     formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
     lines = {
         "images": f"{facts['images']:,} ({formats}), {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']:,} shards",
@@ -322,8 +373,6 @@ def _print_facts(split: str, facts: dict[str, Any], out: str) -> None:
         "width": _spread(facts["width"]),
         "height": _spread(facts["height"]),
     }
-    if facts["left_out"]:
-        lines["left out"] = f"{facts['left_out']:,} that cannot be decoded, listed in {out.rstrip('/')}/{LEFT_OUT}"
     print(split)
     for name, text in lines.items():
         print(f"  {name:<10} {text}")

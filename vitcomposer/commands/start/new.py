@@ -70,6 +70,12 @@ def _run_new(args: argparse.Namespace) -> int:
 def _open(photos: Path) -> "FolderSource | ListSource":
     from vitcomposer.data.conversion.sources import FolderSource, ListSource
 
+    if photos.is_dir() and not any(path.is_dir() for path in photos.iterdir()):
+        words = ["vitcomposer", "convert", "folder", str(photos), str(_data_folder(photos)), "--unlabelled"]
+        raise ValueError(
+            f"{photos} must hold one folder per class, it holds no folder. For training without classes "
+            f"(docs/your_data.md): {shlex.join(words)}"
+        )
     source = ListSource(photos, split=None) if photos.is_file() else FolderSource(photos, find_copies=False)
     if len(source.class_names) < 2:
         raise ValueError(
@@ -129,7 +135,7 @@ def _commands(photos: Path, data: Path, out: Path, found: "Survey") -> list[str]
     more = [] if found.broken_share <= 0.01 else ["--max-bad-fraction", f"{found.broken_share + 0.005:.2f}"]
     return [
         shlex.join(["vitcomposer", "convert", kind, str(photos), str(data), *more]),
-        shlex.join(["composer", "-n", "1", "train.py", str(out)]),
+        shlex.join(["vitcomposer", "train", str(out)]),
         shlex.join(["vitcomposer", "predict", str(run), str(root / one.item.name)]),
     ]
 

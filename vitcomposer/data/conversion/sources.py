@@ -28,11 +28,13 @@ from vitcomposer.data.conversion.folders import (
     UNKNOWN,
     ImageFile,
     Report,
+    find_images,
     read_file,
     scan_classes,
 )
 from vitcomposer.errors import did_you_mean
 
+UNLABELLED = "unlabelled"  # the one class of images without classes
 PNG_OVERHEAD = 128  # header and checksums: keeps the size of an image that is yet to be encoded an upper bound
 
 
@@ -51,6 +53,7 @@ class Source(ABC):
         folder: All of which is read; a conversion must not write into it.
         warnings: What was found in it and is no error, a line each.
         exif: Whether its images are turned upright by EXIF where nothing else is said (see ``StoreOptions``).
+        held_out: Share of each class that was put aside for ``val``; None where the splits came as they are.
     """
 
     exif: Exif = "keep"
@@ -58,6 +61,7 @@ class Source(ABC):
     splits: dict[str, list[Item]]
     folder: Path | None = None
     warnings: Sequence[str] = ()
+    held_out: float | None = None
 
     @abstractmethod
     def read(self, item: Item) -> bytes:
@@ -115,7 +119,7 @@ class FolderSource(Source):
         self.splits = {split: self._items(classes) for split, classes in scanned.items()}
         self.report.check(self.root)
         if not layout.splits and val_fraction:
-            self.splits = hold_out(self.splits["train"], val_fraction, seed)
+            self.splits, self.held_out = hold_out(self.splits["train"], val_fraction, seed), val_fraction
         if "val" in self.splits:
             measured = {item.label for item in self.splits["val"]}
             self.report.add(NO_VAL, *(name for at, name in enumerate(self.class_names) if at not in measured))
@@ -148,6 +152,32 @@ class FolderSource(Source):
         label = {name: at for at, name in enumerate(self.class_names)}
         known = ((label[name], files) for name, files in classes.items() if name in label)
         return [Item(file.name, file.size, at) for at, files in known for file in files]
+
+
+class UnlabelledSource(Source):
+    """All images of a folder and of those below it, as the split ``train`` of one class, for training without labels.
+
+    Raises:
+        ValueError: No image, or folders whose content is not known.
+    """
+
+    exif = "apply"
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = self.folder = Path(root)
+        self.report = Report()
+        if not self.root.is_dir():
+            raise ValueError(f"{root} must be a folder of images. There is no such folder.")
+        self.splits = {"train": [Item(file.name, file.size, 0) for file in find_images(self.root, self.report)]}
+        self.report.check(self.root)
+        if not self.splits["train"]:
+            raise ValueError(f"{root} must hold images, or folders of them. It holds none.")
+        self.class_names = [UNLABELLED]
+        self.warnings = self.report.lines(errors=False)
+
+    def read(self, item: Item) -> bytes:
+        """The file as it is."""
+        return read_file(self.root / item.name)
 
 
 class ListSource(Source):
@@ -211,7 +241,7 @@ class ListSource(Source):
             items.append(Item(path, self._size(path, where), value))
         self.splits = {split or "train": items}
         if split is None and val_fraction:
-            self.splits = hold_out(items, val_fraction, seed)
+            self.splits, self.held_out = hold_out(items, val_fraction, seed), val_fraction
 
     def read(self, item: Item) -> bytes:
         """The file as it is."""
@@ -240,7 +270,7 @@ class DigitsSource(Source):
         self.class_names = [str(name) for name in digits.target_names]
         size = self.pixels[0].size + PNG_OVERHEAD
         items = [Item(f"digits/{index:04}.png", size, int(label)) for index, label in enumerate(digits.target)]
-        self.splits = hold_out(items, 0.2, seed)
+        self.splits, self.held_out = hold_out(items, 0.2, seed), 0.2
 
     def read(self, item: Item) -> bytes:
         """The digit as PNG."""

@@ -13,20 +13,15 @@ Several machines make one data set together in vitcomposer.data.conversion.parts
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vitcomposer.data.conversion.encode import StoreOptions, store_image
+from vitcomposer.data.conversion.chunk_workers import run_chunks
+from vitcomposer.data.conversion.encode import StoreOptions
 from vitcomposer.data.conversion.left_out import (
     LEFT_OUT,
     MAX_BAD_FRACTION,
@@ -37,9 +32,8 @@ from vitcomposer.data.conversion.left_out import (
     write_list,
 )
 from vitcomposer.data.conversion.plan import Chunk, check_room, plan_split, read_json, read_plan, to_json
-from vitcomposer.data.conversion.shard import Sample, empty_shard_bytes, encode_shard, parse_bytes, sample_overhead
+from vitcomposer.data.conversion.shard import parse_bytes
 from vitcomposer.data.conversion.sources import Source, check_same_classes
-from vitcomposer.data.jpeg import reading
 from vitcomposer.data.mds.index import CLASS_NAMES
 from vitcomposer.stores.objects import LocalStore, Store, open_store
 
@@ -70,7 +64,8 @@ def convert(
             lists them.
         seed: Of the order that samples are stored in, and of the draw of raw images.
         stored: How images are stored. By default those of the split train become seekable, which changes no pixel.
-        on_progress: Called with images done (in this call and before) and images in all, first before any work.
+        on_progress: Called with images done (in this call and before) and images in all, first before any work, then
+            for every image or several times a second.
 
     With several workers a script must call this below ``if __name__ == "__main__"``.
 
@@ -128,9 +123,8 @@ def make(
     check_room(store, pending)
     progress = counted(on_progress, sum(len(chunk.items) for chunk in chunks))
     progress(sum(len(chunk.items) for chunk in chunks if chunk.marker in done))
-    for chunk, marker in _run(source, store, pending, workers):
+    for chunk, marker in run_chunks(source, store, pending, workers, progress):
         done[chunk.marker] = marker
-        progress(len(chunk.items))
     return done
 
 
@@ -208,126 +202,6 @@ def _read_marker(store: Store, name: str) -> dict[str, Any]:
         marker["original_bytes"] = marker["bytes"]
         marker["outcomes"] = {"kept": sum(marker["formats"].values())}
     return marker
-
-
-_job: tuple[Source, Store]  # set once per process: the source may be large
-
-
-def _start_worker(source: Source, store: Store) -> None:
-    global _job
-    _job = source, store
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what happens on Ctrl-C
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """End when the parent is killed: waiting for work on a pipe that it holds open itself, a worker would stay."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _make_chunk_in_worker(chunk: Chunk) -> dict[str, Any]:
-    return _make_chunk(chunk, *_job)
-
-
-def _make_chunk(chunk: Chunk, source: Source, store: Store) -> dict[str, Any]:
-    with reading(chunk.options.reading):
-        return _store_chunk(chunk, source, store)
-
-
-def _store_chunk(chunk: Chunk, source: Source, store: Store) -> dict[str, Any]:
-    """Write the shards of a chunk and its done-marker; the marker's content is all that the merge needs."""
-    shards = _Shards(store, chunk)
-    bad: list[dict[str, str]] = []
-    total = {key: Counter[str]() for key in ("sizes", "formats", "classes", "outcomes")}
-    original_bytes = 0
-    for item in chunk.items:
-        try:
-            data = source.read(item)
-        except OSError as error:  # a disk or network that fails is no bad image: nothing may be left out for it
-            raise ValueError(f"{item.name} cannot be read: {error}. Mend it and call again.") from error
-        except ValueError as error:  # no file, as the walk has told
-            bad.append({"file": item.name, "reason": str(error)})
-            continue
-        try:
-            image = store_image(data, chunk.options, item.name)
-        except ValueError as error:
-            bad.append({"file": item.name, "reason": str(error)})
-            continue
-        shards.add((image.columns, item.label))
-        original_bytes += len(data)
-        values = (f"{image.width}x{image.height}", image.format, str(item.label), image.outcome)
-        for counter, value in zip(total.values(), values, strict=True):
-            counter[value] += 1
-    shards.flush()
-    sizes = {"bytes": shards.bytes, "original_bytes": original_bytes}
-    marker = {"bad": bad, "shards": shards.written, **total, **sizes, "plan": chunk.plan}
-    store.write(chunk.marker, to_json(marker))
-    return marker
-
-
-class _Shards:
-    """The shards of one chunk, none above the limit unless a single image is."""
-
-    def __init__(self, store: Store, chunk: Chunk) -> None:
-        self._store, self._chunk, self._limit = store, chunk, chunk.limit
-        self._columns = chunk.options.columns
-        self._samples: list[Sample] = []
-        self._size = 0
-        self.written: list[dict[str, Any]] = []  # their entries in index.json
-        self.bytes = 0  # in the columns of bytes
-
-    def add(self, sample: Sample) -> None:
-        """Take a sample; store the shard before it if there is no room for it."""
-        values = sum(map(len, sample[0]))
-        size = values + sample_overhead(self._columns)
-        if self._size + size > self._limit:
-            self.flush()
-        if not self._samples:
-            self._size = empty_shard_bytes(self._limit, self._columns)
-        self._samples.append(sample)
-        self._size += size
-        self.bytes += values
-
-    def flush(self) -> None:
-        """Store what is held as a shard."""
-        if self._samples:
-            basename = self._chunk.basename(len(self.written))
-            data, entry = encode_shard(self._samples, self._columns, self._limit, basename)
-            self._store.write(f"{self._chunk.split}/{basename}", data)
-            self.written.append(entry)
-            self._samples = []
-
-
-def _run(
-    source: Source, store: Store, chunks: list[Chunk], workers: int | None
-) -> Iterator[tuple[Chunk, dict[str, Any]]]:
-    """Make the chunks in any order and yield each with its marker."""
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be 1 or more, got {workers}. Leave it out for one per core.")
-    workers = min(workers or os.cpu_count() or 1, len(chunks))
-    if workers <= 1:
-        yield from ((chunk, _make_chunk(chunk, source, store)) for chunk in chunks)
-        return
-    if any(chunk.options.seekable for chunk in chunks):
-        from vitcomposer.data.jpeg.seekable import compile_kernels
-
-        compile_kernels()  # once, not in every worker at the same time
-    # spawn, not fork: the parent may run threads (progress bar, S3 client), and a forked lock stays locked for ever
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(source, store))
-    try:
-        futures = {pool.submit(_make_chunk_in_worker, chunk): chunk for chunk in chunks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "A worker process died, most likely for want of memory. Call again to continue, with fewer --workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _finish_split(store: Store, class_names: list[str], split: str, markers: list[dict[str, Any]]) -> dict[str, Any]:
