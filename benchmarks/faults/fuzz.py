@@ -63,7 +63,7 @@ def child(kind: str, seed: int, first: int, end: int, root: Path) -> None:
     run = image_item if kind == "images" else lambda seed, number: data_item(seed, number, root)
     with open(root / f"{kind}.jsonl", "a", encoding="utf-8") as out:
         run(seed, first)  # imports; once more below, under the limits
-        jpeg.warm_up()
+        jpeg.warm_up(seekable=True)
         seekable.compile_kernels()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))

@@ -100,6 +100,11 @@ class TrainCollate:
         self._source = source
         self._policies = build_policies(augment, image_size)
 
+    def warm_up(self) -> None:
+        """Compile or load what the workers run on the pixels, before they are forked."""
+        if not self._augment_on_device:
+            self._policies.warm_up()
+
     def __call__(self, samples: list[Sample]) -> Batch:
         if self._mixes and len(samples) % 2:
             raise ValueError(

@@ -13,7 +13,7 @@ from vitcomposer.data.augment.transforms import EvalTransform
 from vitcomposer.data.batch import Sample
 from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.jpeg import decode as jpeg
-from vitcomposer.data.loader import Split, open_dataset, source_of
+from vitcomposer.data.loader import Split, holds_seekable, open_dataset, source_of
 from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.mds.worker_room import check_worker_room
@@ -88,7 +88,7 @@ def build_centre_crops(
     """
     ids = choose_samples(images.num_samples, num_samples, cfg.seed)
     share = np.array_split(ids, dist.get_world_size())[dist.get_global_rank()]
-    jpeg.warm_up()
+    jpeg.warm_up(seekable=holds_seekable(images))
     workers = cfg.data.num_workers
     image_size = cfg.evaluation.image_size or cfg.model.image_size
     batch_bytes, ahead = device_batch_size * 3 * image_size**2, cfg.data.prefetch_factor

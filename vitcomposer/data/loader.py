@@ -15,12 +15,12 @@ from streaming.base.distributed import barrier, get_local_rank, maybe_init_dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.transforms import EvalTransform, TrainTransform
 from vitcomposer.data.batch import Batch, Sample, split_batch
 from vitcomposer.data.collate import EvalCollate, TrainCollate, Views
 from vitcomposer.data.jpeg import current_reading, set_reading
 from vitcomposer.data.jpeg import decode as jpeg
+from vitcomposer.data.jpeg.region import is_seekable
 from vitcomposer.data.mds.balance import POWERS, Balance
 from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.shared_memory import (
@@ -38,6 +38,7 @@ Split = Literal["train", "val"]
 
 SYNTHETIC_VAL_SAMPLES = 50_000  # ImageNet's
 _LABELS = 256  # that are looked at before anything is read: a page of a shard each
+_IMAGES = 16  # likewise
 
 
 class StoredViews(Views, Protocol):
@@ -79,9 +80,8 @@ def build_dataspec(
     train = split == "train"
     image_size = cfg.model.image_size if train else cfg.evaluation.image_size or cfg.model.image_size
     # Compiled kernels come from their cache on disk: the workers get them with the fork.
-    jpeg.warm_up()
+    jpeg.warm_up(seekable=holds_seekable(dataset))
     if train:
-        ops.warm_up()
         check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
         if teacher is not None:
             teacher.check_data(dataset)
@@ -95,6 +95,7 @@ def build_dataspec(
             views=teacher,
             source=source_of(dataset),
         )
+        collate.warm_up()
         transform = TrainTransform(
             cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes, keep_unmixed=keep_unmixed
         )
@@ -267,6 +268,14 @@ def source_of(dataset: ImageStream | SyntheticImages) -> ImageStream | None:
     return dataset if isinstance(dataset, ImageStream) else None
 
 
+def holds_seekable(dataset: ImageStream | SyntheticImages) -> bool:
+    """Whether some images can be decoded in parts, by a look at a few; of a cache nothing is known yet."""
+    if not isinstance(dataset, ImageStream) or not dataset.stream.is_origin:
+        return isinstance(dataset, ImageStream)
+    ids = np.linspace(0, dataset.num_samples - 1, _IMAGES).astype(int)
+    return any(is_seekable(row[0]) for row in dataset.rows_on_disk(ids) if row is not None)
+
+
 def _check_classes(cfg: Supervised | Probe, split: Split) -> None:
     assert cfg.data.local is not None
     path = Path(cfg.data.local, cfg.data.split_name(split), CLASS_NAMES)
@@ -296,7 +305,8 @@ def _check_labels(dataset: ImageStream, num_classes: int) -> None:
     if not dataset.stream.is_origin:  # a cache may be empty or damaged
         return
     ids = np.linspace(0, dataset.num_samples - 1, _LABELS).astype(int)
-    for sample_id, label in zip(ids.tolist(), dataset.labels_on_disk(ids), strict=True):
+    for sample_id, row in zip(ids.tolist(), dataset.rows_on_disk(ids), strict=True):
+        label = None if row is None else row[1]
         require(
             label is None or 0 <= label < num_classes,
             "model.num_classes",
@@ -313,7 +323,7 @@ def read_labels(dataset: ImageStream, num_classes: int) -> NDArray[np.int64]:
         ConfigError: A label that is outside of the classes or cannot be read.
     """
     ids = np.arange(dataset.num_samples)
-    labels = [-1 if label is None else label for label in dataset.labels_on_disk(ids)]
+    labels = [-1 if row is None else row[1] for row in dataset.rows_on_disk(ids)]
     odd = next((at for at, label in enumerate(labels) if not 0 <= label < num_classes), None)
     if odd is not None:
         raise ConfigError(

@@ -71,6 +71,11 @@ class MultiCrop:
         self._augment_on_device = augment_on_device
         self._source = source
 
+    def warm_up(self) -> None:
+        """Compile or load what the workers run on the pixels, before they are forked."""
+        for policies in () if self._augment_on_device else self._policies:
+            policies.warm_up()
+
     def __call__(self, samples: list[Sample]) -> Batch:
         samples = list(samples)
         count = len(samples)

@@ -3,10 +3,16 @@
 from composer.core import DataSpec
 from composer.utils import dist
 
-from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.policies import ColorDistortion
 from vitcomposer.data.jpeg import decode as jpeg
-from vitcomposer.data.loader import augments_on_device, check_fills_a_batch, make_dataspec, open_dataset, source_of
+from vitcomposer.data.loader import (
+    augments_on_device,
+    check_fills_a_batch,
+    holds_seekable,
+    make_dataspec,
+    open_dataset,
+    source_of,
+)
 from vitcomposer.data.multicrop import MultiCrop, MultiCropTransform
 from vitcomposer.data.synthetic import NUM_IMAGES
 from vitcomposer.errors import ConfigError, ShardError, require
@@ -28,8 +34,7 @@ def build_multicrop_dataspec(cfg: SelfSupervised, *, device_batch_size: int) -> 
         dataset = open_dataset(cfg.data, "train", num_classes=NUM_IMAGES, batch_size=device_batch_size, seed=cfg.seed)
     except ShardError as error:  # found before anything is read
         raise ConfigError(str(error)) from error
-    jpeg.warm_up()
-    ops.warm_up()
+    jpeg.warm_up(seekable=holds_seekable(dataset))
     check_fills_a_batch(dataset, device_batch_size * dist.get_world_size())
     crops = cfg.crops
     collate = MultiCrop(
@@ -43,6 +48,7 @@ def build_multicrop_dataspec(cfg: SelfSupervised, *, device_batch_size: int) -> 
         augment_on_device=augments_on_device(cfg.data, rand_augment=False),
         source=source_of(dataset),
     )
+    collate.warm_up()
     transform = MultiCropTransform(crops.mean, crops.std)
     sample_bytes = sum(3 * count * size**2 for count, size in zip(crops.num_crops, crops.size_crops, strict=True))
     return make_dataspec(

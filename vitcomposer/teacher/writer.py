@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitcomposer.data.augment import programs as ops
 from vitcomposer.data.augment.transforms import TrainTransform
 from vitcomposer.data.batch import Batch, Sample
 from vitcomposer.data.boxes import Box
 from vitcomposer.data.collate import TrainCollate
 from vitcomposer.data.conversion.plan import read_json, to_json
 from vitcomposer.data.jpeg import decode as jpeg
-from vitcomposer.data.loader import augments_on_device, open_dataset
+from vitcomposer.data.loader import augments_on_device, holds_seekable, open_dataset
 from vitcomposer.data.mds.shards import INDEX
 from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
@@ -311,8 +310,7 @@ def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, ba
     workers, ahead = cfg.data.num_workers, cfg.data.prefetch_factor
     batch_bytes = batch_size * 3 * cfg.model.image_size**2
     check_worker_room("data.num_workers", workers, prefetch_factor=ahead, batch_bytes=batch_bytes)
-    jpeg.warm_up()
-    ops.warm_up()
+    jpeg.warm_up(seekable=holds_seekable(stream))
     unmixed = _unmixed(cfg)
     collate = TrainCollate(
         unmixed.augment,
@@ -324,6 +322,7 @@ def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, ba
         views=_Recorded(seed),
         source=stream,
     )
+    collate.warm_up()
     return DataLoader(
         _Samples(stream),  # pyright: ignore[reportArgumentType]
         batch_sampler=_Batches(tasks, batch_size),  # pyright: ignore[reportArgumentType]

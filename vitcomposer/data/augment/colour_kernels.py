@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel, part
 
 _R, _G, _B = np.float32(19595 / 65536), np.float32(38470 / 65536), np.float32(7471 / 65536)
 _HALF = np.float32(0.5)
@@ -99,9 +99,9 @@ def sharpness(pixels: Any, value: float) -> None:
     factor, share, five = np.float32(value), np.float32(1 / 13), np.float32(5)
     above, row = pixels[0].copy().reshape(-1), pixels[0].copy().reshape(-1)  # uint8 (3 * W,): rows as they were
     for y in range(1, height - 1):
-        above[:] = row
         out, below = pixels[y].reshape(-1), pixels[y + 1].reshape(-1)
-        row[:] = out
+        for i in range(out.size):
+            above[i], row[i] = row[i], out[i]
         inner = out[3:-3]  # without the border
         for i in range(inner.size):
             total = np.float32(above[i]) + np.float32(above[i + 3]) + np.float32(above[i + 6])
@@ -126,7 +126,7 @@ def histogram_step(flat: Any, table: Any, equalize: bool) -> Any:
     return step
 
 
-@kernel
+@part
 def _histograms(flat: Any, table: Any) -> Any:
     """Counts (3, 256) of the image as it is after ``table``."""
     # Neighbours are often equal: two sets of counters keep an increment from waiting for the one before it.
@@ -145,7 +145,7 @@ def _histograms(flat: Any, table: Any) -> Any:
     return counts
 
 
-@kernel
+@part
 def _fill_step(counts: Any, equalize: bool, step: Any) -> None:
     for c in range(3):
         low, high, total = 255, 0, 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel, part
 
 _HALF = np.float32(0.5)
 _ZERO, _FULL = np.float32(0), np.float32(255)
@@ -113,7 +113,7 @@ def shift_rows(pixels: Any, offset: float, fill: Any, cubic: bool) -> None:
                     out[3 * x + c] = fill[c]
 
 
-@kernel
+@part
 def _mix_lines(a: Any, b: Any, c: Any, d: Any, out: Any, share: float, cubic: bool) -> None:
     if cubic:
         # In double precision, as Pillow; a line's bytes are neighbours, so this is vector code.
@@ -125,9 +125,16 @@ def _mix_lines(a: Any, b: Any, c: Any, d: Any, out: Any, share: float, cubic: bo
             out[i] = _cut(np.float64(b[i]) + (np.float64(c[i]) - np.float64(b[i])) * share)
 
 
-@kernel
+@part
+def _copy(source: Any, target: Any, at: int) -> None:
+    # For a slice that is set numba compiles the text of its error, which takes a second and a half.
+    for i in range(source.size):
+        target[at + i] = source[i]
+
+
+@part
 def _pad_row(row: Any, line: Any) -> None:
-    line[6 : 6 + row.size] = row  # uint8 (3 * (W + 5),)
+    _copy(row, line, 6)  # uint8 (3 * (W + 5),)
     for c in range(3):
         line[c] = line[3 + c] = row[c]
         line[6 + row.size + c] = line[9 + row.size + c] = line[12 + row.size + c] = row[row.size - 3 + c]
@@ -171,7 +178,7 @@ def affine(pixels: Any, matrix: Any, fill: Any, cubic: bool) -> None:
                     out[3 * x + c] = _byte(taps[0, x], 8 * c) if flat else _exact(taps, x, 8 * c, shares)
 
 
-@kernel
+@part
 def _gather(source: Any, places: Any, stride: int, size: int, taps: Any) -> None:
     for x in range(places.size):
         # Pixels outside, at -1, read something too, which spares a branch; they are filled afterwards.
@@ -181,7 +188,7 @@ def _gather(source: Any, places: Any, stride: int, size: int, taps: Any) -> None
                 taps[size * j + i, x] = source[place + j * stride + i]  # uint32 (16, W)
 
 
-@kernel
+@part
 def _pack_row(row: Any, packed: Any) -> None:
     """A row as one integer a pixel, with two more on either side."""
     inner = packed[2:-2]
@@ -190,7 +197,7 @@ def _pack_row(row: Any, packed: Any) -> None:
     packed[:2], packed[-2:] = inner[0], inner[-1]
 
 
-@kernel
+@part
 def _locate(matrix: Any, y: int, height: int, places: Any, shares: Any) -> None:
     """Where the 4 x 4 pixels around a source position begin, -1 outside, and how far it is behind the second."""
     m0, m1, m2, m3, m4, m5 = matrix
@@ -207,7 +214,7 @@ def _locate(matrix: Any, y: int, height: int, places: Any, shares: Any) -> None:
         places[x] = (int(top) + 1) * (width + 4) + int(left) + 1 if inside else -1
 
 
-@kernel
+@part
 def _all_weights(shares: Any, weights: Any) -> None:
     """Of the four columns and the four rows of the cubic."""
     for axis in range(2):
@@ -222,7 +229,7 @@ def _all_weights(shares: Any, weights: Any) -> None:
             weights[4 * axis + 3, x] = -bend * share
 
 
-@kernel
+@part
 def _mix_linear(taps: Any, shares: Any, out: Any) -> None:
     for x in range(shares.shape[1]):
         out[3 * x] = _linear(taps, shares, x, 0)
@@ -238,7 +245,7 @@ def _linear(taps: Any, shares: Any, x: int, shift: int) -> Any:
     return _cut(above + (below - above) * shares[1, x])
 
 
-@kernel
+@part
 def _mix_taps(taps: Any, weights: Any, out: Any, margins: Any) -> None:
     """A row in single precision, and how far each pixel's nearest channel is from an integer."""
     for x in range(margins.size):
@@ -276,7 +283,7 @@ def _byte(packed: Any, shift: int) -> Any:
     return np.uint8(packed >> shift)
 
 
-@kernel
+@part
 def _exact(taps: Any, x: int, shift: int, shares: Any) -> Any:
     """One value in double precision, in the order of Pillow's operations."""
     a, b = _exact_row(taps, x, 0, shift, shares[0, x]), _exact_row(taps, x, 4, shift, shares[0, x])
@@ -284,14 +291,14 @@ def _exact(taps: Any, x: int, shift: int, shares: Any) -> Any:
     return _cut(_cubic(a, b, c, d, shares[1, x]))
 
 
-@kernel
+@part
 def _exact_row(taps: Any, x: int, row: int, shift: int, share: float) -> float:
     a, b = np.float64(_byte(taps[row, x], shift)), np.float64(_byte(taps[row + 1, x], shift))
     c, d = np.float64(_byte(taps[row + 2, x], shift)), np.float64(_byte(taps[row + 3, x], shift))
     return _cubic(a, b, c, d, share)
 
 
-@kernel
+@part
 def _is_flat(taps: Any, x: int) -> bool:
     # Of 16 equal pixels every sum is that pixel: no need for the slow exact way, which flat areas would take always.
     differing = np.uint32(0)
@@ -313,7 +320,7 @@ def box_blur(pixels: Any, reach: int, inner: int, outer: int) -> None:
     other = np.empty((height + 2 * pad, stride), np.uint8)
     line, spare = np.empty(stride + 6 * pad, np.uint8), np.empty(stride + 6 * pad, np.uint8)
     for y in range(height):
-        line[3 * pad : 3 * pad + stride] = pixels[y].reshape(-1)
+        _copy(pixels[y].reshape(-1), line, 3 * pad)
         _replicate(line, 3, pad)
         _box(line, spare[3 * pad : 3 * pad + stride], 3, reach, inner, outer)
         _replicate(spare, 3, pad)
@@ -330,16 +337,16 @@ def box_blur(pixels: Any, reach: int, inner: int, outer: int) -> None:
     _box(columns, pixels.reshape(-1), stride, reach, inner, outer)
 
 
-@kernel
+@part
 def _replicate(line: Any, step: int, pad: int) -> None:
     """Repeat the first and the last ``step`` values inside the ``pad`` of either end."""
     end = line.size - pad * step
     for k in range(pad):
-        line[k * step : (k + 1) * step] = line[pad * step : (pad + 1) * step]
-        line[end + k * step : end + (k + 1) * step] = line[end - step : end]
+        _copy(line[pad * step : (pad + 1) * step], line, k * step)
+        _copy(line[end - step : end], line, end + k * step)
 
 
-@kernel
+@part
 def _box(line: Any, out: Any, step: int, reach: int, inner: int, outer: int) -> None:
     inside, outside = np.uint32(inner), np.uint32(outer)
     # The smallest reaches are written out: sums of up to 3 bytes fit into 16 bits, which has twice the lanes of 32.

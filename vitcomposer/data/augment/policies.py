@@ -17,6 +17,7 @@ from vitcomposer.schema import Augment
 # timm skips or defaults over sections it cannot read, so a typing error would train another recipe in silence.
 _SECTION = r"m\d+|mmax\d+|mstd\d+(\.\d+)?|inc[01]|n[1-9]|p(0(\.\d+)?|1(\.0+)?)|t(weights|3a|3aw)"
 _RAND_AUGMENT = re.compile(rf"rand(-({_SECTION}))+")
+_DRAWS = 1000  # programs that show which operations there are
 _LARGEST = 10.0  # magnitude without mmax, and what timm divides every magnitude by
 
 
@@ -46,6 +47,11 @@ class Policies:
         for draw in self.draws:
             steps += draw.draw(rng)
         return ops.encode(steps, self.length)
+
+    def warm_up(self) -> None:
+        """Compile or load the kernels of what is drawn, as far as many draws show it."""
+        rng = random.Random(0)
+        ops.warm_up(sorted({int(code) for _ in range(_DRAWS) for code in self.draw(rng)[0]}))
 
 
 def build_policies(augment: Augment, image_size: int, strength: float = 1.0) -> Policies:

@@ -24,7 +24,7 @@ ROTATE to TRANSLATE_Y interpolate bicubically, with BILINEAR added to their code
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,8 +182,8 @@ _APPLY: dict[int, Callable[[NDArray[np.uint8], float, NDArray[np.uint8]], None]]
 }
 
 
-def warm_up() -> None:
-    """Compile the kernels or load them from numba's cache, which the first images would otherwise wait for."""
+def warm_up(codes: Iterable[int] = CODES) -> None:
+    """Compile the kernels of these operations, or load them from disk: the first images would wait for them."""
     pixels = np.zeros((4, 4, 3), np.uint8)
-    for code in CODES:
+    for code in codes:
         apply_program(pixels, *encode([(code, 0.25)], 1), fill=np.zeros(3, np.uint8))

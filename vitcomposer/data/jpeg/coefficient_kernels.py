@@ -19,7 +19,7 @@ from vitcomposer.data.jpeg.huffman_kernels import (
     put,
     put_dc,
 )
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel, part
 
 
 class Order(NamedTuple):
@@ -29,7 +29,7 @@ class Order(NamedTuple):
     component: np.ndarray  # int64 (blocks of an MCU)
 
 
-@kernel
+@part
 def _peek(words, position):
     """The 32 bits from bit ``position`` on."""
     # They may begin in one word, uint32, and end in the next.
@@ -38,7 +38,7 @@ def _peek(words, position):
     return np.int64((pair << np.uint64(position & 31)) >> np.uint64(32))
 
 
-@kernel
+@part
 def _extend(peek, skip, size):
     """The signed value in the ``size`` bits after ``skip`` of 32 (T.81, Figure F.12)."""
     if size == 0:
@@ -47,7 +47,7 @@ def _extend(peek, skip, size):
     return value if value >> (size - 1) else value - (1 << size) + 1
 
 
-@kernel
+@part
 def _decode_ac(words, position, decoders, row, block, band, run_left):
     """First pass over the coefficients of a band (sequential, or G.1.2.2). Returns the position and EOB run."""
     if run_left > 0:
@@ -78,7 +78,7 @@ def _decode_ac(words, position, decoders, row, block, band, run_left):
     return position, 0
 
 
-@kernel
+@part
 def _refine_ac(words, position, decoders, row, block, band, run_left):
     """A further bit of the coefficients of a band (G.1.2.3). Returns the position and EOB run."""
     look = decoders.look[row]

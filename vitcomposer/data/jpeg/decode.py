@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from vitcomposer.data.jpeg import Box
-from vitcomposer.data.jpeg.markers import INDEX_MAGIC, scan_end
+from vitcomposer.data.jpeg.markers import scan_end
 from vitcomposer.data.jpeg.pixels import eight_bits, open_image
 from vitcomposer.data.jpeg.raw import Encoded, _is_raw, check_jpeg_size, raw_pixels
-from vitcomposer.data.jpeg.region import decode_seekable
+from vitcomposer.data.jpeg.region import compile_decoder, decode_seekable, is_seekable
 from vitcomposer.data.jpeg.resize import resize_rgb
 from vitcomposer.data.jpeg.upright import read_mark, stored_box, turned, turned_size
 
@@ -181,9 +181,14 @@ def resize_into(pixels: np.ndarray, out: Tensor, interpolation: Interpolation) -
         last.copy_(resized)
 
 
-def warm_up() -> None:
-    """Compile decoder and resize, or load them from numba's cache: once in the parent, not in each worker it forks."""
-    decode_seekable(b"\xff\xd8", (0, 0, 1, 1))
+def warm_up(*, seekable: bool = False) -> None:
+    """Compile the resize, or load it from disk: once in the parent, not in each worker it forks.
+
+    Args:
+        seekable: Also the decoder of seekable JPEGs; without, it is compiled for the first of them.
+    """
+    if seekable:
+        compile_decoder()
     resize_rgb(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 1, 3), np.uint8), True)
 
 
@@ -242,7 +247,7 @@ def _find_frame(encoded: Encoded) -> tuple[int, int, int, int] | None:
 
 def _decode_reduced_into(encoded: Encoded, box: Box, out: Tensor, interpolation: Interpolation, factor: int) -> bool:
     # Of a seekable file the segments under the box are decoded faster than the whole file at any scale.
-    if not _is_jpeg(encoded) or encoded[6:14] == INDEX_MAGIC:
+    if not _is_jpeg(encoded) or is_seekable(encoded):
         return False
     height, width = _stored_size(encoded)
     size = -(-height // factor), -(-width // factor)  # height and width, rounded up as libjpeg does

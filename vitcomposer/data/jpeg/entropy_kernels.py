@@ -17,7 +17,7 @@ from vitcomposer.data.jpeg.header_kernels import (
     ZIGZAG,
     entry_of,
 )
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import part
 from vitcomposer.data.jpeg.pixel_kernels import TILE
 
 I64, U64, U32 = np.int64, np.uint64, np.uint32
@@ -30,7 +30,7 @@ _PLACE = ZIGZAG * TILE  # int64 (64,): offset in a tile (64, TILE) of the coeffi
 _EXTEND = np.array([(1 - (1 << size), 0)[bit] for size in range(16) for bit in (0, 1)], np.int64)
 
 
-@kernel
+@part
 def _word(data, i):
     """Eight bytes, big-endian; LLVM makes it one load."""
     i = U64(i)
@@ -39,13 +39,13 @@ def _word(data, i):
     return high | middle | U64(data[i + U64(6)]) << U64(8) | U64(data[i + U64(7)])
 
 
-@kernel
+@part
 def _peek(clean, position):
     """At least 57 bits from a bit position on, first bit highest."""
     return _word(clean, position >> 3) << U64(position & 7)
 
 
-@kernel
+@part
 def _long_code(word, table, raw, limits):
     # DECODE of T.81, figure F.16: the first length whose highest code is no lower. limits int64 (8, 2, LONGEST) has -1
     # for a length without codes. & 255 keeps the read inside the table whatever the bits are.
@@ -56,7 +56,7 @@ def _long_code(word, table, raw, limits):
     return U32(INVALID << 24)
 
 
-@kernel
+@part
 def _value(word, entry):
     # RECEIVE (T.81, F.2.2.4) of the bits behind the code, then EXTEND. Two shifts, because size may be 0 and one shift
     # by 64 is not defined.
@@ -65,7 +65,7 @@ def _value(word, entry):
     return I64((rest >> U64(1)) >> (U64(63) - size)) + _EXTEND[size << U64(1) | rest >> U64(63)]
 
 
-@kernel
+@part
 def _unstuff(data, i, end, clean, o):
     """Copy a segment, which a marker ends, without its stuffed zeros; the end in clean, or -1 for a marker inside."""
     safe = min(end, len(data) - 8)  # what _word can read
@@ -86,7 +86,7 @@ def _unstuff(data, i, end, clean, o):
     return I64(o) if i >= 0 else I64(-1)
 
 
-@kernel
+@part
 def _unstuff_bytes(data, i, stop, end, clean, o):  # noqa: PLR0913, PLR0917
     while i < stop:
         byte = data[U64(i)]
@@ -101,32 +101,33 @@ def _unstuff_bytes(data, i, stop, end, clean, o):  # noqa: PLR0913, PLR0917
     return I64(i), I64(o)
 
 
-@kernel
+@part
 def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coef):  # noqa: PLR0913, PLR0917
     """Two streams, A and B, take segment after segment until none is left; then one finishes alone.
 
     The three loops are one text: a function for it would keep the streams' state in memory.
 
     Args:
-        spans: (n, 2) first byte and end in clean of every segment; blocks = (blocks of a segment, blocks of them all).
+        spans: int64 (2 * n), first byte and end in clean of every segment.
+        blocks: (blocks of a segment, blocks of them all).
         kinds: The component of each block; slots the place of its first coefficient.
         bases: The DC and then the AC table of each component.
-        last: int64 (2, 3), the DC predictions of both streams.
+        last: int64 (6,), the DC predictions of both streams.
     """
     lookup, raw, limits = tables
     per_segment, total = blocks
-    count, following = len(spans), 2
+    count, following = len(spans) // 2, 2
     last[:] = 0
-    last_a, last_b = last[0], last[1]  # int64 (3,) each
+    last_a, last_b = last[:3], last[3:]  # int64 (3,) each
     # Of each stream: its segment, block, the block to stop at, and where in coef, int16 (tiles * 64 * TILE), the block
     # goes; the zigzag position reached, the bit of clean that is read next, and where in lookup its table begins.
     segment_a, block_a, stop_a, out_a = 0, 0, min(per_segment, total), slots[0]
-    step_a, place_a, table_a = 0, spans[0, 0] * 8, U64(bases[0] * LOOKUP)
+    step_a, place_a, table_a = 0, spans[0] * 8, U64(bases[0] * LOOKUP)
     segment_b, block_b, stop_b, out_b = segment_a, block_a, stop_a, out_a
     step_b, place_b, table_b = step_a, place_a, table_a
     if count > 1:
         segment_b, block_b, stop_b, out_b = 1, per_segment, min(2 * per_segment, total), slots[per_segment]
-        place_b = spans[1, 0] * 8
+        place_b = spans[2] * 8
 
     while count > 1:
         # Stream A, one symbol: DECODE (T.81, F.2.2.3) of up to LOOKUP_BITS bits by one look-up.
@@ -153,22 +154,23 @@ def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coe
                 return False
             block_a += 1
             # Looked at once a block, so that damage reads at most SLACK bytes too far.
-            if place_a > spans[U64(segment_a), 1] * 8:
+            if place_a > spans[U64(2 * segment_a + 1)] * 8:
                 return False
             if block_a == stop_a:
                 # A whole segment ends in its last byte. Only the last one may stop earlier, where the box ends.
-                if block_a % per_segment == 0 and (place_a + 7) >> 3 != spans[U64(segment_a), 1]:
+                if block_a % per_segment == 0 and (place_a + 7) >> 3 != spans[U64(2 * segment_a + 1)]:
                     return False
                 # No segment is left: A takes over the state of B, to finish it below.
                 if following == count:
                     segment_a, block_a, stop_a, out_a = segment_b, block_b, stop_b, out_b
                     step_a, place_a, table_a = step_b, place_b, table_b
-                    last_a[:] = last_b
+                    for component in range(3):
+                        last_a[component] = last_b[component]
                     break
                 segment_a, following = following, following + 1
                 block_a = segment_a * per_segment
                 stop_a = min(block_a + per_segment, total)
-                place_a = spans[U64(segment_a), 0] * 8
+                place_a = spans[U64(2 * segment_a)] * 8
                 last_a[:] = 0
             step_a, out_a = 0, slots[U64(block_a)]
             table_a = U64(bases[U64(kinds[U64(block_a)])] * LOOKUP)
@@ -194,17 +196,17 @@ def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coe
             elif step_b < END or step_b > FIRST:
                 return False
             block_b += 1
-            if place_b > spans[U64(segment_b), 1] * 8:
+            if place_b > spans[U64(2 * segment_b + 1)] * 8:
                 return False
             if block_b == stop_b:
-                if block_b % per_segment == 0 and (place_b + 7) >> 3 != spans[U64(segment_b), 1]:
+                if block_b % per_segment == 0 and (place_b + 7) >> 3 != spans[U64(2 * segment_b + 1)]:
                     return False
                 if following == count:
                     break
                 segment_b, following = following, following + 1
                 block_b = segment_b * per_segment
                 stop_b = min(block_b + per_segment, total)
-                place_b = spans[U64(segment_b), 0] * 8
+                place_b = spans[U64(2 * segment_b)] * 8
                 last_b[:] = 0
             step_b, out_b = 0, slots[U64(block_b)]
             table_b = U64(bases[U64(kinds[U64(block_b)])] * LOOKUP)
@@ -231,15 +233,15 @@ def decode_segments(clean, spans, blocks, kinds, slots, bases, tables, last, coe
             elif step_a < END or step_a > FIRST:
                 return False
             block_a += 1
-            if place_a > spans[U64(segment_a), 1] * 8:
+            if place_a > spans[U64(2 * segment_a + 1)] * 8:
                 return False
             if block_a == stop_a:
-                return block_a % per_segment != 0 or (place_a + 7) >> 3 == spans[U64(segment_a), 1]
+                return block_a % per_segment != 0 or (place_a + 7) >> 3 == spans[U64(2 * segment_a + 1)]
             step_a, out_a = 0, slots[U64(block_a)]
             table_a = U64(bases[U64(kinds[U64(block_a)])] * LOOKUP)
 
 
-@kernel
+@part
 def gather_band(data, first, starts, per_row, clean, spans):  # noqa: PLR0913, PLR0917
     """The segments of one MCU row, first and following, without stuffing; False if a marker is not where it belongs.
 
@@ -248,15 +250,15 @@ def gather_band(data, first, starts, per_row, clean, spans):  # noqa: PLR0913, P
         per_row: Segments of the whole image, to tell the last one, which EOI ends.
     """
     o = 0
-    for n in range(len(spans)):
+    for n in range(len(spans) // 2):
         # Markers RST0 to RST7 follow the segments in turn, EOI the image's last one (T.81, B.2.1).
         start, end = starts[n], starts[n + 1] - 2
         marker = 0xD9 if first + n + 1 == per_row else 0xD0 + ((first + n) & 7)
         if end <= start or data[U64(end)] != 0xFF or data[U64(end + 1)] != marker:
             return False
-        spans[n, 0] = o  # bytes of clean, int64 (n, 2)
+        spans[2 * n] = o  # bytes of clean
         o = _unstuff(data, start, end, clean, o)
         if o < 0:
             return False
-        spans[n, 1] = o
+        spans[2 * n + 1] = o
     return True

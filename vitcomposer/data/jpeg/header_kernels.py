@@ -5,7 +5,7 @@ Nothing here trusts a byte of the file: what is not plain baseline JPEG is refus
 
 import numpy as np
 
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import part
 
 I64, U64, U32 = np.int64, np.uint64, np.uint32
 
@@ -38,13 +38,13 @@ ZIGZAG = np.array(
 )
 
 
-@kernel
+@part
 def _short(data, i):
     # All numbers of a JPEG are big-endian; those of our index are little-endian.
     return I64(data[U64(i)]) << 8 | I64(data[U64(i + 1)])
 
 
-@kernel
+@part
 def little(data, i, count):
     value = 0
     for n in range(count):
@@ -52,7 +52,7 @@ def little(data, i, count):
     return value
 
 
-@kernel
+@part
 def _build_table(raw, table, lookup, limits):
     """Canonical codes (T.81, annex C) as entries of bits in all | bits of code << 8 | bits of value << 16 | step << 24.
 
@@ -82,7 +82,7 @@ def _build_table(raw, table, lookup, limits):
     return True
 
 
-@kernel
+@part
 def entry_of(symbol, bits, table):
     # RRRRSSSS of T.81, F.1.2.2: zeros before the coefficient, and its bits. A size of 0 ends the block, as in libjpeg
     # for the runs 1 to 14 too, which baseline does not define; with a run of 15 it is 16 zeros.
@@ -95,7 +95,7 @@ def entry_of(symbol, bits, table):
     return U32(bits + size | bits << 8 | size << 16 | step << 24)
 
 
-@kernel
+@part
 def _read_tables(data, p, end, info, raw, lookup, limits):
     """DHT. A table equal to the one kept from an earlier image is not built again."""
     while p < end:
@@ -113,7 +113,8 @@ def _read_tables(data, p, end, info, raw, lookup, limits):
         for i in range(size):
             same &= raw[table * RAW + i] == data[p + 1 + i]
         if not same:
-            raw[table * RAW : table * RAW + size] = data[p + 1 : p + 1 + size]
+            for i in range(size):  # for a slice numba compiles the text of its error, which takes a second and a half
+                raw[table * RAW + i] = data[p + 1 + i]
             if not _build_table(raw, table, lookup, limits):
                 raw[table * RAW : table * RAW + 16] = 255  # equal to no table that is read: never taken for built
                 return False
@@ -122,7 +123,7 @@ def _read_tables(data, p, end, info, raw, lookup, limits):
     return True
 
 
-@kernel
+@part
 def _read_quant(data, p, end, info, quant):
     while p < end:
         # T.81, B.2.4.1: 64 values of one or two bytes in zigzag order; kept row by row, as the inverse DCT takes them.
@@ -138,7 +139,7 @@ def _read_quant(data, p, end, info, quant):
     return True
 
 
-@kernel
+@part
 def _read_frame(data, p, end, info):
     """SOF of 8 bits: grey, or YCbCr whose chroma is not sampled more finely than its luma."""
     # T.81, B.2.2: precision, height, width, count; then of each component its name, sampling and quantisation table.
@@ -160,7 +161,7 @@ def _read_frame(data, p, end, info):
     return not is_rgb and 1 <= across <= 2 and 1 <= down <= 2 and info[HEIGHT] > 0 and info[WIDTH] > 0
 
 
-@kernel
+@part
 def _read_scan(data, p, end, info):
     # T.81, B.2.3. All components in one scan, each with tables that are there.
     count = info[COMPONENTS]
@@ -178,7 +179,7 @@ def _read_scan(data, p, end, info):
     return data[p] == 0 and data[p + 1] == 63 and data[p + 2] == 0  # all 64 coefficients, all bits
 
 
-@kernel
+@part
 def read_header(data, info, quant, raw, lookup, limits):  # noqa: PLR0913, PLR0917
     """All markers up to the scan; False for what is not a plain baseline JPEG with the tables it needs."""
     info[:] = 0
@@ -212,7 +213,7 @@ def read_header(data, info, quant, raw, lookup, limits):  # noqa: PLR0913, PLR09
     return False
 
 
-@kernel
+@part
 def read_index(data, info):
     """The index after SOI: does it agree with the header? Its lengths begin at LENGTHS."""
     # The numbers of markers.INDEX_HEAD. A segment is a restart interval, and a row of MCUs is a whole number of them.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel, part
 
 WINDOW = 12  # bits that one look-up sees; longer codes take a slow path
 PADDING = 512  # bytes: the most that one block can take, 64 x 31 bits, and two words
@@ -114,7 +114,7 @@ def unstuff(data, start, out, starts, ends):
     return segments + 1, size
 
 
-@kernel
+@part
 def long_code(decoders, row, peek):
     """Length << 8 | symbol of the code at the top of 16 bits, 0 if there is none."""
     for length in range(1, 17):
@@ -207,7 +207,7 @@ def walk(bits, decoders, component, marks):
     return 0
 
 
-@kernel
+@part
 def put_word(out, n, word):
     """Append 32 bits with 0x00 stuffed after every 0xFF. Returns the new length."""
     inverse = word ^ np.uint64(0xFFFFFFFF)
@@ -228,7 +228,7 @@ def put_word(out, n, word):
     return n + 4
 
 
-@kernel
+@part
 def put(out, n, acc, pending, value, count):
     """Append ``count`` <= 32 bits; whole words go out."""
     acc = acc << np.uint64(count) | value  # the last ``pending`` bits of it are not written yet
@@ -239,7 +239,7 @@ def put(out, n, acc, pending, value, count):
     return n, acc, pending
 
 
-@kernel
+@part
 def end_segment(out, n, acc, pending, number, final):
     """Fill the last byte with 1-bits and append RSTn or, after the last segment, EOI. Returns the new length."""
     while pending > 0:
@@ -258,7 +258,7 @@ def end_segment(out, n, acc, pending, number, final):
     return n + 2
 
 
-@kernel
+@part
 def category(value):
     """Bits of the magnitude: SSSS of T.81, Tables F.1 and F.2."""
     value = abs(value)
@@ -269,7 +269,7 @@ def category(value):
     return size
 
 
-@kernel
+@part
 def put_dc(out, n, acc, pending, difference, codes):
     """Append a DC difference; ``codes`` int64 (256, 2) holds code and length. ``n`` is -1 if there is no code."""
     size = category(difference)

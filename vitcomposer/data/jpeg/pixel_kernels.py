@@ -8,14 +8,14 @@ used twice.
 
 import numpy as np
 
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import part
 
 I16, I32, U64 = np.int16, np.int32, np.uint64
 
 TILE = 16  # blocks of a tile
 
 
-@kernel
+@part
 def _butterfly(d0, d1, d2, d3, d4, d5, d6, d7):  # noqa: PLR0913, PLR0917
     """Eight-point inverse DCT times 8192 (Loeffler, Ligtenberg and Moschytz, ICASSP 1989), constants of 13 bits."""
     # Even part. d2 and d6 are turned by sqrt(2) * c6 with three products instead of four; ck is cos(k * pi / 16).
@@ -47,7 +47,7 @@ def _butterfly(d0, d1, d2, d3, d4, d5, d6, d7):  # noqa: PLR0913, PLR0917
     )
 
 
-@kernel
+@part
 def _columns(coef, tile, quant, table):
     """First pass, down the columns, in place; keeps two bits of fraction."""
     for u in range(8):
@@ -80,14 +80,14 @@ def _columns(coef, tile, quant, table):
             coef[i7] = I32(x7 + 1024) >> 11
 
 
-@kernel
+@part
 def _sample(x):
     # Of the 18 bits 13 are the constants', 2 the fraction's, and 3 divide by the 8 of a two-dimensional transform.
     # Rounding and the level shift of 128 in one addition, then the range limit.
     return I32(min(max(I32(I32(x + 33685504) >> 18), I32(0)), I32(255)))
 
 
-@kernel
+@part
 def _rows(coef, tile, pairs):
     """Second pass, along the rows, into samples (8 rows, 16 blocks, 8); pairs holds two of them in each int16."""
     for y in range(8):
@@ -112,7 +112,7 @@ def _rows(coef, tile, pairs):
             pairs[o + U64(3)] = I32(_sample(x6) | I32(_sample(x7) << 8))
 
 
-@kernel
+@part
 def inverse_dct(coef, quant, table, homes, strides, words):  # noqa: PLR0913, PLR0917
     """Tiles of coefficients (spoilt) to samples in their planes.
 
@@ -133,13 +133,13 @@ def inverse_dct(coef, quant, table, homes, strides, words):  # noqa: PLR0913, PL
                 words[U64(home + y * stride)] = words[U64(y * TILE + lane - t * TILE)]
 
 
-@kernel
+@part
 def _three_to_one(near, far):
     # NumPy's functions stay in 16 bits, where numba's operators would widen and LLVM sees no reason to narrow again.
     return np.add(np.multiply(I16(near), I16(3)), I16(far))
 
 
-@kernel
+@part
 def _blend(planes, near, far, bias, into, count):  # noqa: PLR0913, PLR0917
     # The other axis has full resolution: 3/4 of the nearer row and 1/4 of the other one.
     for i in range(count):
@@ -147,7 +147,7 @@ def _blend(planes, near, far, bias, into, count):  # noqa: PLR0913, PLR0917
         planes[U64(into + i)] = np.right_shift(np.add(mid, bias), I16(2))
 
 
-@kernel
+@part
 def _spread(sums, planes, into, count, low, high, shift):  # noqa: PLR0913, PLR0917
     low, high, shift = I16(low), I16(high), I16(shift)
     for i in range(count):
@@ -158,7 +158,7 @@ def _spread(sums, planes, into, count, low, high, shift):  # noqa: PLR0913, PLR0
         planes[U64(into + 2 * i + 1)] = np.right_shift(np.add(right, high), shift)
 
 
-@kernel
+@part
 def upsample_line(planes, near, far, first, size, sums, into, ratio):  # noqa: PLR0913, PLR0917
     """One chroma row at full width: libjpeg's triangle filter, which takes 3/4 of the nearer sample on each axis.
 
@@ -195,19 +195,19 @@ def upsample_line(planes, near, far, first, size, sums, into, ratio):  # noqa: P
         _spread(sums, planes, into, count, 1, 2, 2)
 
 
-@kernel
+@part
 def _rounded(factor, chroma):
     """(factor * chroma + 32768) >> 16, in 16 bits: the high half of the doubled product, rounded."""
     high = np.right_shift(np.multiply(I32(np.add(chroma, chroma)), I32(factor)), I32(16))
     return np.right_shift(np.add(I16(high), I16(1)), I16(1))
 
 
-@kernel
+@part
 def _clip(x):
     return min(max(x, I16(0)), I16(255))
 
 
-@kernel
+@part
 def colour_line(planes, luma, blue, red, out, at, count):  # noqa: PLR0913, PLR0917
     """JFIF's YCbCr to RGB with libjpeg's 16-bit factors; luma, blue, red are offsets in planes, at one in out.
 
@@ -227,7 +227,7 @@ def colour_line(planes, luma, blue, red, out, at, count):  # noqa: PLR0913, PLR0
         out[o + U64(2)] = _clip(np.add(np.add(y, np.add(cb, cb)), _rounded(-14942, cb)))
 
 
-@kernel
+@part
 def gray_line(planes, luma, out, at, count):
     for x in range(count):
         v = planes[U64(luma + x)]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vitcomposer.data.jpeg import header_kernels as header
+from vitcomposer.data.jpeg.markers import INDEX_MAGIC
 from vitcomposer.data.jpeg.region_kernels import DONE, GROW, decode_box
 
 
@@ -44,12 +45,27 @@ _workspace = _Workspace()
 _ROWS = 512  # that decodes_to takes at a time: the workspace stays small whatever the image
 
 
+def is_seekable(encoded: bytes | memoryview) -> bool:
+    """Whether a file claims to be a JPEG that ``seekable`` has written."""
+    return encoded[:4] == b"\xff\xd8\xff\xeb" and encoded[6:14] == INDEX_MAGIC
+
+
+def compile_decoder() -> None:
+    """Compile the decoder, or load it from disk."""
+    space = _workspace
+    data = np.zeros(2, np.uint8)
+    data.setflags(write=False)
+    decode_box(data, (0, 0, 1, 1), space.state, space.scratch, space.out)
+
+
 def decode_seekable(encoded: bytes | memoryview, box: tuple[int, int, int, int]) -> np.ndarray | None:
     """RGB of the box, uint8 (height, width, 3) over memory that the same thread's next call reuses.
 
     None for everything else: no seekable JPEG, a colour space or sampling that has no place in one, damage, an index
     that does not agree with the header, or a box that leaves the image.
     """
+    if not is_seekable(encoded):  # and where no file is, the decoder need not be compiled
+        return None
     space = _workspace
     height, width = box[2], box[3]
     size = 3 * height * width

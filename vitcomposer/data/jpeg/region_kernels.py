@@ -9,13 +9,13 @@ import numpy as np
 from vitcomposer.data.jpeg import header_kernels as header
 from vitcomposer.data.jpeg.entropy_kernels import SLACK, decode_segments, gather_band
 from vitcomposer.data.jpeg.header_kernels import LENGTHS
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel, part
 from vitcomposer.data.jpeg.pixel_kernels import TILE, colour_line, gray_line, inverse_dct, upsample_line
 
 DONE, REFUSED, GROW = 0, 1, 2  # what decode_box returns
 
 
-@kernel
+@part
 def _span(first, count, chroma, ratio):
     """First chroma sample and the end of those that the triangle filter needs for count pixels from first on."""
     if ratio == 1:
@@ -24,12 +24,12 @@ def _span(first, count, chroma, ratio):
     return max((first - 1) >> 1, 0), min(((first + count) >> 1) + 1, chroma)
 
 
-@kernel
+@part
 def _tiles(lanes):
     return (lanes + TILE - 1) // TILE
 
 
-@kernel
+@part
 def _place_component(c, region, planes, blocks, lanes, lane):  # noqa: PLR0913, PLR0917
     """Give the blocks of a component their lanes and their homes in its plane; the lane after the last.
 
@@ -147,7 +147,7 @@ def decode_box(data, box, state, scratch, out):
     strides, plan = plan[: tiles * TILE], plan[tiles * TILE :]
     advances, plan = plan[: tiles * TILE], plan[tiles * TILE :]
     quant_of, plan = plan[:tiles], plan[tiles:]
-    starts, spans = plan[: count + 1], plan[count + 1 : 3 * count + 1].reshape(count, 2)
+    starts, spans = plan[: count + 1], plan[count + 1 : 3 * count + 1]
     coef = coef[: info[header.WANTED + 1]]
     homes[:] = -1
     advances[:] = 0
@@ -167,8 +167,9 @@ def decode_box(data, box, state, scratch, out):
             c, (1, 1, chroma0, chroma1, mcus), (plane, chroma_stride, across * down + c - 1), stream, lanes, lane
         )
     quant_of = quant_of[: _tiles(lane)]
-    bases[:6] = info[header.TABLES : header.TABLES + 6]
-    last = bases[6:12].reshape(2, 3)  # DC predictions of both streams
+    for n in range(6):
+        bases[n] = info[header.TABLES + n]
+    last = bases[6:12]  # DC predictions of both streams
     start = first_start
     for band in range(b0, b1):
         for n in range(per_row + 1):

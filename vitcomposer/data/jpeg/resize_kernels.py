@@ -10,7 +10,7 @@ Weights have 22 bits of fraction. The magnitudes of either filter's sum to less 
 
 import numpy as np
 
-from vitcomposer.data.jpeg.kernel import kernel
+from vitcomposer.data.jpeg.kernel import kernel, part
 
 I32, U8, U64 = np.int32, np.uint8, np.uint64
 
@@ -20,7 +20,7 @@ SPARE = 6  # pixels, rows: long sums are of 6 n + 4 values, the last of them tim
 NO_END = 1 << 62  # of the lines of scratch memory, which has SPARE of them behind those that count
 
 
-@kernel
+@part
 def _bicubic(x):
     x = abs(x)  # Keys 1981 with a = -0.5
     if x < 1.0:
@@ -30,7 +30,7 @@ def _bicubic(x):
     return 0.0
 
 
-@kernel
+@part
 def _bilinear(x):
     return max(1.0 - abs(x), 0.0)
 
@@ -73,7 +73,7 @@ def coefficients(size, target, bicubic, spans, weights):
         spans[2 * i], spans[2 * i + 1] = first, used
 
 
-@kernel
+@part
 def _level(total):
     # HALF is in the total: the shift rounds. The overshoot of the cubic is clipped, as in Pillow.
     return U8(min(max(I32(total >> I32(BITS)), I32(0)), I32(255)))
@@ -81,7 +81,7 @@ def _level(total):
 
 # One function for each number of weights, so that the loop has no loop inside. A line with one weight less than the
 # function takes has a zero after its own, and source has bytes there (SPARE).
-@kernel
+@part
 def _sum_two(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1 = weights[f], weights[f + U64(1)]  # int32
@@ -92,7 +92,7 @@ def _sum_two(source, at, step, count, weights, first, out, into):  # noqa: PLR09
         out[U64(into + i)] = _level(I32(HALF + a))  # uint8 (n,)
 
 
-@kernel
+@part
 def _sum_four(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1, w2, w3 = weights[f], weights[f + U64(1)], weights[f + U64(2)], weights[f + U64(3)]
@@ -105,7 +105,7 @@ def _sum_four(source, at, step, count, weights, first, out, into):  # noqa: PLR0
         out[U64(into + i)] = _level(I32(HALF + a + b))
 
 
-@kernel
+@part
 def _sum_five(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1, w2, w3 = weights[f], weights[f + U64(1)], weights[f + U64(2)], weights[f + U64(3)]
@@ -119,7 +119,7 @@ def _sum_five(source, at, step, count, weights, first, out, into):  # noqa: PLR0
         out[U64(into + i)] = _level(I32(HALF + a + b + c))
 
 
-@kernel
+@part
 def _sum_six(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1, w2, w3 = weights[f], weights[f + U64(1)], weights[f + U64(2)], weights[f + U64(3)]
@@ -134,7 +134,7 @@ def _sum_six(source, at, step, count, weights, first, out, into):  # noqa: PLR09
         out[U64(into + i)] = _level(I32(HALF + a + b + c))
 
 
-@kernel
+@part
 def _sum_seven(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1, w2, w3 = weights[f], weights[f + U64(1)], weights[f + U64(2)], weights[f + U64(3)]
@@ -150,7 +150,7 @@ def _sum_seven(source, at, step, count, weights, first, out, into):  # noqa: PLR
         out[U64(into + i)] = _level(I32(HALF + a + b + c + d))
 
 
-@kernel
+@part
 def _sum_eight(source, at, step, count, weights, first, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1, w2, w3 = weights[f], weights[f + U64(1)], weights[f + U64(2)], weights[f + U64(3)]
@@ -166,7 +166,7 @@ def _sum_eight(source, at, step, count, weights, first, out, into):  # noqa: PLR
         out[U64(into + i)] = _level(I32(HALF + a + b + c + d))
 
 
-@kernel
+@part
 def _add_six(source, at, step, count, weights, first, sums):  # noqa: PLR0913, PLR0917
     """Six values at a time, added to ``sums``."""
     f = U64(first)
@@ -181,7 +181,7 @@ def _add_six(source, at, step, count, weights, first, sums):  # noqa: PLR0913, P
         sums[U64(i)] = I32(sums[U64(i)] + I32(a + b + c))  # int32 (count,)
 
 
-@kernel
+@part
 def _end_four(source, at, step, count, weights, first, sums, out, into):  # noqa: PLR0913, PLR0917
     f = U64(first)
     w0, w1, w2, w3 = weights[f], weights[f + U64(1)], weights[f + U64(2)], weights[f + U64(3)]
@@ -193,7 +193,7 @@ def _end_four(source, at, step, count, weights, first, sums, out, into):  # noqa
         out[U64(into + i)] = _level(I32(sums[U64(i)] + I32(a + b)))
 
 
-@kernel
+@part
 def _sum_many(source, at, step, count, weights, first, taps, out, into, sums):  # noqa: PLR0913, PLR0917
     for i in range(count):
         sums[U64(i)] = HALF  # int32 (count,)
@@ -205,7 +205,7 @@ def _sum_many(source, at, step, count, weights, first, taps, out, into, sums):  
     _end_four(source, at + k * step, step, count, weights, first + k, sums, out, into)
 
 
-@kernel
+@part
 def _sum_few(source, at, step, count, weights, first, taps, out, into, sums):  # noqa: PLR0913, PLR0917
     """Any number of weights, and no line is read beyond the last of them."""
     for i in range(count):
@@ -218,7 +218,7 @@ def _sum_few(source, at, step, count, weights, first, taps, out, into, sums):  #
         out[U64(into + i)] = _level(sums[U64(i)])
 
 
-@kernel
+@part
 def apply_weights(source, step, end, axis, out, count, sums):  # noqa: PLR0913, PLR0917
     """One pass: lines of count bytes, each the sum of as many lines of source, step apart, as its span says.
 
@@ -249,7 +249,7 @@ def apply_weights(source, step, end, axis, out, count, sums):  # noqa: PLR0913, 
             _sum_many(source, at, step, count, weights, first, taps, out, into, sums)
 
 
-@kernel
+@part
 def _transpose(a, at, step, b, to, hop, count):  # noqa: PLR0913, PLR0917
     """Blocks of 8 x 8 bytes: 8 words of a, step apart, to 8 words of b, hop apart; count times, at the next word of a.
 
@@ -284,7 +284,7 @@ def _transpose(a, at, step, b, to, hop, count):  # noqa: PLR0913, PLR0917
         b[q + U64(7 * hop)] = ((a6 >> s1) & m1) | (a7 & ~m1)
 
 
-@kernel
+@part
 def _turn(pixels, stride, width, top, count, lines, tile):  # noqa: PLR0913, PLR0917
     """count rows from top on, column by column, eight rows at a time by way of lines."""
     across, groups = (3 * width + 7) // 8, (count + 7) // 8
@@ -298,7 +298,7 @@ def _turn(pixels, stride, width, top, count, lines, tile):  # noqa: PLR0913, PLR
         _transpose(lines, 0, across, tile, g, groups, across)
 
 
-@kernel
+@part
 def _resize_across(source, stride, shape, depth, axis, scratch):  # noqa: PLR0913, PLR0917
     """The horizontal pass, from rows stride apart to middle: rows of as many whole words as 3 * target bytes need."""
     height, width = shape

@@ -243,12 +243,12 @@ class ImageStream(StreamingDataset):
         sample_id = sample["sample_id"]
         self.bad.add(sample_id, self.place(sample_id), str(error), "It is left out of the evaluation.")
 
-    def labels_on_disk(self, ids: NDArray[np.int64]) -> Iterator[int | None]:
+    def rows_on_disk(self, ids: NDArray[np.int64]) -> Iterator[tuple[Image, int] | None]:
         """What shards that are here say, before anything of them is checked; None where one cannot be read."""
         shards, rows, *_ = self._locate(ids)
         for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
             try:
-                yield self._rows.read(shard, row)[1]
+                yield self._rows.read(shard, row)
             except (OSError, ShardError, ValueError):  # reading it in earnest will tell
                 yield None
 
