@@ -75,7 +75,7 @@ def help_text() -> str:
     groups = dict.fromkeys(command.group for command in COMMANDS)
     rows = [f"  {group:<11}{'  '.join(c.name for c in COMMANDS if c.group == group)}" for group in groups]
     head = "Train Vision Transformers: your photos or ImageNet, one GPU or many nodes."
-    return "\n".join([head, *rows, "vitcomposer COMMAND --help   vitcomposer --version"])
+    return "\n".join([head, *rows, "vitcomposer COMMAND --help   vitcomposer --version   docs/first_hour.md"])
 
 
 def main(argv: list[str] | None = None) -> int:

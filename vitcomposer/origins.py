@@ -42,7 +42,7 @@ def weights_file(source: str | PathLike[str]) -> Path:
 def page_of(source: str | PathLike[str]) -> Path | None:
     """The config.yaml of the run, or the config.json of the exported folder, that weights lie in."""
     file = weights_file(source)
-    if file.parent.name == layout.CHECKPOINTS and (page := file.parent.parent / layout.CONFIG).is_file():
+    if file.parent.name in (layout.CHECKPOINTS, layout.BEST) and (page := file.parent.parent / layout.CONFIG).is_file():
         return page
     page = file.parent / EXPORTED[0]
     return page if file.name == EXPORTED[1] and page.is_file() else None

@@ -64,6 +64,7 @@ def test_run_folder_tells_the_story_of_the_run(tmp_path: Path) -> None:
     summary, last = summary_of(folder), lines_of(folder)[-1]
     more = {"top1_ema", "top5_ema", "class_top1", "class_top1_ema", "class_imbalance", "knn", "lr_peak", "finished"}
     more |= {"bad_images", "bad_eval_images"}
+    more |= {"weakest", "best", "stopped_by", "train_seconds", "evaluation_seconds", "saving_seconds", "gpu_hours"}
     assert set(summary) == {*DESIGN_FIELDS.split(", "), *more}
     assert summary["recipe"] == "supervised" and summary["model"] == "tiny" and summary["lr_peak"] == 0.01
     assert summary["top1"] == last["metrics/eval/top1"] and 0 <= summary["top1"] <= 1

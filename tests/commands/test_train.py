@@ -1,5 +1,6 @@
 """``vitcomposer train``: where the run takes place, what is said first, and the precision that ``auto`` stands for."""
 
+import json
 import os
 import shlex
 import sys
@@ -12,7 +13,7 @@ from vitcomposer import cli, config, train
 from vitcomposer.commands.start import train as command
 from vitcomposer.errors import ConfigError
 from vitcomposer.runs import devices, typed
-from vitcomposer.runs.opening import opening
+from vitcomposer.runs.opening import opening, say_opening
 
 SYNTHETIC = ["data.source=synthetic", "data.local=null", "data.synthetic_samples=2048"]
 
@@ -51,6 +52,30 @@ def test_one_process_trains_in_this_one(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", "deit_s"]) == 0, "a launcher has started it for one of them"
     assert seen == [(["deit_s", "seed=1"], False), (["deit_s", "max_duration=1ep"], True), (["deit_s"], True)]
+
+
+@pytest.mark.parametrize(("flag", "output"), [("-q", "quiet"), ("--quiet", "quiet"), ("--json", "json")])
+def test_what_is_printed_is_a_key_of_the_yaml(flag: str, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(train, "main", lambda argv, report_errors: seen.extend(argv) or 0)
+    assert cli.main(["train", "deit_s", flag, "seed=1"]) == 0
+    assert seen == ["deit_s", "seed=1", f"run.output={output}"]
+
+
+@pytest.mark.parametrize(("output", "words"), [("quiet", 0), ("json", 1), ("text", 2)])
+def test_start_is_told_in_that_form(output: str, words: int, capfd: pytest.CaptureFixture[str]) -> None:
+    say_opening(config.load("deit_s", [*SYNTHETIC, f"run.output={output}"]))
+    out, err = capfd.readouterr()
+    assert len((out + err).splitlines()) == words
+    if output == "json":
+        assert json.loads(out) == {
+            "event": "start",
+            "run": "runs/deit_s",
+            "model": "deit_small_patch16",
+            "images": 2048,
+            "global_train_batch_size": 1024,
+            "max_duration": "300ep",
+        }
 
 
 @pytest.mark.parametrize(("gpus", "words", "processes"), [(8, [], 8), (8, ["--gpus", "4"], 4), (0, ["-n", "2"], 2)])

@@ -3,6 +3,7 @@
 from vitcomposer.callbacks.attention import AttentionMonitor, build_attention_monitor
 from vitcomposer.callbacks.bad_images import BadImageCount
 from vitcomposer.callbacks.batch_norm import SameStatistics
+from vitcomposer.callbacks.best import Best
 from vitcomposer.callbacks.checkpoints import Checkpoints
 from vitcomposer.callbacks.knn import KNNMonitor, build_knn_monitor
 from vitcomposer.callbacks.mirror import MirrorRun, build_mirror, finish_mirror
@@ -19,6 +20,7 @@ from vitcomposer.runs.environment import describe_environment
 __all__ = [
     "AttentionMonitor",
     "BadImageCount",
+    "Best",
     "Checkpoints",
     "KNNMonitor",
     "KeptPredictions",

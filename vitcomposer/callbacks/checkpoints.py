@@ -1,10 +1,12 @@
 """Saves checkpoints that a kill or a full disk in the middle of a save cannot tear."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from composer.callbacks import CheckpointSaver
-from composer.core import State
+from composer.core import Event, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from torch.distributed.checkpoint.api import CheckpointException
@@ -12,6 +14,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from vitcomposer.callbacks.best import Best
+from vitcomposer.callbacks.throughput import Throughput
 from vitcomposer.errors import SaveError
 from vitcomposer.foundations import save_checkpoints_with
 from vitcomposer.models.weights.sharded import digests_of_rank
@@ -31,9 +35,19 @@ class Checkpoints(CheckpointSaver):
         folder: Created with the first checkpoint.
         interval: Composer time string; the end of training is always saved.
         keep: The number of whole checkpoints that stay, those of earlier starts among them.
+        throughput: Is told how long it took.
+        best: May want a step to be saved that the interval leaves out, and is told of what was saved.
     """
 
-    def __init__(self, folder: Path, *, interval: str, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        interval: str,
+        keep: int,
+        throughput: Throughput | None = None,
+        best: Best | None = None,
+    ) -> None:
         super().__init__(
             folder=str(folder),
             remote_file_name=None,
@@ -44,17 +58,28 @@ class Checkpoints(CheckpointSaver):
             num_checkpoints_to_keep=keep,
         )
         save_checkpoints_with(self, self._save)
+        self._throughput, self._best = throughput, best
+        self._is_due: Callable[[State, Event], bool] = self.save_interval
+        self.save_interval = self._is_wanted
         self.tmp_dir_for_symlink.cleanup()  # of uploads; a killed run would leave it behind
 
     def init(self, state: State, logger: Logger) -> None:
         """Nothing: the folder comes with the first checkpoint, so that a start which is refused leaves none."""
 
+    def _is_wanted(self, state: State, event: Event) -> bool:
+        return self._is_due(state, event) or (self._best is not None and self._best.wants(state))
+
     def _save(self, state: State, logger: Logger) -> None:
+        began = time.perf_counter()
         if state.fsdp_sharded_state_dict_enabled:
             self._save_shares(state)
         else:
             self._save_file(state)
         self.last_checkpoint_batch = state.timestamp.batch  # not before: Preemption relies on it
+        if self._best is not None:
+            self._best.saved(state, Path(self.filename.format(state)))
+        if self._throughput is not None:
+            self._throughput.saving_seconds += time.perf_counter() - began
 
     def _save_file(self, state: State) -> None:
         # On all ranks: shares of the weights, the averages and the random states come together here.

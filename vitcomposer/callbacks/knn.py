@@ -51,6 +51,7 @@ class KNNMonitor(Callback):
         )
         self._max_duration: Time | None = None
         self._measured_at = -1
+        self.top1: float | None = None  # of the last measurement, the highest over k
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._max_duration = state.max_duration
@@ -81,7 +82,7 @@ class KNNMonitor(Callback):
     def _measure(self, state: State, logger: Logger) -> None:
         self._measured_at = state.timestamp.batch.value
         found = self.measure(state)
-        best = max(value for name, value in found.items() if name.startswith("top1"))
+        self.top1 = best = max(value for name, value in found.items() if name.startswith("top1"))
         if dist.get_global_rank() == 0:
             each = ", ".join(f"k {k}: {100 * found[f'top1_k{k}']:.2f} %" for k in self.k)
             # Above the bar of progress, if there is one.

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # Of Kubernetes and scancel; of ``sbatch --signal=USR1@120``; of a terminal.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_WAIT = b"\nFinishing the step (or the evaluation) and saving it. Ctrl-C again ends the run at once.\n"
+_WAIT = b"stopping after this step; again to drop it\n"  # a terminal has just shown ^C
 STOPPED_BY_SIGNAL, STOPPED_BY_HAND = 143, 130  # what the process then exits with
 
 
@@ -94,19 +94,19 @@ class Preemption(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         # Of a run that goes on: the signal came in the evaluation. At the end there is nothing left to stop.
-        if not self.stopped and not _is_last_batch(state):
+        if not self.stopped and not is_last_batch(state):
             self._look(state)
 
     def _look(self, state: State) -> None:
         received = self._of_any_rank(state)
-        if received is None or (received != signal.SIGINT and _is_last_batch(state)):
+        if received is None or (received != signal.SIGINT and is_last_batch(state)):
             return
         self.status = STOPPED_BY_HAND if received == signal.SIGINT else STOPPED_BY_SIGNAL
         # stop_training() makes this the end of training, which by itself would start a whole evaluation.
         for evaluator in state.evaluators:
-            evaluator.eval_interval = _never
+            evaluator.eval_interval = never
         state.stop_training()
-        if dist.get_global_rank() == 0:
+        if dist.get_global_rank() == 0 and received != signal.SIGINT:  # whoever pressed Ctrl-C has been answered
             name = self._received.name if self._received else "a signal on another rank"
             log.warning("Stopped by %s after step %d.", name, state.timestamp.batch.value)
 
@@ -154,11 +154,12 @@ def _outlive_one(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def _never(state: State, event: Any) -> bool:
+def never(state: State, event: Any) -> bool:
+    """An interval that does not come."""
     return False
 
 
-def _is_last_batch(state: State) -> bool:
+def is_last_batch(state: State) -> bool:
     """Whether nothing but the end of the run follows; an epoch only counts as done after its last BATCH_END."""
     assert state.max_duration is not None, "Composer has set it before training"
     if state.timestamp >= state.max_duration:

@@ -14,14 +14,18 @@ from composer.core import Event, State, Time
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist
 
+from vitcomposer.callbacks.best import Best
 from vitcomposer.callbacks.throughput import Throughput
 from vitcomposer.data.mds.shards import CLASS_NAMES, read_class_names
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.errors import ConfigError, SaveError
+from vitcomposer.evaluation.confused import weakest
+from vitcomposer.models.weights.averages import EMA_LABEL
 from vitcomposer.runs import layout
 from vitcomposer.runs.environment import describe_environment
 from vitcomposer.runs.identity import write_identity
 from vitcomposer.runs.metrics import split_metrics
+from vitcomposer.runs.predictions import read_predictions
 from vitcomposer.whole_files import BAD, set_aside, write_whole
 
 FACTS = ("recipe", "model", "seed", "lr_peak", "class_imbalance")
@@ -49,6 +53,7 @@ class RunRecord(LoggerDestination):
         throughput: The callback whose totals go into the summary.
         log_interval: Composer time string; evaluations and measurements of a monitor are always logged.
         identity: What ``identity.json`` shall hold; None writes none.
+        best: Knows the best evaluation, and why a run ended early; None where nothing is evaluated.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class RunRecord(LoggerDestination):
         throughput: Throughput,
         log_interval: str = "10ba",
         identity: Mapping[str, Any] | None = None,
+        best: Best | None = None,
     ) -> None:
         if sorted(facts) != sorted(FACTS):
             raise ValueError(
@@ -70,6 +76,7 @@ class RunRecord(LoggerDestination):
         self.facts = dict(facts)
         self.identity = identity
         self.throughput = throughput
+        self.best = best
         self._due = create_interval_scheduler(log_interval, include_end_of_training=False, checkpoint_events=False)
         self._pending: dict[str, Any] = {}
         self._evaluated: dict[str, float] = {}
@@ -248,13 +255,15 @@ class RunRecord(LoggerDestination):
             "top5_ema": self._metric("ema", "top5"),
             "class_top1_ema": self._metric("ema", "class_top1"),
             "class_imbalance": self.facts["class_imbalance"],
+            "weakest": self._weakest(state),
+            "best": None if self.best is None else self.best.found,
             "knn": self._knn or None,
             "bad_images": self._bad.get("bad_images"),
             "bad_eval_images": self._bad.get("bad_eval_images"),
             "epochs": self._epochs(state),
             "steps": state.timestamp.batch.value,
             "images_seen": images,
-            "seconds": self.throughput.wall_seconds,
+            **self._times(state),
             "images_per_sec": self.throughput.images_per_sec,
             "data_wait_fraction": self.throughput.data_wait_fraction,
             "train_flops": self.throughput.train_flops,
@@ -266,12 +275,45 @@ class RunRecord(LoggerDestination):
             "lr_peak": self.facts["lr_peak"],
             "git_commit": self._environment["git_commit"],
             "finished": self._is_finished(state),
+            "stopped_by": None if self.best is None else self.best.stopped_by,
         }
         write_whole(self.run_folder / layout.SUMMARY, _to_json(summary))
 
     def _is_finished(self, state: State) -> bool:
         evaluated = not state.evaluators or self._evaluated_step == state.timestamp.batch.value
-        return evaluated and bool(state.timestamp >= self._max_duration)
+        early = self.best is not None and self.best.stopped_by is not None
+        return evaluated and (early or bool(state.timestamp >= self._max_duration))
+
+    def _times(self, state: State) -> dict[str, float | None]:
+        whole, speed = self.throughput.wall_seconds, self.throughput
+        on_gpu = state.device.name == "gpu"
+        return {
+            "seconds": whole,
+            "train_seconds": whole - speed.evaluation_seconds - speed.saving_seconds,
+            "evaluation_seconds": speed.evaluation_seconds,
+            "saving_seconds": speed.saving_seconds,
+            "gpu_hours": whole * dist.get_world_size() / 3600 if on_gpu else None,
+        }
+
+    def _weakest(self, state: State) -> list[dict[str, Any]] | None:
+        """The classes of which most is wrong, with the better weights; None where no evaluation is of this step."""
+        raw, average = (self._metric(label, "top1") or 0.0 for label in ("eval", EMA_LABEL))
+        name = layout.PREDICTIONS_EMA if average > raw else layout.PREDICTIONS
+        try:
+            found = read_predictions(self.run_folder / name)
+            names = read_class_names(self.run_folder / layout.CLASS_NAMES)
+        except ValueError:  # a damaged file, which others name
+            return None
+        if found is None or found.step != state.timestamp.batch.value:
+            return None
+
+        def called(label: int) -> str:
+            return names[label] if names is not None and label < len(names) else str(label)
+
+        return [
+            {"class": called(label), "images": images, "top1": right, "taken_for": called(guess), "share": share}
+            for label, images, right, guess, share in weakest(found.label, found.prediction, most=5)
+        ]
 
     def _metric(self, label: str, name: str) -> float | None:
         value = self._evaluated.get(f"metrics/{label}/{name}")

@@ -33,6 +33,7 @@ class Throughput(Callback):
         images, seconds, wait_seconds: Of all training steps after the warm-up; images count over all ranks.
         warmup_images, warmup_seconds: Of the steps left out above.
         flops, warmup_flops: Of the images of both; 0 where they are unknown.
+        evaluation_seconds, saving_seconds: Of the whole run; ``Checkpoints`` adds to the latter.
     """
 
     def __init__(
@@ -53,6 +54,9 @@ class Throughput(Callback):
         self.warmup_seconds = 0.0
         self.flops: float = 0
         self.warmup_flops: float = 0
+        self.evaluation_seconds = 0.0
+        self.saving_seconds = 0.0
+        self._evaluation_start: float | None = None
         self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=window)  # images, s, s of waiting, FLOPs
         self._session_batches = 0
         self._step_start: float | None = None
@@ -85,6 +89,12 @@ class Throughput(Callback):
     def data_wait_fraction(self) -> float | None:
         """Share of the training time spent waiting for data, in [0, 1]."""
         return self.wait_seconds / self.seconds if self.seconds else None
+
+    @property
+    def recent_wait_fraction(self) -> float | None:
+        """:attr:`data_wait_fraction` over the last ``window`` batches."""
+        seconds = sum(step[1] for step in self._recent)
+        return sum(step[2] for step in self._recent) / seconds if seconds else None
 
     @property
     def mfu(self) -> float | None:
@@ -164,6 +174,14 @@ class Throughput(Callback):
         mfu = self._mfu(flops, seconds)
         return metrics if mfu is None else {**metrics, "throughput/mfu": mfu}
 
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self._evaluation_start = time.perf_counter()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        if self._evaluation_start is not None:
+            self.evaluation_seconds += time.perf_counter() - self._evaluation_start
+            self._evaluation_start = None
+
     def close(self, state: State, logger: Logger) -> None:
         self._wall_before, self._fit_start = self.wall_seconds, None
 
@@ -177,6 +195,8 @@ class Throughput(Callback):
             "flops": self.flops,
             "warmup_flops": self.warmup_flops,
             "wall_seconds": self.wall_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "saving_seconds": self.saving_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -189,4 +209,6 @@ class Throughput(Callback):
         self.flops = state["flops"]
         self.warmup_flops = state["warmup_flops"]
         self._wall_before = state["wall_seconds"]
+        self.evaluation_seconds = state.get("evaluation_seconds", 0.0)  # which older checkpoints lack
+        self.saving_seconds = state.get("saving_seconds", 0.0)
         self._peak_memory_before = state["peak_memory_bytes"]

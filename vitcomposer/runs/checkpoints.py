@@ -216,6 +216,39 @@ def keep_newest(folder: Path, path: Path, keep: int) -> None:
         remove(left)
 
 
+def keep_as_best(path: Path, folder: Path) -> None:
+    """Give a whole checkpoint a second name in a folder of its own, and delete what was there.
+
+    A kill leaves the one before, or both. The bytes are on the disk once, where it knows hard links.
+
+    Raises:
+        OSError: The disk does not take it; what was there before is as it was.
+    """
+    target = folder / path.name
+    folder.mkdir(exist_ok=True)
+    if not target.exists():
+        partial = partial_of(target)
+        remove(partial)
+        if path.is_dir():
+            shutil.copytree(path, partial, copy_function=_link)
+        else:
+            _link(str(path), str(partial))
+        partial.replace(target)
+        _to_disk(folder)
+    for other in folder.iterdir():
+        if other != target:
+            remove(other)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk that has none
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint, whole or not, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -29,7 +29,7 @@ FREE_ON_RESUME = ("max_duration", "data", "run", "evaluation", "cache.local", "c
 
 # What a kill leaves of files that were being written, and of downloads from run.remote.
 _UNFINISHED = (f"*{PARTIAL}", f".*{PARTIAL}*", f"*{DOWNLOADED}")
-_UNFINISHED += (f"{layout.CHECKPOINTS}/*{PARTIAL}", f"{layout.CHECKPOINTS}/*{DOWNLOADED}")
+_UNFINISHED += (f"{layout.CHECKPOINTS}/*{PARTIAL}", f"{layout.CHECKPOINTS}/*{DOWNLOADED}", f"{layout.BEST}/*{PARTIAL}")
 
 
 def initialize_dist(timeout: float = 600) -> None:
@@ -156,7 +156,11 @@ def _look_at_run_folder(cfg: Recipe) -> bool:
     summary = read_object(folder / layout.SUMMARY)
     if summary is None and (folder / layout.SUMMARY).is_file():
         _set_aside(folder / layout.SUMMARY, "The run is finished again from its last checkpoint.")
-    return bool(summary and summary.get("finished")) and old.get("max_duration", cfg.max_duration) == cfg.max_duration
+    if not summary or not summary.get("finished"):
+        return False
+    same = old.get("max_duration", cfg.max_duration) == cfg.max_duration
+    key = summary.get("stopped_by")  # patience or max_hours of the block run, which may allow more now
+    return same and (key is None or old.get("run", {}).get(key) == plain(cfg)["run"].get(key))
 
 
 def _recorded_config(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ RUN/config.yaml         the whole configuration
     summary.json        what came out, from the end of training on
     predictions.csv     what the last evaluation said about each image, with predictions_ema.csv of the averaged weights
     report.html         the whole story on one page
+    best/               the checkpoint of the best evaluation, by the name that it has in checkpoints/
     checkpoints/        ep3-ba1200-rank0.pt: after epoch 3 and step 1200; latest-rank0.pt leads to the newest
     tensorboard/        of run.loggers
     eval/               of `vitcomposer eval`
@@ -30,6 +31,7 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest-rank0.pt"  # in CHECKPOINTS: a link to the newest
 LATEST_CHECKPOINT = Path(CHECKPOINTS, LATEST)
 CHECKPOINT = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")  # in CHECKPOINTS, as Composer names them: epoch and step
+BEST = "best"
 TENSORBOARD = "tensorboard"
 EVALUATION = "eval"
 REMOTE_STATE = ".remote.json"  # what of the folder has arrived, so that a new start sends nothing twice

@@ -1,5 +1,6 @@
 """Says what a run will do, by its configuration alone: nothing heavy is imported for it."""
 
+import json
 import os
 import sys
 
@@ -15,7 +16,13 @@ _UNITS = {"ep": "epoch", "ba": "step", "sp": "image"}
 
 def say_opening(cfg: Recipe) -> None:
     """Print :func:`opening` once for all ranks, and why nothing follows for some seconds."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0" or cfg.run.output == "quiet":
+        return
+    if cfg.run.output == "json":
+        facts = {"event": "start", "run": f"{cfg.run.folder}/{cfg.run.name}", "model": cfg.model.name}
+        images = {"images": _images(cfg), "global_train_batch_size": cfg.global_train_batch_size}
+        print(json.dumps({**facts, **images, "max_duration": cfg.max_duration}), file=sys.__stdout__, flush=True)
+    else:
         print(f"{for_terminal(opening(cfg))}\nloading torch and Composer ...", file=sys.stderr, flush=True)
 
 

@@ -147,7 +147,8 @@ class RunStore:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-            if hidden or path.suffix in _PASSING or path.is_symlink() or not path.is_file():
+            twice = name.startswith(f"{layout.BEST}/")  # a checkpoint by another name, with which no run goes on
+            if hidden or twice or path.suffix in _PASSING or path.is_symlink() or not path.is_file():
                 continue
             with contextlib.suppress(FileNotFoundError):  # gone since
                 status = path.stat()

@@ -334,10 +334,17 @@ class Run:
     eval_interval: str = "1ep"
     save_interval: str = "1ep"
     keep_checkpoints: int = 2
+    best_by: Literal["top1", "class_top1", "loss"] = (
+        "top1"  # which number judges an evaluation; class_top1: mean of classes
+    )
+    keep_best: bool = True  # the checkpoint of the best evaluation stays, beside the newest ones
+    patience: int | None = None  # evaluations without a better one after which the run ends; null: never
+    max_hours: float | None = None  # after which the run ends, all its starts together; null: never
     log_interval: str = "10ba"
     attention_interval: str | None = None  # of measuring non-locality and gates of a transformer; null: not at all
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     progress_bar: bool = True
+    output: Literal["text", "quiet", "json"] = "text"  # quiet: errors and the result alone; json: an object a line
     device_train_microbatch_size: int | str | None = None  # null: the device's share of the batch; auto: what fits
     parallelism: Literal["ddp", "fsdp2"] = "ddp"
     activation_checkpointing: float = 0.0  # 1: all blocks
@@ -362,6 +369,9 @@ class Run:
         for name in ("eval_interval", "save_interval", "log_interval", "attention_interval"):
             check_interval(f"run.{name}", getattr(self, name))
         require_within("run.keep_checkpoints", self.keep_checkpoints, 1, 10**6, "2 is usual.")
+        require_within("run.patience", self.patience, 1, 10**6, "null trains to the end.")
+        hours, rule = self.max_hours, "null, or a number of hours above 0 and at most 100000"
+        require(hours is None or 0 < hours <= 1e5, "run.max_hours", rule, hours, "null trains to the end.")
         wait, remedy = self.dist_timeout, "Allow for the longest save and download; 600 is usual."
         rule = f"a number of seconds above 0 and at most {MAX_SECONDS:.0f}"
         require(0 < wait <= MAX_SECONDS, "run.dist_timeout", rule, wait, remedy)

@@ -5,9 +5,7 @@ from composer.core import Event
 from composer.utils import dist
 from torch.distributed.checkpoint import state_dict
 
-from vitcomposer.callbacks import (
-    Preemption,
-)
+from vitcomposer.callbacks import Best, Preemption
 from vitcomposer.foundations import forget_engine
 from vitcomposer.runs.folder import (
     only_writer_of_run,
@@ -31,7 +29,7 @@ def fit(trainer: Trainer, cfg: Recipe) -> int:
     stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
     try:
         with only_writer_of_run(cfg), attention_order(cfg.run.attention_backends):
-            if cfg.max_duration == NO_STEP or _has_all_steps(trainer):
+            if cfg.max_duration == NO_STEP or _has_all_steps(trainer) or _has_ended_early(trainer):
                 _end_without_a_step(trainer)
             else:
                 trainer.fit()
@@ -62,6 +60,11 @@ def _has_all_steps(trainer: Trainer) -> bool:
     duration = trainer.state.max_duration
     assert duration is not None, "Trainer was given it"
     return trainer.state.timestamp.get(duration.unit) >= duration
+
+
+def _has_ended_early(trainer: Trainer) -> bool:
+    """Whether its last checkpoint is that of a run which got no better for long enough."""
+    return any(each.stopped_by is not None for each in trainer.state.callbacks if isinstance(each, Best))
 
 
 def _end_without_a_step(trainer: Trainer) -> None:

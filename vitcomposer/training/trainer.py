@@ -1,6 +1,7 @@
 """Builds the composer.Trainer of every recipe, the one place that does, and resumes it from its run folder."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vitcomposer.algorithms.run_length import total_steps
 from vitcomposer.algorithms.schedule_free import ScheduleFreeWeights
 from vitcomposer.callbacks import (
     BadImageCount,
+    Best,
     Checkpoints,
     KeptPredictions,
     NumericsMonitor,
@@ -108,12 +110,20 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     every.append(NumericsMonitor(train, seed=cfg.seed, latest=latest, skip_steps=skip))
     if evaluators:
         every.append(KeptPredictions(folder))
-    if cfg.run.progress_bar:
-        every.append(Progress(throughput, class_imbalance=imbalance))
+    best = _build_best(cfg, folder, throughput)
+    every.append(best)
+    if cfg.run.progress_bar and cfg.run.output != "quiet":
+        every.append(Progress(throughput, output=cfg.run.output, class_imbalance=imbalance))
     if cfg.run.remote is not None:
         every.append(build_mirror(cfg, folder))
-    saver = Checkpoints(folder / layout.CHECKPOINTS, interval=cfg.run.save_interval, keep=cfg.run.keep_checkpoints)
-    record = build_record(cfg, facts, throughput)
+    saver = Checkpoints(
+        folder / layout.CHECKPOINTS,
+        interval=cfg.run.save_interval,
+        keep=cfg.run.keep_checkpoints,
+        throughput=throughput,
+        best=best,
+    )
+    record = build_record(cfg, facts, throughput, best)
     schedule = optim.CosineWithWarmup(
         cfg.schedule.t_warmup,
         alpha_i=cfg.schedule.alpha_i,
@@ -133,8 +143,8 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     if cfg.run.compile:
         for module in compiled or [task]:
             compile_forward(module)
-    if dist.get_global_rank() == 0:
-        print(f"{folder}: {share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}")
+    if dist.get_global_rank() == 0 and cfg.run.output == "text":
+        print(f"{folder}: {share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}", file=sys.stderr)
     trainer = Trainer(
         model=task,
         train_dataloader=train,
@@ -178,7 +188,18 @@ def _checkpoint_of_this_kind(folder: Path, cfg: Recipe) -> str | None:
     return path
 
 
-def build_record(cfg: Recipe, facts: dict[str, Any], throughput: Throughput) -> RunRecord:
+def _build_best(cfg: Recipe, folder: Path, throughput: Throughput) -> Best:
+    return Best(
+        folder,
+        throughput,
+        measure=cfg.run.best_by,
+        keep=cfg.run.keep_best,
+        patience=cfg.run.patience,
+        max_hours=cfg.run.max_hours,
+    )
+
+
+def build_record(cfg: Recipe, facts: dict[str, Any], throughput: Throughput, best: Best | None = None) -> RunRecord:
     """What writes the run folder.
 
     Raises:
@@ -187,7 +208,9 @@ def build_record(cfg: Recipe, facts: dict[str, Any], throughput: Throughput) -> 
     text, images = config.to_yaml(cfg), check_images(cfg)
     identity = identity_of(cfg, text, images)
     interval = cfg.run.log_interval
-    return RunRecord(run_folder(cfg), text, facts, throughput=throughput, log_interval=interval, identity=identity)
+    return RunRecord(
+        run_folder(cfg), text, facts, throughput=throughput, log_interval=interval, identity=identity, best=best
+    )
 
 
 def build_loggers(cfg: Recipe, folder: Path) -> list[LoggerDestination]:

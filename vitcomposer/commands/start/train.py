@@ -26,11 +26,16 @@ def add_command(commands: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_duration=100ep")
     help_text = "processes on this machine, one for each GPU (default: as many as there are GPUs, else one)"
     parser.add_argument("-n", "--gpus", type=int, metavar="N", help=help_text)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-q", "--quiet", action="store_true", help="print errors and the result alone")
+    output.add_argument("--json", action="store_true", help="print JSON objects, one a line: start, rows, end")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Train a recipe: what a yaml says, with the keys that are changed on the command line."""
+    chosen = [name for name in ("quiet", "json") if vars(args)[name]]
+    overrides = [*args.overrides, *(f"run.output={name}" for name in chosen)]
     given = args.gpus
     require(given is None or given >= 1, "--gpus", "1 or more", given, "Leave it out to use all.")
     is_rank = "RANK" in os.environ  # of a launcher, which has decided
@@ -41,8 +46,8 @@ def _run(args: argparse.Namespace) -> int:
     if processes == 1:
         from vitcomposer.train import main
 
-        return main([args.yaml, *args.overrides], report_errors=not args.traceback)
-    return _launch(args.yaml, args.overrides, processes)
+        return main([args.yaml, *overrides], report_errors=not args.traceback)
+    return _launch(args.yaml, overrides, processes)
 
 
 def visible_gpus() -> int:
@@ -64,7 +69,8 @@ def _launch(yaml: str, overrides: list[str], processes: int) -> int:
 
     cfg = config.load(yaml, overrides, also=needed_files.check_needed_files)
     check_ranks(cfg, processes, processes)
-    print(f"{cfg.run.name}: starting {processes} processes ...", file=sys.stderr, flush=True)
+    if cfg.run.output == "text":
+        print(f"{cfg.run.name}: starting {processes} processes ...", file=sys.stderr, flush=True)
     launcher = [sys.executable, "-m", "composer.cli", "-n", str(processes), "-m", "vitcomposer.train"]
     environment = {**os.environ, TYPED_COMMAND: shlex.join(["vitcomposer", *sys.argv[1:]])}
     os.execve(sys.executable, [*launcher, yaml, *overrides], environment)
