@@ -18,7 +18,7 @@ def build(cfg: DINO) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare_pretraining(cfg)
+    cfg, share = prepare_pretraining(cfg)
     task = build_task(cfg)
     pairs = [(task.teacher_trunk, task.trunk), (task.teacher_head, task.head)]
     algorithms = [

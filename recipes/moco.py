@@ -17,7 +17,7 @@ def build(cfg: MoCo) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare_pretraining(cfg)
+    cfg, share = prepare_pretraining(cfg)
     task = build_task(cfg)
     pairs = [(task.momentum_trunk, task.trunk), (task.momentum_projector, task.projector)]
     return build_pretraining(cfg, share, task, [MomentumEncoder(pairs, cfg.loss.momentum)])

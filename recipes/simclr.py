@@ -14,7 +14,7 @@ def build(cfg: SimCLR) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare_pretraining(cfg)
+    cfg, share = prepare_pretraining(cfg)
     return build_pretraining(cfg, share, build_task(cfg), [])
 
 

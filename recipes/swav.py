@@ -16,7 +16,7 @@ def build(cfg: SwAV) -> Trainer:
     Raises:
         ConfigError: A value or a combination that cannot run, before any image is read.
     """
-    share = prepare_pretraining(cfg)
+    cfg, share = prepare_pretraining(cfg)
     task = build_task(cfg)
     frozen = FreezeAtStart(lambda: task.head.prototypes, cfg.loss.freeze_prototypes_epochs)
     return build_pretraining(cfg, share, task, [frozen])

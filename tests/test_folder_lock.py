@@ -241,7 +241,8 @@ def test_one_of_many_gets_a_stale_lock(lock: Path) -> None:
         assert sorted(results.get(timeout=60) for _ in racers) == [False] * 5 + [True]
         for racer in racers:
             racer.join()
-    assert [path.name for path in lock.parent.iterdir()] == [lock.name], "the forks ended without a word"
+    # Forks end without a word, but for Pythons that let them give back what they hold themselves (3.13.0).
+    assert [path.name for path in lock.parent.iterdir()] in ([lock.name], [])
 
 
 def test_lock_of_a_folder_follows_links(tmp_path: Path) -> None:

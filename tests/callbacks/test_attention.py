@@ -122,5 +122,5 @@ def test_network_without_attention_is_refused(
     options = ["precision=fp32", "model.num_classes=8", "global_train_batch_size=16", "model.drop_path_rate=0"]
     assert run_train(["yamls/deit_ti.yaml", *data, *options, "model.name=resnet50"]) == 2
     assert "run.attention_interval must be null for resnet50, which has no attention" in capsys.readouterr().err
-    assert run_train(["yamls/probe_linear.yaml", *data, "model.num_classes=8"]) == 2
+    assert run_train(["yamls/probe_linear.yaml", *data, *options[1:3]]) == 2
     assert "run.attention_interval must be null for a trunk that does not learn" in capsys.readouterr().err

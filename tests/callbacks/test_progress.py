@@ -3,6 +3,7 @@ import json
 import logging
 import re
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -51,6 +52,13 @@ def test_row_has_the_accuracy_of_the_average_beside_that_of_the_weights() -> Non
     assert printed.splitlines()[-1].split()[2:4] == [f"{raw:.1f}", f"{average:.1f}"]
 
 
+class Slow(Callback):
+    """The bar moves ten times a second at most."""
+
+    def batch_start(self, state: Any, logger: Any) -> None:
+        time.sleep(0.11)
+
+
 class Evaluated(Callback):
     """The last top-1 of each evaluator."""
 
@@ -78,7 +86,7 @@ def test_json_is_an_object_a_row() -> None:
 
 @pytest.mark.parametrize("max_duration", ["2ep", "6ba", "44sp"])
 def test_terminal_has_a_bar_of_the_epoch_below_the_rows(max_duration: str) -> None:
-    shown = run(Terminal(), max_duration)
+    shown = run(Terminal(), max_duration, callbacks=[Slow()])
     of = "/2" if max_duration == "2ep" else ""
     assert re.search(rf"\repoch 1{of} ▕\S+ *▏ *\d+ %  loss \d\.\d+", shown)
     rows = [line for line in re.split(r"[\r\n]", shown) if re.match(r" +\d[\d.]* +\d\.\d{3} +\d+\.\d ", line)]

@@ -89,7 +89,7 @@ def test_evaluation_measures_the_same_on_one_two_and_three_ranks(ready: ReadyRan
         line = read_metrics(run / "metrics.jsonl")[-1]
         measured = {name: value for name, value in line.items() if name.startswith("metrics/")}
         alone = read_metrics(tmp_path / "1/metrics.jsonl")[-1]
-        assert len(measured) == 6 and measured == pytest.approx({name: alone[name] for name in measured}, abs=1e-6)
+        assert len(measured) == 8 and measured == pytest.approx({name: alone[name] for name in measured}, abs=1e-6)
     for name in ("top1", "top5", "loss", "top1_ema", "top5_ema"):
         assert [run[name] for run in runs.values()] == pytest.approx([runs["1"][name]] * 3, abs=1e-6), name
     assert [run["world_size"] for run in runs.values()] == [1, 2, 3] and runs["1"]["loss"] != pytest.approx(math.log(8))

@@ -66,7 +66,7 @@ def files(folder: Path) -> dict[str, bytes]:
     """What of a run folder belongs on the store: its finished files."""
     found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
-    return {name: content for name, content in names.items() if not name.startswith(".")}
+    return {name: content for name, content in names.items() if not name.startswith((".", "best/"))}
 
 
 def is_copy(kept: dict[str, bytes], folder: dict[str, bytes]) -> bool:

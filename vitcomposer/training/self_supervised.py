@@ -1,7 +1,7 @@
 """Builds what recipes without labels have around their task: trunk, crops, optimizer, k-NN monitor and Trainer."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from composer import Trainer
 from composer.core import Algorithm, Callback, DataSpec
@@ -23,9 +23,14 @@ from vitcomposer.training.network import build_network, starting_point
 from vitcomposer.training.setup import BatchShare, prepare
 from vitcomposer.training.trainer import build_trainer, check_evaluation_size
 
+_Method = TypeVar("_Method", bound=SelfSupervised)
 
-def prepare_pretraining(cfg: SelfSupervised) -> BatchShare:
+
+def prepare_pretraining(cfg: _Method) -> tuple[_Method, BatchShare]:
     """Start the process group, share the batch out and say what is rounded for it.
+
+    Returns:
+        As :func:`vitcomposer.training.setup.prepare`.
 
     Raises:
         ConfigError: A batch that cannot run here.
@@ -34,7 +39,7 @@ def prepare_pretraining(cfg: SelfSupervised) -> BatchShare:
     if dist.get_global_rank() == 0:
         for line in adjustments(cfg, share.world_size):
             print(line)
-    return share
+    return cfg, share
 
 
 def build_trunk(

@@ -180,7 +180,7 @@ def test_eval_on_folders_sees_what_convert_stores_and_inspect_says_so(
     root, out = photos(tmp_path / "photos", np.float32), tmp_path / "out"
     with pytest.raises(ValueError, match="floats have no range that is known"):
         convert(FolderSource(root), tmp_path / "refused", workers=1)
-    command = ["convert", "folder", str(root), str(out), "--workers", "1", "--range", "0", "2000"]
+    command = ["convert", "folder", str(root), str(out), "--workers", "1", "--details", "--range", "0", "2000"]
     assert main(command) == 0
     assert "floats, 0 to 2000 scaled to 8 bits: 6 of 6" in capsys.readouterr().out
     stored = [int(jpeg.decode_rgb(data)[0, 0, 0]) for data, _ in read_shards(out, "val")]
