@@ -124,7 +124,8 @@ def _reason(case: ElementTree.Element) -> str:
     problem = found if found is not None else case.find("error")
     first = (problem.get("message", "") if problem is not None else "").strip().partition("\n")[0]
     name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
-    return f"`{name}`: {re.sub(r'[|`<>]', ' ', first)[:200]}"
+    plain = re.sub(r"[|`<>]", " ", re.sub(r"(/[\w.-]+){2,}", "...", first))  # without this machine's folders
+    return f"`{name}`: {plain[:160]}"
 
 
 def _known_rows() -> dict[Cell, str]:

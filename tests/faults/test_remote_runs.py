@@ -70,10 +70,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def is_copy(kept: dict[str, bytes], folder: dict[str, bytes]) -> bool:
-    """All but the older checkpoints, which a store that was slow or down has not got."""
+    """All but the older checkpoints: a store that was slow or down has not got one, and holds an older one for it."""
     older = set(sorted(name for name in folder if name.startswith("checkpoints/"))[:-1])
     missing = {name for name in folder if kept.get(name) != folder[name]}
-    return REMOTE_POINTER in kept and missing <= older and kept.keys() <= folder.keys() | {REMOTE_POINTER}
+    more = {name for name in kept.keys() - folder.keys() if not name.startswith("checkpoints/ep")}
+    return REMOTE_POINTER in kept and missing <= older and more <= {REMOTE_POINTER}
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Follows the best evaluation of a run, keeps its checkpoint, and ends a run that gets no better or is out of hours."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -142,9 +143,12 @@ class Best(Callback):
         state.stop_training()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found, "since": self._since}
+        # One text, also before the first evaluation: of shares only the keys are read that a new run has.
+        return {"kept": json.dumps({"found": self.found, "since": self._since})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.found, self._since = state["found"], state["since"]
+        if (kept := json.loads(state["kept"])) is None:  # of a version without this callback
+            return
+        self.found, self._since = kept["found"], kept["since"]
         if self.out_of_patience:
             self.stopped_by = "patience"

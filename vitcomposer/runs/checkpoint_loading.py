@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from vitcomposer.foundations import load_checkpoints_with
 from vitcomposer.models.weights.load import read_checkpoint
 from vitcomposer.models.weights.sharded import read_index, read_piece
+
+# What shares of before version 0.2.0 lack, and what is read for it.
+_SINCE = {"state.callbacks.Best.kept": "null"}
 
 
 @contextmanager
@@ -42,11 +45,14 @@ class _SharesReader(FileSystemReader):
         index = read_index(Path(self.path))
         assert index.storage_meta is not None, "it was made with one"
         index.storage_meta.load_id = self.load_id
+        for name in _SINCE:
+            index.state_dict_metadata.setdefault(name, BytesStorageMetadata())
         return index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
-            value = read_piece(Path(self.path), self.storage_data[item.storage_index])
+            piece = self.storage_data.get(item.storage_index)
+            value: Any = _SINCE[item.dest_index.fqn] if piece is None else read_piece(Path(self.path), piece)
             if item.type == LoadItemType.BYTE_IO:
                 # The planner unpickles what it is given, which is therefore written anew.
                 written = io.BytesIO()

@@ -189,7 +189,7 @@ def test_eval_on_folders_sees_what_convert_stores_and_inspect_says_so(
     assert main([*command[:-1], "3000"]) == 2
     assert "--range was [0.0, 2000.0] and is [0.0, 3000.0]" in capsys.readouterr().err
     plain = photos(tmp_path / "16", np.uint16)
-    assert main(["convert", "folder", str(plain), f"{out}16", "--workers", "1"]) == 0
+    assert main(["convert", "folder", str(plain), f"{out}16", "--workers", "1", "--details"]) == 0
     assert "kept: values of 16 bits, scaled to 8 bits by 255 / 65,535 when read: 6 of 6" in capsys.readouterr().out
     assert main(["inspect", f"{out}16", "--decode"]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
