@@ -16,6 +16,8 @@ import pytest
 import torch
 from composer import Callback
 from composer.utils import checkpoint
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from recipes import RECIPES
 from tests.conftest import run_train
@@ -23,7 +25,7 @@ from tests.faults.conftest import Tell
 from tests.faults.small_run import DEIT, STEPS, assert_same, rows, saved, tiny, unbroken
 from vitcomposer import config
 from vitcomposer.models.weights.load import read_checkpoint
-from vitcomposer.runs.checkpoint_loading import own_reader
+from vitcomposer.runs.checkpoint_loading import _SharesReader, own_reader
 from vitcomposer.runs.checkpoints import Found, _check_file, keep_newest, newest_whole, ranks_and_step, save_whole
 from vitcomposer.runs.folder import checkpoint_to_load
 from vitcomposer.runs.layout import LATEST
@@ -211,6 +213,17 @@ def test_composer_never_reads_a_checkpoint_itself(
     with own_reader(), pytest.raises(ValueError, match=r"it needs \w+\.mkdir"):
         checkpoint.safe_torch_load(tmp_path / "ep0-ba6-rank0.pt")
     assert not (tmp_path / "this ran").exists()
+
+
+def test_shares_of_before_a_callback_had_a_state_are_read(tmp_path: Path) -> None:
+    """torch refuses shares that lack a key which the run has; it still does for every other key."""
+    distributed_checkpoint.save({"state": {"weight": torch.ones(3)}}, checkpoint_id=tmp_path, no_dist=True)
+    state = {"weight": torch.zeros(3), "callbacks": {"Best": {"kept": "this run's"}}}
+    reader = _SharesReader(tmp_path)
+    distributed_checkpoint.load({"state": state}, storage_reader=reader, no_dist=True)
+    assert torch.equal(state["weight"], torch.ones(3)) and state["callbacks"]["Best"]["kept"] == "null"
+    with pytest.raises(CheckpointException, match="Missing key in checkpoint state_dict: state.callbacks.Other"):
+        distributed_checkpoint.load({"state": {"callbacks": {"Other": "x"}}}, storage_reader=reader, no_dist=True)
 
 
 def test_run_without_a_whole_checkpoint_says_so_and_begins_again(
