@@ -229,6 +229,17 @@ def test_keys_reach_the_yaml_through_make(given: list[str], forwarded: list[str]
     assert sorted(ran.stdout.splitlines()) == sorted(forwarded), ran.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_has_what_it_wants_is_no_error(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = [sys.executable, "-m", "vitcomposer", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(timeout=60), said) == (0, "")
+
+
 def test_module_runs_as_a_program(digits: Path) -> None:
     command = [sys.executable, "-m", "vitcomposer", "inspect", str(digits)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -5,7 +5,9 @@ stay inside that function. Exit codes: 0 done, 1 a check failed, 2 something to 
 """
 
 import argparse
+import os
 import re
+import select
 import sys
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -107,15 +109,30 @@ def _run(command: Command, words: list[str], traceback: bool) -> int:
             if name not in _SHELL:
                 setattr(args, name, expand_home(value, name))
         with reading(Reading()):  # what a command sets ends with it
-            return args.run(args)
+            status = args.run(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 0
         if traceback:
             raise
         print_error(str(error))
         return 2
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads our output, such as ``head``, has what it wants; a network connection may have broken too."""
+    output = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(output, 0)  # errors are reported without being asked for
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # for the flush at the end of Python
+    return gone
 
 
 def _parse(command: Command, words: list[str]) -> argparse.Namespace:
