@@ -28,6 +28,11 @@ LAMB = ["optimizer.lr=2e-2", "optimizer.options={eps: 1e-4}"]
 OPTIONS = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}  # of teachers
 LABELLED = ("convit", *(["lamb"] if HAS_NORMS else []), "distilled", "cached")
 RECIPES = (*LABELLED, "swav", "simclr", "moco", "dino")
+# Of losses, and of weights and moments. Clipping by parameter magnifies what float32 rounds off in DINO: DDP's losses
+# are up to 5e-5 from its own in float64 and its running variances 5e-4; those of shares 3e-5 and 3e-4 from DDP's. In
+# float64 all that the two save agrees within 3e-14 after the twenty steps; test_shared_steps.py clips in it.
+TOLERANCES = {"dino": (1e-4, 1e-3)}
+TOLERANCE = 1e-5, 1e-4  # of every other recipe
 
 
 def common(*, name: str, folder: Path, fsdp2: bool) -> list[str]:
@@ -155,7 +160,7 @@ def test_twenty_steps_have_the_losses_of_all_weights_on_every_rank(runs: Runs) -
     assert json.loads((runs.shared / "summary.json").read_text())["world_size"] == 2
     assert len(whole) == STEPS and len(set(whole)) == STEPS
     print(f"{runs.recipe}: largest difference {max(abs(a - b) for a, b in zip(whole, shared, strict=True)):.1e}")
-    assert shared == pytest.approx(whole, abs=1e-5)
+    assert shared == pytest.approx(whole, abs=TOLERANCES.get(runs.recipe, TOLERANCE)[0])
     assert resumed == shared, "bit for bit"
 
 
@@ -165,7 +170,7 @@ def test_checkpoint_of_a_resumed_run_is_that_of_the_unbroken_one(runs: Runs) -> 
     whole, shared, resumed = (checkpoint(run)["state"] for run in (runs.whole, runs.shared, runs.resumed))
     for part in ("model", "optimizers"):
         assert assert_close(resumed[part], shared[part], 0.0, part) > 20
-        assert_close(shared[part], whole[part], 1e-4, part)
+        assert_close(shared[part], whole[part], TOLERANCES.get(runs.recipe, TOLERANCE)[1], part)
     if runs.recipe in LABELLED:
         averages = [averaged_weights(checkpoint(run)) for run in (runs.resumed, runs.shared)]
         assert assert_close(*averages, 0.0) > 20
