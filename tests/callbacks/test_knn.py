@@ -1,5 +1,8 @@
 """The k-NN monitor leaves training as it was, and the samples it takes are drawn once each."""
 
+from typing import Any
+
+import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec, State
@@ -8,9 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.callbacks import tiny_run
-from vitcomposer.callbacks import KNNMonitor
+from tests.callbacks.test_throughput import Clock
+from vitcomposer.callbacks import KNNMonitor, Throughput
+from vitcomposer.callbacks import throughput as throughput_module
 from vitcomposer.data.evaluation import ChosenSamples, choose_samples
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.evaluation.knn import knn_accuracy
 
 
 class _Task(tiny_run.TinyTask):
@@ -61,6 +67,16 @@ class _Stop(Callback):
             state.stop_training()
 
 
+class _Slow(Callback):
+    """Two seconds a step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        self.clock.sleep(2)
+
+
 def tiny_training(monitored: bool, *first: Callback) -> tuple[_Curve, _Log]:
     """Eight steps whose dropout draws from the global generator, in order: no seed per step hides a draw too many."""
     task, curve, log = _Task(), _Curve(), _Log()
@@ -93,6 +109,20 @@ def test_monitor_leaves_the_loss_curve_bitwise_unchanged() -> None:
 def test_monitor_takes_no_time_of_a_run_that_a_signal_ends() -> None:
     curve, log = tiny_training(True, _Stop())
     assert len(curve.losses) == 5 and [step for step, _ in log.seen] == [0, 3]
+
+
+def test_its_seconds_are_those_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, throughput = Clock(), Throughput(None, "fp32")
+    monkeypatch.setattr(throughput_module, "time", clock)
+
+    def slow(*args: Any, **options: Any) -> dict[str, float]:
+        clock.sleep(7)
+        return knn_accuracy(*args, **options)
+
+    monkeypatch.setattr("vitcomposer.callbacks.knn.knn_accuracy", slow)
+    tiny_training(True, throughput, _Slow(clock))
+    assert throughput.evaluation_seconds == 4 * 7 and throughput.wall_seconds == 4 * 7 + 8 * 2
+    assert throughput.seconds + throughput.warmup_seconds == 8 * 2
 
 
 def test_samples_are_drawn_once_each_and_shared_by_seed() -> None:

@@ -8,6 +8,7 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 from torch import Tensor, nn
 
+from vitcomposer.callbacks.throughput import as_evaluation
 from vitcomposer.data.augment.transforms import EvalTransform
 from vitcomposer.data.collate import EvalCollate
 from vitcomposer.data.evaluation import ChosenSamples, Statistics, choose_samples
@@ -65,7 +66,11 @@ class AttentionMonitor(Callback):
     def _measure(self, state: State, logger: Logger) -> None:
         self._measured_at = state.timestamp.batch.value
         # Not compiled: the hooks that look at a block take no part in a graph.
-        with get_precision_context(state.precision), torch.compiler.set_stance("force_eager"):
+        with (
+            as_evaluation(state),
+            get_precision_context(state.precision),
+            torch.compiler.set_stance("force_eager"),
+        ):
             layers = observe_attention(self.network, self._images, _measure_block)
         found = {}
         for layer, (distance, gate) in enumerate(layers, start=1):

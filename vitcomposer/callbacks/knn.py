@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from tqdm import tqdm
 
+from vitcomposer.callbacks.throughput import as_evaluation
 from vitcomposer.collectives import all_reduce
 from vitcomposer.data.labels import IGNORE_LABEL
 from vitcomposer.errors import require
@@ -81,7 +82,8 @@ class KNNMonitor(Callback):
 
     def _measure(self, state: State, logger: Logger) -> None:
         self._measured_at = state.timestamp.batch.value
-        found = self.measure(state)
+        with as_evaluation(state):
+            found = self.measure(state)
         self.top1 = best = max(value for name, value in found.items() if name.startswith("top1"))
         if dist.get_global_rank() == 0:
             each = ", ".join(f"k {k}: {100 * found[f'top1_k{k}']:.2f} %" for k in self.k)

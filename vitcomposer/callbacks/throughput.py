@@ -2,7 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ class Throughput(Callback):
         images, seconds, wait_seconds: Of all training steps after the warm-up; images count over all ranks.
         warmup_images, warmup_seconds: Of the steps left out above.
         flops, warmup_flops: Of the images of both; 0 where they are unknown.
-        evaluation_seconds, saving_seconds: Of the whole run; ``Checkpoints`` adds to the latter.
+        evaluation_seconds, saving_seconds: Of the whole run; callbacks that measure the network add to the former by
+            :func:`as_evaluation`, ``Checkpoints`` to the latter.
     """
 
     def __init__(
@@ -212,3 +214,14 @@ class Throughput(Callback):
         self.evaluation_seconds = state.get("evaluation_seconds", 0.0)  # which older checkpoints lack
         self.saving_seconds = state.get("saving_seconds", 0.0)
         self._peak_memory_before = state["peak_memory_bytes"]
+
+
+@contextmanager
+def as_evaluation(state: State) -> Iterator[None]:
+    """Within it the time of a callback between two steps is that of evaluation, in a run that is measured."""
+    began = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    for callback in state.callbacks:
+        if isinstance(callback, Throughput):
+            callback.evaluation_seconds += seconds
