@@ -19,6 +19,7 @@ from tests.faults.conftest import Tell
 from tests.faults.object_store import BUCKET, SECRET, Proxy, free_ports
 from vitcomposer.callbacks import mirror
 from vitcomposer.errors import ConfigError
+from vitcomposer.runs.checkpoints import keep_as_best
 from vitcomposer.runs.layout import REMOTE_POINTER
 from vitcomposer.runs.remote import RunStore
 from vitcomposer.stores.objects import open_store
@@ -66,7 +67,7 @@ def files(folder: Path) -> dict[str, bytes]:
     """What of a run folder belongs on the store: its finished files."""
     found = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
-    return {name: content for name, content in names.items() if not name.startswith((".", "best/"))}
+    return {name: content for name, content in names.items() if not name.startswith(".")}
 
 
 def is_copy(kept: dict[str, bytes], folder: dict[str, bytes]) -> bool:
@@ -115,6 +116,8 @@ def test_run_goes_on_from_its_store_on_another_machine(
     assert train(tmp_path / "second", "run", remote) == 0
     seconds = time.monotonic() - began
     assert same(weights(tmp_path / "second/run"), weights(tmp_path / "unbroken/run"))
+    best = [next((tmp_path / name / "run/best").iterdir()) for name in ("unbroken", "second")]
+    assert len({path.name.partition("-")[2] for path in best}) == 1, "of the same step"
     steps = [json.loads(line)["step"] for line in (tmp_path / "second/run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
     kept = stored("runs/run")
@@ -202,6 +205,31 @@ def test_store_keeps_what_the_folder_keeps(bucket: str, tmp_path: Path) -> None:
     RunStore(f"{bucket}/unit", folder, keep=2).sync()
     assert "summary.json" not in stored("unit/kept"), "it would say that the run is finished"
     assert store.behind() == []
+
+
+def test_best_checkpoint_is_on_the_store_and_comes_back(
+    bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, remote = tmp_path / "good", open_store(f"{bucket}/unit/good")
+    store = RunStore(f"{bucket}/unit", folder, keep=1)
+    for step in (2, 4):
+        fake_run(folder, step)
+        keep_as_best(folder / f"checkpoints/ep0-ba{step}-rank0.pt", folder / "best")
+        store.sync()
+    fake_run(folder, 6)
+    store.sync()
+    content = (folder / "best/ep0-ba4-rank0.pt").read_bytes()
+    assert store.sync() == 0 and store.behind() == []
+    kept = {"checkpoints/ep0-ba6-rank0.pt", "best/ep0-ba4-rank0.pt", REMOTE_POINTER}
+    assert stored("unit/good").keys() == kept and remote.read("best/ep0-ba4-rank0.pt") == content
+    shutil.rmtree(folder)
+    again = RunStore(f"{bucket}/unit", folder, keep=1)
+    assert again.fetch(None) is not None and (folder / "best/ep0-ba4-rank0.pt").read_bytes() == content
+    assert again.sync() == 0, "what came is not sent back"
+    remote.write("best/ep0-ba4-rank0.pt", b"torn")
+    came = RunStore(f"{bucket}/unit", tmp_path / "elsewhere/good", keep=1).fetch(None)
+    assert came is not None and not (tmp_path / "elsewhere/good/best/ep0-ba4-rank0.pt").exists()
+    assert "best/ep0-ba4-rank0.pt is not whole: 4 bytes" in caplog.text
 
 
 def test_checkpoint_that_is_damaged_on_the_store_is_passed_over(

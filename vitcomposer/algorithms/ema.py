@@ -102,12 +102,9 @@ class EvaluationEMA(EMA):
             return
         tenth = 1 - 10 * self.update_interval.value / run
         better = f"{{smoothing: {tenth:.4g}, update_interval: {self.update_interval.to_timestring()}}}"
+        remedy = f"Set algorithms.EMA={better}." if tenth > 0 else "Leave it out."
         log.warning(
-            "algorithms.EMA looks back over %s, more than a third of the %s of this run: at its end the average will "
-            "still hold much of where it began. %s",
-            self.window,
-            f"{run:,.0f}",
-            f"Over a tenth: algorithms.EMA={better}." if tenth > 0 else "Leave it out of so short a run.",
+            "algorithms.EMA averages %s of %s: too long, it lags behind. %s", self.window, f"{run:,.0f}", remedy
         )
 
     def _start_anew(self, model: nn.Module, state: State) -> None:

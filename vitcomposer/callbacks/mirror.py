@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from composer.core import Callback, State
@@ -34,7 +35,7 @@ class MirrorRun(Callback):
     def __init__(self, store: RunStore | None) -> None:
         """``store`` is None on the ranks that have nothing to send."""
         self._store = store
-        self._latest: str | None = None
+        self._latest: list[str] | None = None
         self._thread: threading.Thread | None = None
         self._wake, self._ending = threading.Event(), threading.Event()
 
@@ -64,13 +65,15 @@ class MirrorRun(Callback):
             self._thread = None
 
     def _look(self) -> None:
-        """Wake the thread when there is another checkpoint; a few microseconds."""
+        """Wake the thread when another checkpoint is the newest or the best; some microseconds."""
         if self._store is None:
             return
         try:
-            latest = os.readlink(self._store.folder / layout.LATEST_CHECKPOINT)
+            latest = [os.readlink(self._store.folder / layout.LATEST_CHECKPOINT)]
         except OSError:
             return
+        with suppress(OSError):  # none was kept yet
+            latest += os.listdir(self._store.folder / layout.BEST)
         if latest != self._latest:
             self._latest = latest
             self._wake.set()

@@ -35,6 +35,8 @@ DOWNLOADED = ".part"  # ends the name of what has not arrived here
 _LAST = (layout.SUMMARY, layout.REPORT)  # they say that a run is finished: never beside an older checkpoint
 _FOLDER = f"{layout.CHECKPOINTS}/"
 _CHECKPOINT = re.compile(re.escape(_FOLDER) + layout.CHECKPOINT.pattern)
+_BEST_FOLDER = f"{layout.BEST}/"
+_BEST = re.compile(re.escape(_BEST_FOLDER) + layout.CHECKPOINT.pattern)
 _PASSING = (DOWNLOADED, PARTIAL, ".tmp", ".lock")
 _ATTEMPTS = 3
 # Bounded, since boto3's own time-outs and retries add up to minutes without a word.
@@ -53,6 +55,14 @@ class Whole:
     name: str  # in the run folder
     bytes: int
     xxh64: str
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """What ``layout.REMOTE_POINTER`` names: the checkpoints that have arrived, newest first, and the best one."""
+
+    checkpoints: list[Whole]
+    best: Whole | None = None
 
 
 class RunStore:
@@ -104,8 +114,9 @@ class RunStore:
             ConfigError: The store cannot be read, or no checkpoint on it is whole.
         """
         with self._explained():
-            known = self._read_pointer()
-            if not known or (here is not None and _place(f"{_FOLDER}{here}") >= _place(known[0].name)):
+            pointer = self._read_pointer()
+            known = pointer.checkpoints
+            if not known or (here is not None and _place(here) >= _place(known[0].name)):
                 return None
             if here is not None:
                 aside = self.folder.with_name(f"{self.folder.name}.older-{int(time.time())}")
@@ -113,9 +124,11 @@ class RunStore:
                 log.warning("%s is further than %s, which is now %s.", self.uri, self.folder, aside)
             names = self._names()
             for name in names:
-                if not name.startswith(_FOLDER):
+                if not name.startswith((_FOLDER, _BEST_FOLDER)):
                     self._download(name)
-            return self._fetch_checkpoint(known)
+            came = self._fetch_checkpoint(known)
+            self._fetch_best(pointer.best)
+            return came
 
     def behind(self) -> list[str]:
         """Files that are not on the store as they are here."""
@@ -128,13 +141,13 @@ class RunStore:
             Exception: Whatever the store raises; what went up before is remembered.
         """
         files = self._files()
-        for name in [name for name in self._sent if name not in files and not _CHECKPOINT.fullmatch(name)]:
+        for name in [name for name in self._sent if name not in files and not _is_checkpoint(name)]:
             self._delete(name)
             self._remember(name, None)
         changed = [name for name in self.behind() if name in files]
-        checkpoints = [name for name in changed if _CHECKPOINT.fullmatch(name)]
+        checkpoints = [name for name in changed if _is_checkpoint(name)]
         others = [name for name in changed if name not in checkpoints]
-        for name in checkpoints:
+        for name in checkpoints:  # the newest, with which the run goes on, before the best
             self._send_checkpoint(name, files[name])
         for name in sorted(others, key=lambda name: name in _LAST):
             self._upload(name, self.folder / name)
@@ -142,55 +155,65 @@ class RunStore:
         return len(changed)
 
     def _files(self) -> dict[str, list[int]]:
-        """Size and time of the newest checkpoint, then of all other finished files."""
+        """Size and time of the newest checkpoint, of the best one, then of all other finished files."""
         found: dict[str, list[int]] = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-            twice = name.startswith(f"{layout.BEST}/")  # a checkpoint by another name, with which no run goes on
-            if hidden or twice or path.suffix in _PASSING or path.is_symlink() or not path.is_file():
+            if hidden or path.suffix in _PASSING or path.is_symlink() or not path.is_file():
                 continue
             with contextlib.suppress(FileNotFoundError):  # gone since
                 status = path.stat()
                 found[name] = [status.st_size, status.st_mtime_ns]
-        newest = sorted((name for name in found if _CHECKPOINT.fullmatch(name)), key=_place)[-1:]
-        others = [name for name in found if not name.startswith(_FOLDER)]
+        kinds = ([name for name in found if kind.fullmatch(name)] for kind in (_CHECKPOINT, _BEST))
+        newest = [max(names, key=_place) for names in kinds if names]  # a kill may leave two that were the best
+        others = [name for name in found if not name.startswith((_FOLDER, _BEST_FOLDER))]
         return {name: found[name] for name in [*newest, *others]}
 
     def _send_checkpoint(self, name: str, version: list[int]) -> None:
+        arrived = self._send_held(name, version)
+        if arrived is None:
+            return
+        pointer = self._read_pointer()
+        if _BEST.fullmatch(name):
+            self._write_pointer(_Pointer(pointer.checkpoints, arrived))
+            kept, stored = [arrived], self._names(f"{_BEST_FOLDER}ep")
+        else:
+            older = [one for one in pointer.checkpoints if _place(one.name) < _place(name)]
+            kept, stored = [arrived, *older][: self._keep], self._names(f"{_FOLDER}ep")
+            self._write_pointer(_Pointer(kept, pointer.best))
+        self._remember(name, version)
+        for old in set(stored) - {one.name for one in kept}:
+            self._delete(old)
+            self._remember(old, None)
+
+    def _send_held(self, name: str, version: list[int]) -> Whole | None:
+        """Send a checkpoint; None where the run has deleted it, since there is another one."""
         held = self.folder / layout.REMOTE_HELD / Path(name).name
         held.parent.mkdir(exist_ok=True)
         held.unlink(missing_ok=True)
         try:
             os.link(self.folder / name, held)  # the run may delete it meanwhile
-        except FileNotFoundError:  # it has, and there is a newer one
-            return
+        except FileNotFoundError:
+            return None
         except OSError:  # a disk without links
             held = self.folder / name
         try:
             arrived = Whole(name, version[0], _hash(held))
             self._upload(name, held)
+            return arrived
         finally:
             if held.parent.name == layout.REMOTE_HELD:
                 held.unlink(missing_ok=True)
-        older = [one for one in self._read_pointer() if _place(one.name) < _place(name)]
-        kept = [arrived, *older][: self._keep]
-        self._write_pointer(kept)
-        self._remember(name, version)
-        names = {one.name for one in kept}
-        for old in self._names(f"{_FOLDER}ep"):
-            if old not in names:
-                self._delete(old)
-                self._remember(old, None)
 
-    def _write_pointer(self, whole: list[Whole]) -> None:
+    def _write_pointer(self, pointer: _Pointer) -> None:
         path = self.folder / layout.REMOTE_HELD / Path(layout.REMOTE_POINTER).name
-        path.write_text(json.dumps({"checkpoints": [asdict(one) for one in whole]}, indent=2) + "\n")
+        path.write_text(json.dumps(asdict(pointer), indent=2) + "\n")
         self._upload(layout.REMOTE_POINTER, path)
         path.unlink()
 
-    def _read_pointer(self) -> list[Whole]:
-        """Newest first; none where the run has not got so far."""
+    def _read_pointer(self) -> _Pointer:
+        """Empty where the run has not got so far."""
         place = self.folder / layout.REMOTE_HELD / Path(layout.REMOTE_POINTER).name
         try:
             self._store.download_object(self._key(layout.REMOTE_POINTER), place, overwrite=True)
@@ -198,10 +221,11 @@ class RunStore:
             # Composer calls a refusal (403) that too, while listing tells the difference.
             if layout.REMOTE_POINTER in self._names(_FOLDER):
                 raise PermissionError(f"{layout.REMOTE_POINTER} is there and may not be read") from None
-            return []
-        found = json.loads(place.read_text())["checkpoints"]
+            return _Pointer([])
+        found = json.loads(place.read_text())
         place.unlink()
-        return [Whole(**one) for one in found]
+        best = found.get("best")  # which earlier versions did not send
+        return _Pointer([Whole(**one) for one in found["checkpoints"]], Whole(**best) if best else None)
 
     def _fetch_checkpoint(self, known: list[Whole]) -> Path:
         faults = []
@@ -219,6 +243,14 @@ class RunStore:
             latest.symlink_to(path.name)
             return path
         raise ValueError(f"no checkpoint on it is whole ({'; '.join(faults)})")
+
+    def _fetch_best(self, best: Whole | None) -> None:
+        if best is None or not _BEST.fullmatch(best.name):
+            return
+        try:
+            self._download(best.name, expected=best)
+        except (ValueError, FileNotFoundError) as error:  # the run goes on without it
+            log.warning("%s/%s is not whole: %s", self.uri, best.name, error)
 
     def _download(self, name: str, expected: Whole | None = None) -> Path:
         path = self.folder / name
@@ -293,9 +325,13 @@ def restore_remote(uri: str, folder: Path, *, keep: int, here: str | None) -> No
         print(f"{folder}: {came.name} came from {store.uri}.")
 
 
+def _is_checkpoint(name: str) -> bool:
+    return any(kind.fullmatch(name) for kind in (_CHECKPOINT, _BEST))
+
+
 def _place(name: str) -> tuple[int, int]:
     """Step and epoch of a checkpoint: at the end of an epoch there may be two of one step."""
-    found = _CHECKPOINT.fullmatch(name)
+    found = layout.CHECKPOINT.fullmatch(PurePosixPath(name).name)
     return (int(found[2]), int(found[1])) if found else (-1, -1)
 
 
