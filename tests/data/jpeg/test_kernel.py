@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,16 +48,17 @@ def write(data: Path, added: int) -> None:
     (data / "inner_kernels.py").write_text(source)
 
 
-def start(clone: Path, cache: Path, code: str = CALL) -> subprocess.Popen:
+def start(clone: Path, cache: Path, code: str = CALL, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(clone)}
     environment.pop("NUMBA_CACHE_DIR", None)
+    environment |= variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code], cwd=clone, env=environment, **pipes)
 
 
-def call(clone: Path, cache: Path) -> tuple[str, bool]:
+def call(clone: Path, cache: Path, **variables: str) -> tuple[str, bool]:
     """What the kernel gives, and whether it was compiled for that, as a line on stderr says."""
-    out, said = start(clone, cache).communicate(timeout=100)
+    out, said = start(clone, cache, **variables).communicate(timeout=100)
     assert said == "" or re.fullmatch(r"compiling image kernels, about 10 s of a core, once\n", said), said
     return out.strip(), said != ""
 
@@ -96,6 +98,31 @@ def test_many_processes_at_once_leave_one_whole_file(clone: Callable[..., Path],
     assert [process.communicate(timeout=100)[0].strip() for process in running] == ["20"] * 4
     assert len(list((tmp_path / "cache").rglob("*.nbc*"))) == 1, "and nothing half written"
     assert call(clones[0], tmp_path / "cache") == ("20", False)
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "NUMBA_CACHE_DIR"])
+def test_what_was_not_used_for_90_days_goes_when_something_is_compiled(
+    clone: Callable[..., Path], tmp_path: Path, variable: str
+) -> None:
+    one, cache = clone("one"), tmp_path / "cache"
+    environment = {variable: str(cache)}
+    assert call(one, cache, **environment)[1]
+    (used,) = cache.rglob("*.nbc")
+    folder, now, day = used.parent, time.time(), 24 * 3600
+    digest = folder.name[-16:]
+    others = {days: folder.with_name(folder.name.replace(digest, f"{days:016x}")) for days in (89, 91)}
+    for days, other in others.items():
+        other.mkdir()
+        (other / "old.nbc").touch()
+        os.utime(other, (now - days * day,) * 2)
+    os.utime(folder, (now - 100 * day,) * 2)
+    (cache / "a" / "stranger").mkdir(parents=True)
+    os.utime(cache / "a", (now - 100 * day,) * 2)
+    assert call(one, cache, **environment) == ("20", False) and all(other.exists() for other in others.values())
+    assert folder.stat().st_mtime > now - day, "a start that only reads is a use"
+    write(one / "vitcomposer/data", 4)
+    assert call(one, cache, **environment) == ("50", True)
+    assert used.exists() and others[89].exists() and not others[91].exists() and (cache / "a" / "stranger").exists()
 
 
 def test_python_calls_no_part() -> None:

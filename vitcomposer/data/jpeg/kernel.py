@@ -4,16 +4,19 @@ numba's own cache goes by the path of the called function's file: another clone 
 change in a file that it calls into would go unnoticed. Here a kernel's file lies in a folder of the user whose name is
 a hash of every source with kernels, those of ``data.augment`` too, and of the versions of numba, LLVM and NumPy. Its
 name is a hash of argument types and processor, so that processes which compile the same thing at once write the same
-file. All that is used of numba's private side is in ``_Disk``.
+file. A folder that no process has used for ``_KEPT_DAYS`` goes when something is compiled. All that is used of numba's
+private side is in ``_Disk``.
 """
 
 import hashlib
 import os
 import pickle
 import platform
+import shutil
 import stat
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +32,7 @@ from numba.core import caching, compiler, config, serialize
 _CONFIG: Any = config  # its attributes come from the environment
 _MARKS = (b"\n@kernel\n", b"\n@part\n")
 _EXPECTED = "about 10 s of a core"
+_KEPT_DAYS = 90
 
 _said = False
 
@@ -84,6 +88,7 @@ class _Disk(caching._Cache):
         try:
             partial.write_bytes(serialize.dumps(data._reduce()))
             partial.replace(file)
+            _remove_unused(self._folder)
         except OSError:  # a full disk: the next start compiles again
             with suppress(OSError):
                 partial.unlink()
@@ -117,6 +122,23 @@ def _announce() -> None:
 
 
 @cache
+def _remove_unused(folder: Path) -> None:
+    """Delete what other versions compiled and none has used for long; once in a process."""
+    oldest = time.time() - _KEPT_DAYS * 24 * 3600
+    for other in folder.parent.glob(folder.name.replace(_digest(), "?" * len(_digest()))):
+        found = other.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_mtime < oldest:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _used(folder: Path) -> str:
+    """Note in the time of a folder that it is used."""
+    with suppress(OSError):
+        os.utime(folder)
+    return str(folder)
+
+
+@cache
 def _place() -> _Place:
     """Where the compiled code lies: only where a folder is this user's alone, since what is found there is unpickled.
 
@@ -127,7 +149,7 @@ def _place() -> _Place:
         folder = Path(_CONFIG.CACHE_DIR) / f"vitcomposer-kernels-{digest}"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            return _Place(str(folder))
+            return _Place(_used(folder))
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = f"vitcomposer-kernels-{os.getuid()}"
     why = ""
@@ -136,13 +158,14 @@ def _place() -> _Place:
             parent.mkdir(parents=True, exist_ok=True)
             if all(_is_private(folder) for folder in (parent / own, parent / own / digest)):
                 where = f"kept in {parent / own}, since {why}" if why else ""
-                return _Place(str(parent / own / digest), where)
+                return _Place(_used(parent / own / digest), where)
             why = why or f"{parent / own} is not a folder of this user alone"
         except OSError as error:  # a read-only home
             why = why or f"{parent} cannot be written: {error.strerror}"
     return _Place("", f"{why}, and neither can the temporary folder be used")
 
 
+@cache
 def _digest() -> str:
     """Of the sources and of what compiles them."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
