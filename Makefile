@@ -36,7 +36,7 @@ $(VENV)/installed: pyproject.toml setup.py $(LOCK)
 	@echo "setting up $(VENV) with $(PYTHON)"; head -1 $(LOCK)
 	@$(PYTHON) -m venv --clear $(VENV)
 	@sed -n '/^uv==/,/[^\\]$$/p' $(LOCK) > $(VENV)/uv.txt && $(BIN)/python -m pip install $(PIP) --require-hashes -r $(VENV)/uv.txt
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --only-binary :all: --no-deps -r $(LOCK)
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --only-binary :all: --no-deps --compile-bytecode -r $(LOCK)
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
