@@ -162,6 +162,7 @@ def test_nothing_of_what_composer_patches_is_imported() -> None:
 
 FROM_INSIDE: dict[str, str | None] = {
     "composer.algorithms.sam.SAMOptimizer": None,
+    "composer.cli.launcher.main": "()",
     "streaming.base.constant.BARRIER_FILELOCK": None,
     "streaming.base.constant.CACHE_FILELOCK": None,
     "streaming.base.constant.LOCALS": None,

@@ -3,13 +3,16 @@
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from vitcomposer import cli, config, train
+from vitcomposer.commands.start import launcher
 from vitcomposer.commands.start import train as command
 from vitcomposer.errors import ConfigError
 from vitcomposer.runs import devices, typed
@@ -92,8 +95,8 @@ def test_several_processes_are_those_of_composers_launcher(
     with pytest.raises(Replaced):
         cli.main(["train", "deit_s", *words, *SYNTHETIC])
     ((arguments, environment),) = launched
-    ranks = ["-m", "composer.cli", "-n", str(processes), "-m", "vitcomposer.train", "deit_s", *SYNTHETIC]
-    assert arguments == ranks
+    ranks = ["-n", str(processes), "-m", "vitcomposer.train", "deit_s", *SYNTHETIC]
+    assert arguments == ["-m", launcher.__name__, *ranks]
     assert capsys.readouterr().err == f"deit_s: starting {processes} processes ...\n"
     monkeypatch.setenv(typed.TYPED_COMMAND, environment[typed.TYPED_COMMAND])
     assert shlex.split(typed.typed_command()) == ["vitcomposer", "train", "deit_s", *words, *SYNTHETIC]
@@ -190,3 +193,60 @@ def test_every_yaml_leaves_the_precision_to_the_device() -> None:
 
     found = {page.stem: config.load(page).precision for page in YAMLS.glob("*.yaml")}
     assert len(found) > 30 and set(found.values()) == {"auto"}
+
+
+SCRIPT = """
+import os, signal, sys, time
+rank, how = int(os.environ["RANK"]), sys.argv[1]
+print("word of the first" if rank == 0 else "word of another")
+if how == "another says it" and rank == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "another says it":
+    print("[rank1]:[W1130 TCPStore.cpp:106] sendBytes failed", file=sys.stderr)
+    print("frame #0: c10::Error", file=sys.stderr)
+    sys.exit("error: rank 0 ended without a word")
+if how == "none says it":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "ctrl-c":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130 if rank == 0 else 0))
+    print("ready", rank, file=sys.stderr)
+    time.sleep(60 if rank == 0 else 0)
+    if rank == 1:
+        time.sleep(1)
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "out", "err"),
+    [
+        pytest.param("good", 0, ["word of the first"], [], marks=pytest.mark.slow),
+        (
+            "another says it",
+            247,
+            ["word of the first"],
+            ["rank 1 (exit code 1):", "word of another", "error: rank 0 ended without a word"],
+        ),
+        pytest.param(
+            "none says it",
+            247,
+            ["word of the first"],
+            [
+                "error: A process was ended by SIGKILL, perhaps for want of memory (see dmesg). "
+                "Start the same command again: it goes on from the last checkpoint."
+            ],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("ctrl-c", 130, ["word of the first"], ["ready 0"], marks=pytest.mark.slow),
+    ],
+)
+def test_launcher_says_only_what_its_processes_do_not(
+    how: str, status: int, out: list[str], err: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", launcher.__name__, "-n", "2", str(tmp_path / "script.py"), how]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert (done.stdout.splitlines(), done.stderr.splitlines()) == (out, err)

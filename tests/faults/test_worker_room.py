@@ -1,11 +1,14 @@
 """What loader workers need of a machine is looked at before the first batch, and what ends one is told truly."""
 
 import errno
+import os
 import resource
 import types
+import warnings
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 from tests.conftest import Tell
 from vitcomposer import config
@@ -64,6 +67,20 @@ def test_too_few_open_files_are_refused(limits: types.SimpleNamespace, tell: Tel
     ) as error:
         start.check_worker_room("data.num_workers", 1)
     tell("ulimit -n 64", f"error: {error.value}", 0.0)
+
+
+def test_more_workers_than_cores_are_one_line_in_place_of_pytorchs(
+    limits: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start._compare_with_cores.cache_clear()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for workers in (2, 3, 3):
+        start.check_worker_room("data.num_workers", workers)
+    line = "data.num_workers is 3, more than the cores of this machine (2): try data.num_workers=2."
+    assert caplog.messages == [line]
+    with warnings.catch_warnings(record=True) as seen:
+        DataLoader([0], num_workers=3)
+    assert seen == []
 
 
 def bus_error() -> RuntimeError:

@@ -71,6 +71,7 @@ def _launch(yaml: str, overrides: list[str], processes: int) -> int:
     check_ranks(cfg, processes, processes)
     if cfg.run.output == "text":
         print(f"{cfg.run.name}: starting {processes} processes ...", file=sys.stderr, flush=True)
-    launcher = [sys.executable, "-m", "composer.cli", "-n", str(processes), "-m", "vitcomposer.train"]
+    launcher = [sys.executable, "-m", "vitcomposer.commands.start.launcher", "-n", str(processes)]
+    launcher += ["-m", "vitcomposer.train"]
     environment = {**os.environ, TYPED_COMMAND: shlex.join(["vitcomposer", *sys.argv[1:]])}
     os.execve(sys.executable, [*launcher, yaml, *overrides], environment)

@@ -1,10 +1,15 @@
 """Checks that a machine has room for loader workers: open files, and shared memory for the batches on their way."""
 
+import logging
 import os
 import resource
+import warnings
+from functools import cache
 from pathlib import Path
 
 from vitcomposer.errors import require
+
+log = logging.getLogger(__name__)
 
 MEMORY = Path("/dev/shm")  # Linux: where blocks of shared memory can be listed
 
@@ -28,6 +33,7 @@ def check_worker_room(key: str, workers: int, *, prefetch_factor: int = 2, batch
         ConfigError: Streaming's own blocks, or the batches that wait for the model, are larger than what is free; the
             hard limit of open files is too low.
     """
+    _compare_with_cores(key, workers)
     _allow_open_files(files_needed(workers))
     if not MEMORY.is_dir():
         return
@@ -40,6 +46,15 @@ def check_worker_room(key: str, workers: int, *, prefetch_factor: int = 2, batch
     rule = f"at most {fit}: {MEMORY} has {free / 1e6:,.0f} MB free, and a worker needs {each / 1e6:,.0f} MB for batches"
     rule += f" (of {ranks} ranks)" if ranks > 1 else ""
     require(workers <= fit, key, rule, workers, f"{enlarge}, or set {key}={fit}.")
+
+
+@cache
+def _compare_with_cores(key: str, workers: int) -> None:
+    """Say in a line, once, what each DataLoader of PyTorch says in five."""
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    cores = len(os.sched_getaffinity(0))
+    if workers > cores and os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning("%s is %d, more than the cores of this machine (%d): try %s=%d.", key, workers, cores, key, cores)
 
 
 def files_needed(workers: int) -> int:
