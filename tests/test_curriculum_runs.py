@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import run_train, tiny_photo_overrides
+from tests.conftest import error_of, run_train, tiny_photo_overrides
 from tests.launch.test_launch import BIN, DEIT, launch
 from tests.test_curriculum import SHARES, SIZES
 from tests.training.test_train import losses, weights
+from vitcomposer.cli import main
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.models import build_model
 from vitcomposer.optim import cosine_with_warmup
+from vitcomposer.runs.identity import read_identity, write_identity
 
 # Runs
 
@@ -99,6 +101,59 @@ def test_a_resumed_run_with_epochs_of_another_length_is_refused(unbroken, tmp_pa
     (tmp_path / "run/identity.json").unlink()  # as in a run of an older version
     with pytest.raises(ValueError, match="data must give .* 6 steps before epoch 1, got 5 steps an epoch"):
         run_train(synthetic(tmp_path, BLOCK, "max_duration=3ep", "data.synthetic_samples=80"))
+
+
+@pytest.fixture(scope="module")
+def small_mds(photo_folder, tmp_path_factory) -> Path:
+    """With images of a shorter side of 40 pixels beside those of 80 to 140: for views of at most 24."""
+    out = tmp_path_factory.mktemp("small") / "mds"
+    assert main(["convert", "folder", str(photo_folder), str(out), "--workers", "1", "--raw-below", "40"]) == 0
+    return out
+
+
+TWO = "algorithms.Curriculum={image_sizes: [24, 48], compute: [0.2, 0.8]}"
+
+
+def staged(mds: Path, folder: Path, *overrides: str) -> list[str]:
+    return [DEIT, *tiny_photo_overrides(mds, folder, "run"), *RUN, TWO, "max_duration=8ba", *overrides]
+
+
+def test_a_stage_reads_the_small_column_and_resumes_bitwise_over_its_end(small_mds, tmp_path, capsys):
+    assert run_train(staged(small_mds, tmp_path / "a")) == 0
+    unbroken = tmp_path / "a/run"
+    said = "crops are cut from image_small (shorter side 40) at 24 px, where "
+    assert said in (printed := capsys.readouterr().out) and "% are enlarged; from image at 48 px" in printed
+    boundary = [row["curriculum/image_size"] for row in lines(unbroken)].index(48)
+    assert 1 < boundary < 7
+    assert json.loads((unbroken / "identity.json").read_text())["images"]["train"]["image_small"] == 24
+    for step in (boundary - 1, boundary):  # the one before reads two columns after the resume
+        shutil.copytree(unbroken, tmp_path / f"b{step}/run")
+        again = tmp_path / f"b{step}/run"
+        (again / "summary.json").unlink()
+        (again / "checkpoints/latest-rank0.pt").unlink()
+        (checkpoint,) = (again / "checkpoints").glob(f"ep*-ba{step}-rank0.pt")
+        (again / "checkpoints/latest-rank0.pt").symlink_to(checkpoint.name)
+        assert run_train(staged(small_mds, tmp_path / f"b{step}", "data.num_workers=2")) == 0
+        assert losses(again) == losses(unbroken)
+        theirs = weights(unbroken)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(again).items())
+    capsys.readouterr()
+    # Without the column the first stage sees other pixels.
+    assert run_train(staged(small_mds, tmp_path / "c", "augment.low_resolution_stages=false")) == 0
+    assert losses(tmp_path / "c/run")[0] != losses(unbroken)[0]
+    assert "image_small" not in capsys.readouterr().out
+
+
+def test_a_run_that_began_with_another_rule_for_the_column_is_refused(small_mds, tmp_path, capsys):
+    assert run_train(staged(small_mds, tmp_path)) == 0
+    path = tmp_path / "run/identity.json"
+    content = read_identity(tmp_path / "run")
+    assert content is not None
+    content["images"]["train"]["image_small"] = 20
+    write_identity(path.parent, content)
+    assert run_train(staged(small_mds, tmp_path, "max_duration=9ba")) == 2
+    error = error_of(capsys.readouterr().err)
+    assert "augment.low_resolution_stages" in error and "20 pixels cut from image_small, got" in error
 
 
 def test_bad_curriculum_stops_train_before_the_first_batch(tmp_path, capsys):

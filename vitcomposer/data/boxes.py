@@ -34,6 +34,15 @@ def random_resized_box(
     return _centre_within_ratio(height, width, ratio)
 
 
+def enlarged_share(
+    size: int, shorter_side: int, scale: tuple[float, float], ratio: tuple[float, float], draws: int = 2000
+) -> float:
+    """Share of drawn boxes with fewer pixels than a view of ``size`` pixels a side, of a photograph of 4:3."""
+    rng = random.Random(0)
+    boxes = [random_resized_box(rng, shorter_side, shorter_side * 4 // 3, scale, ratio) for _ in range(draws)]
+    return sum(height * width < size**2 for _, _, height, width in boxes) / draws
+
+
 def _centre_within_ratio(height: int, width: int, ratio: tuple[float, float]) -> Box:
     """The largest centred box whose aspect is in ``ratio``; a strip of one pixel keeps at least one."""
     box_height, box_width = height, width

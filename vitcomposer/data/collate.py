@@ -37,6 +37,7 @@ from vitcomposer.data.batch_memory import empty_batch
 from vitcomposer.data.boxes import Box, centre_box, random_erasing_box, random_resized_box, shape_with_shorter_side
 from vitcomposer.data.jpeg.decode import Interpolation, decode_rgb, read_size, resize_into
 from vitcomposer.data.labels import IGNORE_LABEL
+from vitcomposer.data.mds.small_column import LOW_RESOLUTION_COLUMN
 from vitcomposer.data.random import _MIXING, random_key, view_seed
 from vitcomposer.schema import Augment, Mixing
 
@@ -69,6 +70,8 @@ class TrainCollate:
     Attributes:
         view: From the step of a batch to its image size and the factor on RandAugment's magnitude; None leaves them at
             ``image_size`` and 1. To be set before the loader starts its workers.
+        largest_small: Pixels of the largest views that are cut from ``image_small`` of the samples and not from
+            ``image``; 0 cuts all from ``image``. To be set as ``view``.
 
     Raises:
         ConfigError: ``augment.rand_augment`` is no RandAugment string of timm.
@@ -92,6 +95,7 @@ class TrainCollate:
         self._mixing = mixing
         self._mixes = mixing.mixup_alpha > 0 or mixing.cutmix_alpha > 0
         self.view: Callable[[int], tuple[int, float]] | None = None
+        self.largest_small = 0
         self._made_for = (image_size, 1.0)  # of the batch before
         self._num_classes = num_classes
         self._seed = seed
@@ -111,8 +115,8 @@ class TrainCollate:
                 f"global_train_batch_size must give every device an even batch when mixing is on, got {len(samples)} "
                 "images. Mixup pairs images: use an even share per device, or set both alphas of mixing to 0."
             )
-        samples = list(samples)
         image_size = self._look_up(samples)
+        samples = self._with_column(samples)
         images = empty_batch(len(samples), image_size)  # uint8 (B, 3, S, S), channels last
         seeds: list[int] = []
         rngs: list[random.Random] = []
@@ -149,6 +153,12 @@ class TrainCollate:
                 self._made_for, self._policies = view, build_policies(self._augment, *view)
         return self._made_for[0]
 
+    def _with_column(self, samples: list[Sample]) -> list[Sample]:
+        """The samples, their ``image`` being what views of this batch's size are cut from."""
+        if self._made_for[0] > self.largest_small:
+            return list(samples)
+        return [{**sample, "image": sample[LOW_RESOLUTION_COLUMN]} for sample in samples]
+
     def _view_seed(self, sample: Sample) -> int:
         if self._views is not None:
             return self._views.seed(sample)
@@ -164,7 +174,7 @@ class TrainCollate:
             try:
                 return seeds, rngs, self._decode(samples[first]["image"], rngs, images[first:end])
             except ValueError as error:
-                samples[first:end] = replaced(self._source, samples[first:end], error)
+                samples[first:end] = self._with_column(replaced(self._source, samples[first:end], error))
             except Exception as error:
                 raise unexpected(self._source, samples[first], error) from error
 

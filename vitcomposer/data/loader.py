@@ -1,10 +1,10 @@
 """Builds the loader of images with labels that Composer's Trainer takes, from the blocks of a yaml."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from vitcomposer.data.augment.transforms import EvalTransform, TrainTransform
 from vitcomposer.data.batch import Batch, Sample, split_batch
+from vitcomposer.data.boxes import enlarged_share
 from vitcomposer.data.collate import EvalCollate, TrainCollate, Views
 from vitcomposer.data.jpeg import current_reading, set_reading
 from vitcomposer.data.jpeg import decode as jpeg
@@ -28,11 +29,12 @@ from vitcomposer.data.mds.shared_memory import (
     ignore_interrupt,
     one_start_at_a_time,
 )
+from vitcomposer.data.mds.small_column import largest_view, listed
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.synthetic import SyntheticImages
 from vitcomposer.errors import ConfigError, ShardError, require
-from vitcomposer.schema import Data, Probe, Supervised
+from vitcomposer.schema import Data, Distill, Probe, Supervised
 
 Split = Literal["train", "val"]
 
@@ -95,6 +97,7 @@ def build_dataspec(
             views=teacher,
             source=source_of(dataset),
         )
+        collate.largest_small = largest_view(_small_side(cfg, dataset) or 0)
         collate.warm_up()
         transform = TrainTransform(
             cfg.augment, cfg.mixing, num_classes=cfg.model.num_classes, keep_unmixed=keep_unmixed
@@ -160,6 +163,34 @@ def make_dataspec(
         split_batch=split_batch,
         get_num_samples_in_batch=_count_samples,
     )
+
+
+def _small_side(cfg: Supervised | Probe, dataset: ImageStream | SyntheticImages) -> int | None:
+    """Shorter side of the smaller images that early stages are cut from, where that is wanted and there are any."""
+    if isinstance(cfg, Distill) and cfg.cache is not None:  # its answers are to crops of the whole image
+        return None
+    return dataset.small_side if isinstance(dataset, ImageStream) and cfg.augment.low_resolution_stages else None
+
+
+def describe_columns(cfg: Supervised, train: DataSpec, sizes: Sequence[int]) -> str | None:
+    """What the stages' views are cut from, and how many are enlarged; None for a data set without ``image_small``.
+
+    Args:
+        sizes: Pixels of the views of each stage.
+    """
+    dataset: Any = cast(DataLoader, train.dataloader).dataset
+    side = _small_side(cfg, dataset)
+    if side is None:
+        return None
+    small = [size for size in sizes if size <= largest_view(side)]
+    large = [size for size in sizes if size not in small]
+    parts = [f"image at {listed(large)} px"] if large else []
+    if small:
+        augment = cfg.augment
+        enlarged = 100 * enlarged_share(small[-1], side, augment.crop_scale, augment.crop_ratio)
+        where = f"image_small (shorter side {side}) at {listed(small)} px"
+        parts.insert(0, f"{where}, where {enlarged:.0f} % are enlarged")
+    return f"crops are cut from {'; from '.join(parts)}"
 
 
 def set_view(train: DataSpec, view: Callable[[int], tuple[int, float]]) -> None:

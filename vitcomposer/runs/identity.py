@@ -62,6 +62,10 @@ def difference(before: Images, now: Images) -> tuple[str, str, str] | None:
     if None not in (before["index"], now["index"]) and before["index"] != now["index"]:
         was, is_now = (f"an index.json of sha256 {each['index'][:12]}" for each in (before, now))
         return "data.local", was, is_now
+    small = before.get("image_small"), now.get("image_small")
+    if None not in small and small[0] != small[1]:
+        was, is_now = (f"views of at most {size} pixels cut from image_small" for size in small)
+        return "augment.low_resolution_stages", was, is_now
     return None
 
 

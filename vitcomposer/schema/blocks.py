@@ -192,7 +192,8 @@ class Augment:
     random_erasing: float  # probability; pixel noise, 2 to 33 % of the area
     repeated_augmentation: int  # views of one image in a global batch; 1 is off
     shared_decodes: bool = False  # its views on one rank from one decode; DeiT's are on different ranks
-    low_resolution: bool = False  # crop from the column image_small (`vitcomposer convert --raw-below`)
+    low_resolution: bool = False  # crop from the column image_small (`vitcomposer convert --raw-below`) in all steps
+    low_resolution_stages: bool = True  # in the steps whose views it has the pixels for, 3/5 of its shorter side
     decode_scale: Literal["exact", "dct"] = "exact"  # dct: boxes of twice the image size at reduced scale, approximate
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

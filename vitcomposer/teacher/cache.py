@@ -41,7 +41,7 @@ VERSION = 1
 SPLIT, WEIGHTS = "data.train_split", "teacher.weights"  # known by the hash of a file
 
 # How often a sample's views come and whether they share a decode: the pixels of a view are the same.
-_NOT_PIXELS = ("repeated_augmentation", "shared_decodes")
+_NOT_PIXELS = ("repeated_augmentation", "shared_decodes", "low_resolution_stages")
 _ANOTHER = "or write a cache for this run with `vitcomposer cache-teacher`."
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from composer import Trainer
 from composer.core import DataSpec
+from composer.utils import dist
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,7 +15,7 @@ from vitcomposer.algorithms import build_algorithms, build_stage_algorithms
 from vitcomposer.callbacks import build_attention_monitor
 from vitcomposer.cost.flops import train_flops
 from vitcomposer.curriculum import Options, Plan, build_plan, check_network, split_options
-from vitcomposer.data.loader import build_dataspec, read_labels, set_view
+from vitcomposer.data.loader import build_dataspec, describe_columns, read_labels, set_view
 from vitcomposer.schema import Supervised
 from vitcomposer.tasks import ClassificationTask
 from vitcomposer.teacher.cache import CachedTeacher
@@ -67,6 +68,9 @@ def build_supervision(
         _adjust_logits(cfg, task, train)
     plan = _plan_stages(cfg, options, model, train, teacher_flops)
     set_view(train, plan.view)
+    columns = describe_columns(cfg, train, [stage.image_size for stage in plan.stages])
+    if columns and dist.get_global_rank() == 0:
+        print(columns, flush=True)
     val = build_dataspec(cfg, "val", seed=cfg.seed, device_batch_size=share.device_eval_batch_size)
     val_loader: Any = val.dataloader
     augment = cfg.augment

@@ -39,10 +39,10 @@ def mapped(root: Path, *, deleted: bool = False) -> list[str]:
 
 def test_an_image_is_a_read_only_slice_of_the_map(root):
     rows = reader(root)
-    found, label = rows.read(0, 3)
+    found, label, _ = rows.read(0, 3)
     assert (bytes(found), label) == (jpeg(3), 3)
     assert isinstance(found, memoryview) and found.readonly and found.format == "B"
-    again, _ = rows.read(0, 3)
+    again, *_ = rows.read(0, 3)
     assert np.frombuffer(again, np.uint8).ctypes.data == np.frombuffer(found, np.uint8).ctypes.data
     assert len(mapped(root)) == 1
 
@@ -63,7 +63,7 @@ def test_maps_hold_no_descriptors_and_are_bounded(root, monkeypatch):
 
 def test_a_sample_outlives_its_map_and_then_frees_the_disk(root):
     rows = reader(root)
-    found, _ = rows.read(2, 0)
+    found, *_ = rows.read(2, 0)
     expected = bytes(found)
     shard(root).unlink()
     rows.forget_changed()
@@ -142,7 +142,7 @@ def test_damaged_tables_and_heads_never_crash(root):
         rows.forget(np.ones(6, bool))
         for row in range(count):
             try:
-                found, _ = rows.read(0, row)
+                found, *_ = rows.read(0, row)
                 bytes(found)
             except ShardError:
                 errors += 1

@@ -61,7 +61,8 @@ def open_stream(root: Path, **options) -> ImageStream:
 
 def keep(samples: list) -> list:
     """Copies, since a view of a mapped file cannot be sent to another process."""
-    return [{**sample, "image": bytes(sample["image"])} for sample in samples]
+    views = ("image", "image_small")  # of a map, which no process can send
+    return [{key: bytes(v) if key in views and v is not None else v for key, v in s.items()} for s in samples]
 
 
 OPENED: list[DataLoader] = []

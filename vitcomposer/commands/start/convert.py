@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitcomposer.commands.arguments import add_reading, given_reading
+from vitcomposer.commands.start.convert_storing import add_storing, print_plan, read_needs, store_options
 from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
 
 if TYPE_CHECKING:
-    from vitcomposer.data.conversion.encode import StoreOptions
     from vitcomposer.data.conversion.sources import Source
 
 _LINE_EVERY = 5.0  # seconds
@@ -55,7 +54,7 @@ def _common() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="of the order and of held-out images (default: %(default)s)"
     )
     _add_details(common)
-    _add_storing(common.add_argument_group("how images are stored"))
+    add_storing(common.add_argument_group("how images are stored"))
     _add_parts(common.add_argument_group("more than one machine"))
     return common
 
@@ -117,29 +116,6 @@ def _add_details(parser: Any) -> None:
     parser.add_argument("--details", action="store_true", help="print formats, sizes and how images were stored too")
 
 
-def _add_storing(group: Any) -> None:
-    group.add_argument(
-        "--seekable",
-        action=argparse.BooleanOptionalAction,
-        help="rewrite JPEGs losslessly so that parts can be decoded alone (default: on for the split train, else off)",
-    )
-    help_text = "resize images whose shorter side is larger and store them as JPEG"
-    group.add_argument("--short-side", type=int, metavar="PIXELS", help=help_text)
-    group.add_argument("--quality", type=int, default=95, help="of resized images, 4:2:0 (default: %(default)s)")
-    help_text = "share of the images stored as raw pixels: about five times the bytes, no decoding"
-    group.add_argument("--raw-fraction", type=float, default=0.0, metavar="SHARE", help=help_text)
-    help_text = "add a column of raw pixels with this shorter side, for training stages at a low resolution"
-    group.add_argument("--raw-below", type=int, metavar="PIXELS", help=help_text)
-    help_text = (
-        "apply: turn images upright by their EXIF orientation (default of folder and list); keep: read them as they "
-        "are stored, as ImageNet's papers do (default of torchvision)"
-    )
-    group.add_argument("--exif", choices=("apply", "keep"), help=help_text)
-    add_reading(group)
-    help_text = "store PNG, CMYK and the like anew as JPEG of this quality (default: as they are)"
-    group.add_argument("--reencode", type=int, metavar="QUALITY", help=help_text)
-
-
 def _add_parts(group: Any) -> None:
     help_text = f"make part I of --parts, from 0, and merge later; auto takes I from {' or '.join(_PART_VARIABLES)}"
     group.add_argument("--part", metavar="I", help=help_text)
@@ -151,10 +127,13 @@ def _add_parts(group: Any) -> None:
 def _run_convert(args: argparse.Namespace) -> int:
     """Write images as MDS shards that StreamingDataset reads. Call again after a crash: finished shards are kept."""
     part = _part(args)
-    stored = _store_options(args)
+    needs = read_needs(args)
+    stored = store_options(args, needs)
     source = args.source(args)
     for line in source.warnings:
         print(line)
+    if needs is not None and not part:  # of many machines the first alone
+        print_plan(needs, source, stored)
     plan = {"shard_size": args.shard_size, "seed": args.seed, "stored": stored}
     left_out, summary = _convert(args, part, source, plan)
     if part is not None:
@@ -162,21 +141,6 @@ def _run_convert(args: argparse.Namespace) -> int:
         print(f"part {part} of {args.parts} is done{said}; after all: vitcomposer convert merge {args.out}")
     _print_summary(summary, args, source.held_out)
     return 0
-
-
-def _store_options(args: argparse.Namespace) -> "StoreOptions":
-    from vitcomposer.data.conversion.encode import StoreOptions
-
-    return StoreOptions(
-        seekable=args.seekable,
-        short_side=args.short_side,
-        quality=args.quality,
-        raw_fraction=args.raw_fraction,
-        raw_below=args.raw_below,
-        reencode=args.reencode,
-        exif=args.exif,
-        reading=given_reading(args),
-    )
 
 
 def _convert(

@@ -37,6 +37,7 @@ class StoreOptions:
         quality: Of these JPEGs.
         raw_fraction: Share of the images that are stored as raw pixels, in [0, 1].
         raw_below: Adds the column ``image_small``: raw pixels of the image with this shorter side, never enlarged.
+        small_quality: Stores that column as JPEG of this quality instead.
         reencode: JPEG quality at which other formats, CMYK and the like are stored anew; None keeps them as they are.
         exif: "apply" has images turned by their EXIF orientation, exactly: JPEGs get a mark and are turned by whoever
             decodes them, others are stored as PNG. "keep" leaves it to viewers, as ImageNet's papers do. None is what
@@ -58,6 +59,7 @@ class StoreOptions:
     exif: Exif | None = None
     reading: Reading = Reading()
     seed: int = 0
+    small_quality: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("short_side", "raw_below"):
@@ -66,10 +68,15 @@ class StoreOptions:
                 raise ValueError(
                     f"{_flag(name)} must be 1 pixel or more, got {value}. Leave it out to keep all pixels."
                 )
-        for name in ("quality", "reencode"):
+        for name in ("quality", "reencode", "small_quality"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 100:
                 raise ValueError(f"{_flag(name)} must be a JPEG quality from 1 to 100, got {value}. 95 is usual.")
+        if self.small_quality is not None and self.raw_below is None:
+            raise ValueError(
+                f"--small-quality must be left out without a column image_small, got {self.small_quality}. "
+                "Add --raw-below 160, or --for with a recipe that reads it."
+            )
         if not 0 <= self.raw_fraction <= 1:
             raise ValueError(
                 f"--raw-fraction must be in [0, 1], got {self.raw_fraction}. 0.5 stores every other one raw."
@@ -85,6 +92,8 @@ class StoreOptions:
         names = ("seekable", "short_side", "raw_fraction", "raw_below", "reencode")
         record: dict[str, Any] = {_flag(name): getattr(self, name) for name in names}
         record["--quality"] = self.quality if self.short_side else None
+        if self.small_quality is not None:
+            record["--small-quality"] = self.small_quality
         if self.exif == "apply":
             record["--exif"] = self.exif
         if self.reading.value_range is not None:
@@ -137,8 +146,17 @@ def store_image(data: bytes, options: StoreOptions, name: str = "") -> Stored:
         outcome = f"kept: {picture.scaling} when read"
     if picture.orientation != 1:
         outcome += f", {_TURNED}"
-    small = (raw_sample(shrink(picture.decode(), options.raw_below)),) if options.raw_below else ()
+    small = (_small(picture.decode(), options),) if options.raw_below else ()
     return Stored((image, *small), outcome, picture.format, *picture.size)
+
+
+def _small(image: Image.Image, options: StoreOptions) -> bytes:
+    """The column ``image_small`` of an image."""
+    smaller = shrink(image, options.raw_below)
+    if options.small_quality is None:
+        return raw_sample(smaller)
+    encoded = _encode(smaller, options.small_quality)
+    return _made_seekable(encoded) if options.seekable else encoded
 
 
 def raw_sample(image: Image.Image) -> bytes:

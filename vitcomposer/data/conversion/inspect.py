@@ -211,7 +211,7 @@ def _decoding_fault(columns: dict[str, tuple[str, bytes]]) -> str | None:
     from vitcomposer.data.jpeg.decode import decode_as_stored
     from vitcomposer.data.jpeg.raw import raw_sample
     from vitcomposer.data.jpeg.region import decodes_to
-    from vitcomposer.data.mds.reader import LOW_RESOLUTION_COLUMN
+    from vitcomposer.data.mds.small_column import LOW_RESOLUTION_COLUMN
     from vitcomposer.errors import ShardError
 
     for name, (encoding, value) in columns.items():

@@ -35,6 +35,7 @@ from vitcomposer.data.conversion.plan import Chunk, check_room, plan_split, read
 from vitcomposer.data.conversion.shard import parse_bytes
 from vitcomposer.data.conversion.sources import Source, check_same_classes
 from vitcomposer.data.mds.index import CLASS_NAMES
+from vitcomposer.data.mds.small_column import LOW_RESOLUTION_COLUMN
 from vitcomposer.stores.objects import LocalStore, Store, open_store
 
 Progress = Callable[[int, int], None]
@@ -224,8 +225,11 @@ def _finish_split(store: Store, class_names: list[str], split: str, markers: lis
     counts = {name: total["classes"][str(label)] for label, name in enumerate(class_names)}
     write_new(store, f"{split}/{CLASS_NAMES}", to_json(class_names))
     index = {"version": 2, "shards": shards}
-    if ((read_plan(store, split) or {}).get("stored") or {}).get("--exif") == "apply":
+    stored = (read_plan(store, split) or {}).get("stored") or {}
+    if stored.get("--exif") == "apply":
         index["exif"] = "apply"
+    if (side := stored.get("--raw-below")) is not None:
+        index[LOW_RESOLUTION_COLUMN] = side
     # laid out as MDSWriter does, without line breaks
     write_new(store, f"{split}/index.json", json.dumps(index, sort_keys=True).encode())
     return {

@@ -20,9 +20,9 @@ from streaming.base.format.mds.reader import MDSReader
 
 from vitcomposer.data.jpeg.raw import raw_sample
 from vitcomposer.data.mds.index import IMAGE_COLUMNS, IMAGE_ENCODINGS
+from vitcomposer.data.mds.small_column import LOW_RESOLUTION_COLUMN, read_small_side
 from vitcomposer.errors import ConfigError, ShardError
 
-LOW_RESOLUTION_COLUMN = "image_small"
 LABEL_COLUMNS = ("label", "y", "target")
 LABEL_FORMATS = {
     "int": "<q",
@@ -42,6 +42,14 @@ LABEL_FORMATS = {
 MAX_MAPS = 4096
 
 Image = bytes | memoryview
+
+
+class Row(NamedTuple):
+    """What is read of a sample; ``image_small`` where it is stored beside the image, see ``small_column``."""
+
+    image: Image
+    label: int
+    image_small: Image | None
 
 
 class FileMapping:
@@ -109,6 +117,8 @@ class _Columns:
         self.image = self._place(sizes, image[0])
         self.label = self._place(sizes, label[0])
         self.is_pil = encodings[image[0]] == "pil"
+        small = [i for i, column in enumerate(typed) if column == (LOW_RESOLUTION_COLUMN, "bytes")]
+        self.small = self._place(sizes, small[0]) if small else None
         code = LABEL_FORMATS[encodings[label[0]]]
         self.label_format = struct.Struct(code) if code else None
         if self.label_format and self.label[2] != self.label_format.size:
@@ -142,12 +152,14 @@ class RowReader:
         if len(columns) != 1:
             raise ConfigError(f"{index}: every shard must have the same columns, got {sorted(map(str, columns))}.")
         self._columns = _Columns(shards[0], index, (LOW_RESOLUTION_COLUMN,) if low_resolution else IMAGE_COLUMNS)
+        beside = self._columns.small is not None and not low_resolution
+        self.small_side = read_small_side(Path(index)) if beside else None
         infos = [shard.file_pairs[0][0] for shard in shards]
         self._files = [(str(folder / i.basename), i.bytes, s.samples) for i, s in zip(infos, shards, strict=True)]
         self._mapped: OrderedDict[int, _Shard] = OrderedDict()
 
-    def read(self, number: int, row: int) -> tuple[Image, int]:
-        """Image file, or raw sample, and label of a row of a shard.
+    def read(self, number: int, row: int) -> Row:
+        """Image file, or raw sample, and label of a row of a shard, with the smaller image stored beside it.
 
         Raises:
             ShardError: The file is not what its index says; the message lacks the shard's name.
@@ -160,16 +172,11 @@ class RowReader:
         lengths = columns.heads.unpack_from(data, begin)
         if at + columns.fixed + sum(lengths) != end:
             raise ShardError(f"the columns of sample {row} do not fill its bytes {begin} to {end}")
-        fixed, variable, size = columns.image
-        start = at + fixed + sum(lengths[:variable])
-        image = data[start : start + (size or lengths[variable])]
-        fixed, variable, size = columns.label
-        start = at + fixed + sum(lengths[:variable])
-        if columns.label_format:
-            (label,) = columns.label_format.unpack_from(data, start)
-        else:
-            label = int(bytes(data[start : start + (size or lengths[variable])]))
-        return (raw_sample(image) if columns.is_pil else image), label
+        image = _value(data, at, lengths, columns.image)
+        small = None if columns.small is None else _value(data, at, lengths, columns.small)
+        value = _value(data, at, lengths, columns.label)
+        label = columns.label_format.unpack(value)[0] if columns.label_format else int(bytes(value))
+        return Row(raw_sample(image) if columns.is_pil else image, label, small)
 
     def fetch(self, number: int, row: int) -> None:
         """Have the kernel begin to read a row from disk, of which ``read`` and the decoder then need not wait.
@@ -228,6 +235,13 @@ class RowReader:
                 same = False
             if not same:
                 del self._mapped[number]
+
+
+def _value(data: memoryview, at: int, lengths: Sequence[int], place: tuple[int, int, int]) -> memoryview:
+    """The bytes of a column of the row whose columns begin ``at``."""
+    fixed, variable, size = place
+    start = at + fixed + sum(lengths[:variable])
+    return data[start : start + (size or lengths[variable])]
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

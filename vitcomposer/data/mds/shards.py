@@ -19,6 +19,7 @@ from streaming.base.util import wait_for_file_to_exist
 from streaming.base.world import World
 
 from vitcomposer.data.mds.index import CLASS_NAMES, INDEX, index_fault, no_split
+from vitcomposer.data.mds.small_column import largest_view, small_side
 from vitcomposer.data.mds.unpack import unpack
 from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.foundations import transfer_with
@@ -263,7 +264,8 @@ def images_of(data: Data, split: str) -> dict[str, Any] | None:
 
     Returns:
         ``source``; ``samples``; ``classes``, the names in label order or None; ``index``, its sha256 or None; ``exif``,
-        "apply" where ``vitcomposer convert`` had its images turned upright, else "keep".
+        "apply" where ``vitcomposer convert`` had its images turned upright, else "keep"; ``image_small``, the pixels
+        of the largest view that is cut from that column, and None where there is none.
 
     Raises:
         ConfigError: A class_names.json that is no list of names.
@@ -280,7 +282,15 @@ def images_of(data: Data, split: str) -> dict[str, Any] | None:
     with (folder / INDEX).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     exif = "apply" if index.get("exif") == "apply" else "keep"
-    return {"source": data.source, "samples": samples, "classes": classes, "index": digest, "exif": exif}
+    side = small_side(index)
+    return {
+        "source": data.source,
+        "samples": samples,
+        "classes": classes,
+        "index": digest,
+        "exif": exif,
+        "image_small": None if side is None else largest_view(side),
+    }
 
 
 def _hash(algorithm: str, path: Path) -> str:

@@ -22,7 +22,7 @@ from vitcomposer.data.mds.balance import Balance
 from vitcomposer.data.mds.cache import prepare_within_limit
 from vitcomposer.data.mds.fetch_ahead import FetchAhead
 from vitcomposer.data.mds.order import PADDING, Layout, Shuffle, arrange, steps_before
-from vitcomposer.data.mds.reader import Image, RowReader
+from vitcomposer.data.mds.reader import Row, RowReader
 from vitcomposer.data.mds.shards import INDEX, ShardStream
 from vitcomposer.data.mds.shared_memory import lock_in_memory, one_start_at_a_time
 from vitcomposer.errors import ConfigError, ShardError
@@ -81,7 +81,8 @@ class _Failure:
 class ImageStream(StreamingDataset):
     """One split of an MDS data set. Yields ``image``, ``label``, ``sample_id``, ``copy``, ``epoch``, ``step``.
 
-    ``image`` is an encoded file or a raw sample, as bytes or as memoryview of the mapped shard. Order, resumption,
+    ``image`` is an encoded file or a raw sample, as bytes or as memoryview of the mapped shard, as is ``image_small``
+    where the split has it with its ``small_side`` (see ``small_column``); else it is None. Order, resumption,
     downloads and eviction are Streaming's; samples are read without its locks, and without any thread once all
     shards are here and no ``cache_limit`` can take them away. ``step`` is Composer's ``timestamp.batch`` of the batch
     that the sample is for, where the loader drops short batches.
@@ -141,6 +142,7 @@ class ImageStream(StreamingDataset):
         self._ends = np.cumsum(self.samples_per_shard)
         index = str(self.stream.folder / INDEX)
         self._rows = RowReader(cast(list[MDSReader], self.shards), self.stream.folder, index, low_resolution)
+        self.small_side = self._rows.small_side
         address = remote or local
         self.bad = BadImages(
             self.num_samples,
@@ -206,12 +208,12 @@ class ImageStream(StreamingDataset):
     def __getitem__(self, at: int) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Sample of a virtual id, waiting for its shard; of no batch, so its step is 0."""
         shard, row, sample_id, copy = (int(value[0]) for value in self._locate(np.array([at])))
-        return self._sample(*self._read(shard, row), sample_id, copy, self._epoch, 0)
+        return self._sample(self._read(shard, row), sample_id, copy, self._epoch, 0)
 
-    def _sample(self, image: Image, label: int, sample_id: int, copy: int, epoch: int, step: int) -> dict[str, Any]:
+    def _sample(self, row: Row, sample_id: int, copy: int, epoch: int, step: int) -> dict[str, Any]:
         if copy and not self.shuffle:
-            copy, label = 0, IGNORE_LABEL
-        return {"image": image, "label": label, "sample_id": sample_id, "copy": copy, "epoch": epoch, "step": step}
+            copy, row = 0, row._replace(label=IGNORE_LABEL)
+        return {**row._asdict(), "sample_id": sample_id, "copy": copy, "epoch": epoch, "step": step}
 
     def replace(self, samples: list[dict[str, Any]], error: ValueError) -> list[dict[str, Any]]:
         """For views of a sample that cannot be decoded, those of the next one of the split, in the same epoch.
@@ -230,8 +232,7 @@ class ImageStream(StreamingDataset):
         if following == first:
             self._fail(ShardError(f"No image of {self.bad.split} can be decoded. Write it again."))
         shard, row, *_ = (int(value[0]) for value in self._locate(np.array([following])))
-        image, label = self._read(shard, row)
-        found = {"image": image, "label": label, "sample_id": following, "stands_for": first}
+        found = {**self._read(shard, row)._asdict(), "sample_id": following, "stands_for": first}
         return [{**sample, **found} for sample in samples]
 
     def skip(self, sample: dict[str, Any], error: ValueError) -> None:
@@ -243,7 +244,7 @@ class ImageStream(StreamingDataset):
         sample_id = sample["sample_id"]
         self.bad.add(sample_id, self.place(sample_id), str(error), "It is left out of the evaluation.")
 
-    def rows_on_disk(self, ids: NDArray[np.int64]) -> Iterator[tuple[Image, int] | None]:
+    def rows_on_disk(self, ids: NDArray[np.int64]) -> Iterator[Row | None]:
         """What shards that are here say, before anything of them is checked; None where one cannot be read."""
         shards, rows, *_ = self._locate(ids)
         for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
@@ -261,7 +262,7 @@ class ImageStream(StreamingDataset):
         shard, row, *_ = (int(value[0]) for value in self._locate(np.array([sample_id])))
         return f"{self.shards[shard].file_pairs[0][0].basename}, sample {row}"
 
-    def _read(self, shard_id: int, row: int) -> tuple[Image, int]:
+    def _read(self, shard_id: int, row: int) -> Row:
         """Image and label of a row, bringing the shard back where it is not here or not checked yet."""
         for _ in range(1 + _RETRIES):
             if shard_states(self)[shard_id] != _LOCAL:
@@ -376,7 +377,7 @@ class ImageStream(StreamingDataset):
                 found = self._read(shard, row)
             if times is not None:
                 times[shard] = time_ns()
-            yield self._sample(*found, sample_id, copy, epoch, step)
+            yield self._sample(found, sample_id, copy, epoch, step)
 
     def _fetch(self, places: list[tuple[int, int]]) -> None:
         for shard, row in places:
