@@ -40,8 +40,9 @@ $(VENV)/installed: pyproject.toml setup.py $(LOCK)
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# The table of the recipes, from the first lines of their yamls.
+# The hours in the first lines of the yamls, as `plan` estimates them, and the table of the recipes from these lines.
 yamls: setup
+	$(BIN)/python -m vitcomposer.cost.headers
 	$(BIN)/python -m vitcomposer.schema.pages
 
 # Both lock files: every package of the tests with its version and the hashes of its wheels; UPGRADE=--upgrade takes the newest.

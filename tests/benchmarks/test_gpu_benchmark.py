@@ -47,7 +47,11 @@ def test_planner_reads_what_the_benchmark_writes(tmp_path: Path, monkeypatch: py
             [],
             "gpu.json must be what benchmarks/gpu.py writes",
         ),
-        ([1], [], "gpu.json must be what benchmarks/gpu.py writes without --quick, got 'something else'"),
+        (
+            [1],
+            [],
+            "gpu.json must be what benchmarks/gpu.py writes without --quick, or vitcomposer bench",
+        ),
         ({"device": "NVIDIA L4", "smoke": False, "sections": {}}, [], "--measured must be a file in which"),
         ({"device": "NVIDIA H200", "smoke": False, "sections": {}}, ["precision=amp_fp16"], "for precision amp_fp16"),
         (None, [], "--measured must be a file that is there"),

@@ -37,7 +37,9 @@ def test_deit_s_costs_what_the_arithmetic_says(tmp_path: Path, capsys: pytest.Ca
     assert found["cost"] == pytest.approx(2.5 * 8 * found["hours"])
     text = capsys.readouterr().out
     assert "roofline estimate, not measured" in text and "1,281,167 images (ImageNet-1k)" in text
-    assert "estimate (weights 0.1" in text and "cost" in text and "CPU cores for the images/s above: unknown" in text
+    assert (
+        "estimate (weights 0.1" in text and "cost" in text and "CPU cores for the images/s of the GPUs: unknown" in text
+    )
 
 
 def test_no_price_no_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,12 +82,21 @@ def test_curriculum_costs_its_equal_compute_epochs(tmp_path: Path) -> None:
 
 def test_input_that_was_measured_gives_cores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = {"ours-ra": 400.0, "ours-seekable": 500.0}
-    candidates = {n: {"label": n, "images_per_cpu_second": {"median": rate}} for n, rate in rates.items()}
-    (tmp_path / "input_full.json").write_text(json.dumps({"candidates": candidates}))
+    write_inputs(tmp_path, rates)
     found = planned(tmp_path, "deit_s")
-    assert found["stages"][0]["cpu_cores"] == -(-found["stages"][0]["images_per_second"] // 400)
-    assert "400 images per CPU second, measured at full size (ours-ra; input_full.json)" in capsys.readouterr().out
+    assert found["stages"][0]["cpu_cores"] == -(-found["stages"][0]["gpu_images_per_second"] // 400)
+    assert "400 images per CPU second at full size (ours-ra; input_full.json)" in capsys.readouterr().out
     assert planned(tmp_path, "deit_s", "data.augment_on=device")["supply"]["images_per_cpu_second"] == 500
+
+
+def write_inputs(folder: Path, rates: dict[str, float], *, size: int = 224) -> None:
+    """As benchmarks.input does."""
+    candidates = {
+        name: {"label": name, "images_per_cpu_second": {"median": rate}, "shapes": [[3, size, size]]}
+        | {"stored_bytes": 600_000 if name == "ours-raw" else 100_000}
+        for name, rate in rates.items()
+    }
+    (folder / "input_full.json").write_text(json.dumps({"candidates": candidates}))
 
 
 def write_measured(folder: Path, *rows: tuple[float, float], device: str = "NVIDIA H200", width: int = 384) -> None:
@@ -200,6 +211,77 @@ def test_memory_follows_gpus_micro_batch_and_optimizer(tmp_path: Path) -> None:
     assert memory(1, "optimizer.name=sgd")["optimizer"] == one["optimizer"] / 2
 
 
+RATES = {"ours-ra": 393.0, "ours-seekable": 475.0, "ours-raw": 1173.0}
+
+
+def test_hours_are_those_of_the_slower_of_gpu_decode_and_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example of vit_s_mild: its 96-px stage asks for more images than 192 cores decode."""
+    write_inputs(tmp_path, RATES)
+    found = planned(tmp_path, "vit_s_mild", "--cpus", "192", "--price", "2")
+    assert (found["gpu_bound_hours"], found["hours"]) == (
+        pytest.approx(0.20, abs=0.005),
+        pytest.approx(0.63, abs=0.005),
+    )
+    assert found["gpu_hours"] == pytest.approx(8 * found["hours"]) and found["cost"] == pytest.approx(
+        2 * found["gpu_hours"]
+    )
+    first = found["stages"][0]
+    assert first["limited_by"] == "decode" and first["images_per_second"] == pytest.approx(192 * 393)
+    assert first["cpu_cores"] == pytest.approx(1460, abs=2)
+    assert found["workers"] == {"now": 8, "wanted": 24, "cores_at_work": 64, "hours": pytest.approx(1.88, abs=0.01)}
+    assert {change["change"] for change in found["changes"]} == {
+        "384 CPU cores",
+        "vitcomposer convert --raw-fraction 1",
+        "data.augment_on=device",
+    }
+    text = capsys.readouterr().out
+    assert "0.63 h on 8 x h200 with 192 CPU cores" in text and "0.20 h if the GPUs never waited" in text
+    assert "do    data.num_workers=24 (now 8, for each GPU)" in text and "decode" in text
+
+    read = planned(tmp_path, "vit_s_mild", "--cpus", "192", "--disk-gbps", "8")  # 1 GB/s
+    assert {stage["limited_by"] for stage in read["stages"]} == {"disk"}
+    assert read["hours"] == pytest.approx(read["images_seen"] * 100_000 / 1e9 / 3600)
+    assert read["changes"][0]["change"].startswith("a disk of 57.3 GB/s")
+    assert "and 1 GB/s of disk" in capsys.readouterr().out
+
+
+def test_what_changes_the_input_is_what_it_was_promised_to_be(tmp_path: Path) -> None:
+    """Device augmentation and raw pixels, planned as named, take the hours that the advice gave."""
+    write_inputs(tmp_path, RATES)
+    found = planned(tmp_path, "vit_s_mild", "--cpus", "192")
+    hours = {change["change"]: change["hours"] for change in found["changes"]}
+    device = planned(tmp_path, "vit_s_mild", "--cpus", "192", "data.augment_on=device")["hours"]
+    assert hours["data.augment_on=device"] == pytest.approx(device)
+    assert hours["384 CPU cores"] == pytest.approx(planned(tmp_path, "vit_s_mild", "--cpus", "384")["hours"])
+    write_inputs(tmp_path, {"ours-ra": 1 / (1 / 393 + 1 / 1173 - 1 / 475)})
+    assert hours["vitcomposer convert --raw-fraction 1"] == pytest.approx(
+        planned(tmp_path, "vit_s_mild", "--cpus", "192")["hours"]
+    )
+
+
+def test_without_cpus_the_cores_of_this_machine_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_inputs(tmp_path, RATES)
+    monkeypatch.setattr("vitcomposer.runs.machine.cores", lambda: 3)
+    found = planned(tmp_path, "deit_s")
+    assert found["cpus"] == 3 and found["cpus_from"] == "this machine"
+    assert found["hours"] == pytest.approx(planned(tmp_path, "deit_s", "--cpus", "3")["hours"])
+    assert "with 3 CPU cores of this machine (--cpus N for another)" in capsys.readouterr().out
+
+
+def test_bytes_are_those_of_the_data_set(photo_mds: Path, tmp_path: Path) -> None:
+    small = ["global_train_batch_size=16", "augment.repeated_augmentation=1", f"data.local={photo_mds}"]
+    found = planned(tmp_path, "deit_s", *small, "--cpus", "4")
+    written = sum(path.stat().st_size for path in (photo_mds / "train").glob("*.mds"))
+    assert found["bytes_per_image"] == pytest.approx(written / 192)
+    assert found["bytes_per_image_from"] == "the index of the data set"
+    unknown = planned(tmp_path, "deit_s", "--cpus", "4")
+    assert (unknown["bytes_per_image"], unknown["bytes_per_image_from"]) == (110_000, "the mean of ImageNet-1k")
+
+
 @pytest.mark.parametrize("recipe", ["probe_linear", "probe_knn"])
 def test_recipe_that_trains_no_network_has_no_plan(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(ROOT / f"yamls/{recipe}.yaml"), "--gpu", "h200"]) == 2
@@ -221,6 +303,9 @@ def test_network_without_layers_that_are_known_has_no_hours(tmp_path: Path, caps
         (["--gpu", "h200", "--gpus", "3"], "global_train_batch_size must be divisible by --gpus 3, got 1024"),
         (["--gpu", "h200", "--images", "1000"], "--images must be at least global_train_batch_size=1024, got 1000"),
         (["--gpu", "h200", "--price", "-1"], "--price must be 0 or more an hour"),
+        (["--gpu", "h200", "--cpus", "0"], "--cpus must be 1 or more, got 0"),
+        (["--gpu", "h200", "--disk-gbps", "0"], "--disk-gbps must be above 0, got 0.0"),
+        (["--gpu", "h200", "--network-gbps", "nan"], "--network-gbps must be above 0, got nan"),
         (["precision=amp_bf16", "--gpu", "v100"], "precision must be one that a v100 has, got 'amp_bf16'"),
         (["max_duration=300", "--gpu", "h200"], "max_duration must be a time string"),
         (["model.name=deit_s", "--gpu", "h200"], "model.name must be a known model, got 'deit_s'"),

@@ -16,15 +16,18 @@ from torch import Tensor
 from recipes import RECIPES
 from tests.conftest import ROOT
 from tests.data.mds.test_stream import write_split
-from vitcomposer import config
+from vitcomposer import cli, config
+from vitcomposer.cost import headers
 from vitcomposer.cost.estimate import costs_of
 from vitcomposer.cost.flops import forward_flops
 from vitcomposer.models import build_model
+from vitcomposer.schema.pages import read_page
+from vitcomposer.shipped import RESULTS
 from vitcomposer.teacher.writer import write_cache
 from vitcomposer.training.fit import fit
 
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
-PLANNED = [p for p in YAMLS if " EFLOP" in p.read_text() and not p.stem.startswith("probe_")]
+PLANNED = [p for p in YAMLS if headers.is_planned(p)]
 BATCH = 2  # images a step, which batch norms and contrastive losses need at least
 
 
@@ -153,13 +156,38 @@ def test_first_loss_is_that_of_timms_network_on_the_same_images_and_weights(name
 @pytest.mark.parametrize("path", PLANNED, ids=lambda p: p.stem)
 def test_yaml_header_states_the_counted_flops_and_the_planned_hours(path: Path, tmp_path: Path) -> None:
     found = costs_of(config.load(path), gpu="h200", gpus=1, images=1_281_167, results=tmp_path)
-    stated = re.search(r"Cost: ([\d.]+) GFLOP an image, ([\d.]+) EFLOP[;,] (?:([\d.]+) H200-hours)?", path.read_text())
+    cost = read_page(path).cost
+    stated = re.match(r"([\d.]+) GFLOP an image, ([\d.]+) EFLOP[;,]", cost)
     assert stated is not None
     assert float(stated[1]) == pytest.approx(found["train_flops_per_image"] / 1e9, rel=0.01)
     assert float(stated[2]) == pytest.approx(found["train_flops"] / 1e18, rel=0.02)
-    if stated[3] is not None:
-        assert float(stated[3]) == pytest.approx(found["gpu_hours"], rel=0.05)
-        assert "roofline estimate, not measured" in path.read_text()
+    assert cost.endswith(f"; {headers.hours_in_words(path)}."), "make yamls writes the hours"
+
+
+def test_hours_of_a_header_are_those_that_the_plan_prints(tmp_path: Path) -> None:
+    """With the cores, workers and GPUs that it names, and the input that was measured."""
+    words = headers.hours_in_words(ROOT / "yamls/vit_s_mild.yaml", RESULTS)
+    stated = re.fullmatch(
+        r"estimated ([\d.]+) h on 8 H200 with 192 cores, 24 workers each \(GPUs alone ([\d.]+) h\)", words
+    )
+    assert stated is not None
+    file = tmp_path / "plan.json"
+    command = ["plan", "vit_s_mild", "data.num_workers=24", "--gpus", "8", "--gpu", "h200", "--cpus", "192"]
+    assert cli.main([*command, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert (stated[1], stated[2]) == (f"{found['hours']:.2f}", f"{found['gpu_bound_hours']:.2f}")
+    assert found["workers"] is None
+
+
+def test_hours_are_written_where_the_header_has_its_cost() -> None:
+    page = "# A.  B.\n# Cost: 1.0 GFLOP an image, 2.0 EFLOP; a note; estimated 3.00 h on\n#   8 H200.\n"
+    page += "# Deviates: x.\nrecipe: s\n"
+    written = headers.with_hours(page, "estimated " + 30 * "long " + "h")
+    assert "2.0 EFLOP; a note; estimated long" in written and max(map(len, written.splitlines())) <= 120
+    assert written.startswith("# A.  B.\n# Cost: ") and written.endswith("long h.\n# Deviates: x.\nrecipe: s\n")
+    assert headers.with_hours(written, "hours not measured").splitlines()[1].endswith("a note; hours not measured.")
+    with pytest.raises(ValueError, match="a line Cost that ends in hours"):
+        headers.with_hours("# A.  B.\n# Cost: 2 EFLOP.\n", "x")
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("probe_linear", 100), ("probe_knn", 1)])

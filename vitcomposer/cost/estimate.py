@@ -4,22 +4,34 @@ FLOPs are counted and steps are those of the run; every other figure says what i
 ``benchmarks/results`` or an estimate. Composer is not imported.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from vitcomposer import curriculum
 from vitcomposer.cost import flops, roofline
-from vitcomposer.cost.gpus import GPUS, gpu_of_device
+from vitcomposer.cost.gpu_speed import Network, Speed, View
+from vitcomposer.cost.gpus import GPUS
+from vitcomposer.cost.supply import (
+    PCIE_SHARE,
+    Demand,
+    Feed,
+    Machines,
+    advice,
+    build_feed,
+    bytes_read,
+    hours,
+    hours_to_fill_cache,
+    limits,
+    workers_to_set,
+)
+from vitcomposer.data.mds.index import SplitSize
 from vitcomposer.errors import ConfigError, did_you_mean, require
-from vitcomposer.json_file import read_json
 from vitcomposer.models import build_model
 from vitcomposer.models.heads import build_dino_head, build_moco_heads, build_simclr_head, build_swav_head
 from vitcomposer.models.transformer import num_recomputed
@@ -27,135 +39,46 @@ from vitcomposer.schema import DINO, Distill, MoCo, Model, SelfSupervised, SimCL
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.teacher.network import build_teacher_network
 
-ROOFLINE = "roofline estimate, not measured"
 # Bytes of optimizer state per parameter: two float32 moments where nothing else is said.
 _TWO_MOMENTS, _ONE_MOMENT = 8, {"sgd": 4, "lion": 4, "muon": 4}
 
 
-class View(NamedTuple):
-    """Crops of one image that go through the network in one pass, with all or some of their patches."""
-
-    count: int
-    image_size: int
-    patch_keep_rate: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """Steps in a row of one kind. Rates are of all GPUs together; None where nothing known says how fast they are.
+    """Steps in a row of one kind. Rates are of all machines together; None where nothing known says how fast they are.
 
     Attributes:
-        cpu_cores: That decode the images, at the measured images per CPU second; None where none were measured.
-        bytes_to_gpus_per_second: Of uint8 pixels from host to devices.
+        gpu_images_per_second, mfu: While no GPU waits for images.
+        limits: Images a second that GPU, decode, disk, network and PCIe allow, as far as they are known.
+        limited_by: The least of them, which is ``images_per_second``.
+        cpu_cores: That decode ``gpu_images_per_second``; None where that input was not measured.
+        bytes_to_gpus_per_second: Of uint8 pixels from host to devices, at ``gpu_images_per_second``.
     """
 
     image_size: int
     num_patches_kept: int | None
     steps: int
     train_flops_per_image: float
-    images_per_second: float | None
+    gpu_images_per_second: float | None
     mfu: float | None
+    limits: dict[str, float]
+    limited_by: str | None
+    images_per_second: float | None
     hours: float | None
     cpu_cores: int | None
     bytes_to_gpus_per_second: float | None
 
 
-class Network:
-    """A network without storage, whose counted FLOPs are remembered."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.parameters = sum(p.numel() for p in module.parameters())
-        self.family = "convit" if hasattr(getattr(module, "config", None), "local_up_to_layer") else "vit"
-        self._known: dict[tuple[int, float], int] = {}
-
-    def forward_flops(self, image_size: int, *, patch_keep_rate: float = 1.0) -> int:
-        """`flops.forward_flops` of this network."""
-        key = image_size, patch_keep_rate
-        if key not in self._known:
-            self._known[key] = flops.forward_flops(self.module, image_size, patch_keep_rate=patch_keep_rate)
-        return self._known[key]
-
-    def train_flops(self, view: View) -> int:
-        """Of all the view's crops, where the whole network learns."""
-        once = self.forward_flops(view.image_size, patch_keep_rate=view.patch_keep_rate)
-        return flops.TRAIN_FACTOR * view.count * once
-
-    def work(self, view: View) -> roofline.Work | None:
-        """Of one of the view's crops."""
-        return roofline.forward_work(self.module, view.image_size, patch_keep_rate=view.patch_keep_rate)
-
-
-class Speed:
-    """Seconds of one training image on one GPU, from measured MFU where there is one, else from the roofline.
-
-    Args:
-        gpu: Row of ``GPUS``.
-        results: Folder with ``gpu_*.json`` of benchmarks/gpu.py, or such a file, which then has to be of this GPU,
-            precision and kind of network.
-
-    Raises:
-        ConfigError: The GPU has no such precision; a file that says nothing of it.
-    """
-
-    def __init__(self, network: Network, gpu: str, precision: str, results: Path) -> None:
-        self._network, self._gpu = network, GPUS[gpu]
-        peak = self._gpu.peak(precision)
-        require(peak is not None, "precision", f"one that a {gpu} has", precision, "Add precision=amp_fp16.")
-        self.peak = float(peak or 0.0)
-        points, source = _measured_mfu(network, gpu, results) if precision == "amp_bf16" else ({}, None)
-        rule = f"a file in which benchmarks/gpu.py has measured a network of this kind and width on a {gpu}"
-        given = f"{results} for precision {precision}"
-        require(source is not None or not results.is_file(), "--measured", rule, given, "Leave it out for an estimate.")
-        self._costs, self._mfus = sorted(points), [points[cost] for cost in sorted(points)]
-        self.basis = ROOFLINE if source is None else f"measured MFU of {source}"
-
-    def seconds(self, view: View) -> float | None:
-        """Of one image's crops, forward and backward; None for a network of which neither is known."""
-        cost, work = self._network.train_flops(view) / view.count, self._network.work(view)
-        if self._costs:
-            mfu = float(np.interp(math.log(cost), np.log(self._costs), self._mfus))
-            return view.count * cost / (mfu * self.peak)
-        return None if work is None else view.count * sum(roofline.roofline_seconds(work, cost, self._gpu, self.peak))
-
-
-def _measured_mfu(network: Network, gpu: str, results: Path) -> tuple[dict[float, float], str | None]:
-    """MFU by training FLOPs of an image, of compiled bf16 steps of this kind of network on this GPU, and their file."""
-    kind = network.family, getattr(network.module, "embed_dim", None)
-    for path in [results] if results.is_file() else sorted(results.glob("gpu_*.json")):
-        found = _read_measurements(path)
-        if gpu_of_device(found["device"]) != gpu:
-            continue
-        best: dict[float, float] = {}
-        for row in (row for section in ("training", "stages", "batches") for row in found["sections"].get(section, [])):
-            if row.get("who") == "vitcomposer" and (row["family"], row["width"]) == kind and row["mfu"]:
-                cost = row["train_flops_per_image"]
-                best[cost] = max(best.get(cost, 0.0), row["mfu"])
-        if best:
-            return best, path.name
-    return {}, None
-
-
-def _read_measurements(path: Path) -> dict[str, Any]:
-    """What benchmarks/gpu.py wrote.
-
-    Raises:
-        ConfigError: It wrote something else, or measured nothing (``--quick``).
-    """
-    try:
-        found = read_json(path)
-        rows = [row for section in found["sections"].values() for row in section]
-        whole = isinstance(found["device"], str) and all(isinstance(row, dict) for row in rows)
-        whole = whole and not found.get("smoke")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole, found = False, {}
-    rule, remedy = "what benchmarks/gpu.py writes without --quick", "Run it on that GPU, or plan without the file."
-    require(whole, str(path), rule, "something else", remedy)
-    return found
-
-
 def costs_of(  # noqa: PLR0913 (all but one are named at the call)
-    cfg: Recipe, *, gpu: str, gpus: int, images: int, results: Path, measured: Path | None = None
+    cfg: Recipe,
+    *,
+    gpu: str,
+    gpus: int,
+    images: int,
+    results: Path,
+    measured: Path | None = None,
+    machines: Machines | None = None,
+    split: SplitSize | None = None,
 ) -> dict[str, Any]:
     """Every figure of ``vitcomposer plan``, as ``--json`` writes them.
 
@@ -163,6 +86,9 @@ def costs_of(  # noqa: PLR0913 (all but one are named at the call)
         cfg: Of any recipe, from ``config.load``.
         images: Of the training set.
         results: Folder of measurements: of the input, and of GPUs where ``measured`` names no file.
+        measured: A file of benchmarks/gpu.py or of ``vitcomposer bench``.
+        machines: What brings the images; None is as much as the GPUs ask.
+        split: Of the data set, for its bytes; None is what the input was measured with.
 
     Raises:
         ConfigError: A GPU that is not known, a file without measurements of it, or what the run itself would refuse of
@@ -180,12 +106,17 @@ def costs_of(  # noqa: PLR0913 (all but one are named at the call)
     network = Network(build_without_storage(cfg.model))
     stages = stages_of(cfg, network, steps_per_epoch=images // batch)
     precision = cfg.precision if cfg.precision != "auto" else GPUS[gpu].automatic
-    speed, supply = Speed(network, gpu, precision, measured or results), _supply(cfg, results)
+    speed = Speed(network, gpu, precision, results, measured)
     views = [_views(cfg, stage, network.module) for stage in stages.stages]
+    has = replace(machines or Machines(), to_gpus=gpus * PCIE_SHARE * GPUS[gpu].host_bandwidth)
+    feed = build_feed(cfg, results=results, measured=measured, machines=has, split=split, images=images)
     pairs = zip(stages.stages, views, strict=True)
-    costs = [_cost(stage, v, speed, network, gpus=gpus, batch=batch, supply=supply) for stage, v in pairs]
-    known = [cost.hours for cost in costs if cost.hours is not None]
-    hours = sum(known) if len(known) == len(costs) else None
+    costs = [_cost(stage, v, speed, network, gpus=gpus, batch=batch, feed=feed) for stage, v in pairs]
+    demands = [
+        Demand(cost.steps * batch, cost.gpu_images_per_second, _pixels(v))
+        for cost, v in zip(costs, views, strict=True)
+        if cost.gpu_images_per_second is not None
+    ]
     return {
         "run": cfg.run.name,
         "model": cfg.model.name,
@@ -193,6 +124,7 @@ def costs_of(  # noqa: PLR0913 (all but one are named at the call)
         "crops": [list(view[:2]) for view in views[0]] if isinstance(cfg, SelfSupervised) else None,
         "precision": precision,
         "compile": cfg.run.compile,
+        "compiled": speed.compiled,
         "parameters": network.parameters,
         "gpu": gpu,
         "gpus": gpus,
@@ -205,11 +137,10 @@ def costs_of(  # noqa: PLR0913 (all but one are named at the call)
         "equal_compute_epochs": stages.equal_compute_epochs,
         "train_flops_per_image": stages.full_flops,
         "train_flops": sum(stage.steps * batch * stage.train_flops_per_image for stage in stages.stages),
-        "basis": None if hours is None else speed.basis,
+        "basis": speed.basis if demands else None,
         "stages": [asdict(cost) for cost in costs],
-        "hours": hours,
-        "gpu_hours": None if hours is None else hours * gpus,
-        "supply": supply,
+        **_hours(cfg, demands, feed, gpus=gpus),
+        **_supply(cfg, feed),
         "memory_estimate": _memory(cfg, network, views, gpus=gpus),
         "memory_of_gpu": GPUS[gpu].memory_bytes,
     }
@@ -303,54 +234,88 @@ def _heads(cfg: SelfSupervised, width: int) -> tuple[list[nn.Module], list[nn.Mo
 
 def _views(cfg: Supervised | SelfSupervised, stage: curriculum.Stage, module: Any) -> list[View]:
     if isinstance(cfg, SelfSupervised):
-        return [View(n, size, 1.0) for n, size in zip(cfg.crops.num_crops, cfg.crops.size_crops, strict=True)]
+        return [View(n, size, 1.0) for n, size in _crops_of(cfg)]
     kept, size = stage.num_patches_kept, stage.image_size
     return [View(1, size, 1.0 if kept is None else kept / (size // module.patch_size) ** 2)]
 
 
+def _pixels(views: list[View]) -> int:
+    """Made of one image."""
+    return sum(view.count * view.image_size**2 for view in views)
+
+
 def _cost(
-    stage: curriculum.Stage, views: list[View], speed: Speed, network: Network, *, gpus: int, batch: int, supply: Any
+    stage: curriculum.Stage, views: list[View], speed: Speed, network: Network, *, gpus: int, batch: int, feed: Feed
 ) -> StageCost:
     known = [second for second in map(speed.seconds, views) if second is not None]
-    rate = None
+    rate, pixels, allowed = None, _pixels(views), {}
     if len(known) == len(views):
         # Heads and momentum encoders are taken to run as near to the peak as the trunk.
         whole = stage.train_flops_per_image / sum(map(network.train_flops, views))
         rate = gpus / (whole * sum(known))
+        allowed = limits(rate, pixels, feed)
+    least = min(allowed, key=lambda name: allowed[name], default=None)
     return StageCost(
         image_size=stage.image_size,
         num_patches_kept=stage.num_patches_kept,
         steps=stage.steps,
         train_flops_per_image=stage.train_flops_per_image,
-        images_per_second=rate,
+        gpu_images_per_second=rate,
         mfu=rate * stage.train_flops_per_image / (gpus * speed.peak) if rate else None,
-        hours=stage.steps * batch / rate / 3600 if rate else None,
-        cpu_cores=math.ceil(rate / supply["images_per_cpu_second"]) if rate and supply else None,
-        bytes_to_gpus_per_second=rate * sum(3 * v.count * v.image_size**2 for v in views) if rate else None,
+        limits=allowed,
+        limited_by=least,
+        images_per_second=allowed[least] if least else None,
+        hours=stage.steps * batch / allowed[least] / 3600 if least else None,
+        cpu_cores=math.ceil(rate * feed.given.seconds(pixels)) if rate and feed.given else None,
+        bytes_to_gpus_per_second=rate * 3 * pixels if rate else None,
     )
 
 
-def _supply(cfg: Supervised | SelfSupervised, results: Path) -> dict[str, Any] | None:
-    """The measured input that is the recipe's, at its full size."""
-    crops = cfg.crops if isinstance(cfg, SelfSupervised) else None
-    path = results / ("input_full.json" if crops is None else "input_multicrop_full.json")
-    candidates = json.loads(path.read_text(encoding="utf-8"))["candidates"] if path.is_file() else {}
-    for name, found in candidates.items():
-        if name == _input_name(cfg) and (crops is None or found["shapes"] == [[3, size, size] for size in crops.sizes]):
-            rate = found["images_per_cpu_second"]["median"]
-            return {"file": path.name, "name": found["label"], "images_per_cpu_second": rate}
-    return None
+def _hours(cfg: Supervised | SelfSupervised, demands: list[Demand], feed: Feed, *, gpus: int) -> dict[str, Any]:
+    """Of the run as it is fed, of the GPUs alone, and what would change them; None where no GPU's speed is known."""
+    if not demands:
+        times = ("hours", "gpu_bound_hours", "gpu_hours", "hours_to_fill_cache")
+        return dict.fromkeys((*times, "bytes_read_per_second", "changes", "workers"))
+    whole = hours(demands, feed)
+    return {
+        "hours": whole,
+        "gpu_bound_hours": sum(stage.images / stage.gpu_rate for stage in demands) / 3600,
+        "gpu_hours": gpus * whole,
+        "hours_to_fill_cache": hours_to_fill_cache(demands, feed),
+        "bytes_read_per_second": bytes_read(demands, feed),
+        "changes": [change._asdict() for change in advice(cfg, demands, feed)],
+        "workers": workers_to_set(cfg, demands, feed, gpus),
+    }
 
 
-def _input_name(cfg: Supervised | SelfSupervised) -> str:
+def _supply(cfg: Supervised | SelfSupervised, feed: Feed) -> dict[str, Any]:
+    """What the decode, disk and network columns come from."""
+    given, has = feed.given, feed.machines
+    size = _pixels([View(n, s, 1.0) for n, s in _crops_of(cfg)])
+    return {
+        "cpus": has.cpus,
+        "disk_bytes_per_second": has.disk,
+        "network_bytes_per_second": has.network,
+        "network_in_first_epoch_only": feed.cached,
+        "bytes_per_image": feed.bytes_per_image,
+        "bytes_per_image_from": feed.bytes_from,
+        "supply": None
+        if given is None
+        else {
+            "file": given.source,
+            "name": given.label,
+            "kind": given.kind,
+            "images_per_cpu_second": 1 / given.seconds(size),
+            "measured": [{"pixels": pixels, "images_per_cpu_second": rate} for pixels, rate in given.rates.items()],
+        },
+    }
+
+
+def _crops_of(cfg: Supervised | SelfSupervised) -> list[tuple[int, int]]:
+    """Count and size of what is made of an image, at full size."""
     if isinstance(cfg, SelfSupervised):
-        return f"ours-{'' if cfg.data.augment_on == 'worker' else 'device-'}{cfg.crops.sizes[0]}"
-    augment, where = cfg.augment, cfg.data.augment_on
-    if augment.rand_augment is not None and where != "device":
-        return "ours-ra"
-    if augment.three_augment and where == "worker":
-        return "ours-3a"
-    return "ours-repeated" if augment.shared_decodes and augment.repeated_augmentation == 3 else "ours-seekable"
+        return list(zip(cfg.crops.num_crops, cfg.crops.size_crops, strict=True))
+    return [(1, cfg.model.image_size)]
 
 
 def _memory(

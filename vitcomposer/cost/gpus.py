@@ -52,11 +52,12 @@ _AMPERE = Kernels({192: 0.64, 384: 0.72, 768: 0.80, 1024: 0.84}, attention=0.385
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published limits of one card: dense FLOP/s by format, bytes of memory and bytes/s."""
+    """Published limits of one card: dense FLOP/s by format, bytes of memory, bytes/s of it and from the host."""
 
     peaks: dict[str, float]
     memory_bytes: float
     bandwidth: float
+    host_bandwidth: float
     kernels: Kernels
 
     @property
@@ -71,42 +72,47 @@ class Gpu:
         return self.peaks.get(precision.removeprefix("amp_"))
 
 
-def _gpu(memory: float, bandwidth: float, kernels: Kernels, **teraflops: float) -> Gpu:
-    """Memory in GB, bandwidth in TB/s, formats in TFLOP/s; fp16 is as fast as bf16 where only that is given."""
+# GB/s in one direction: 16 lanes of PCI Express by generation, and half of NVLink-C2C (900 GB/s in both directions for
+# the two GPUs of a GB200).
+_PCIE3, _PCIE4, _PCIE5, _C2C = 15.75, 31.5, 63.0, 225.0
+
+
+def _gpu(memory: float, bandwidth: float, host: float, kernels: Kernels, **teraflops: float) -> Gpu:
+    """Memory in GB, its bandwidth in TB/s, the host's in GB/s, formats in TFLOP/s; fp16 is as bf16 where not given."""
     peaks = {name: value * 1e12 for name, value in teraflops.items()}
     if "bf16" in peaks:
         peaks["fp16"] = peaks["bf16"]
-    return Gpu(peaks, memory * 1e9, bandwidth * 1e12, kernels)
+    return Gpu(peaks, memory * 1e9, bandwidth * 1e12, host * 1e9, kernels)
 
 
 # Dense tensor-core figures; NVIDIA's sheets print twice as much, for sparse matrices.
 GPUS: dict[str, Gpu] = {
     # NVIDIA Blackwell datasheet (GB200 NVL72 and HGX B200, figures per GPU)
-    "gb200": _gpu(186, 8.0, _HOPPER, bf16=2500, tf32=1250, fp32=80),
-    "b200": _gpu(180, 7.7, _HOPPER, bf16=2250, tf32=1100, fp32=75),
+    "gb200": _gpu(186, 8.0, _C2C, _HOPPER, bf16=2500, tf32=1250, fp32=80),
+    "b200": _gpu(180, 7.7, _PCIE5, _HOPPER, bf16=2250, tf32=1100, fp32=75),
     # NVIDIA H100 and H200 datasheets: SXM, NVL, PCIe
-    "h200": _gpu(141, 4.8, _HOPPER, bf16=989.5, tf32=494.5, fp32=67),
-    "h100": _gpu(80, 3.35, _HOPPER, bf16=989.5, tf32=494.5, fp32=67),
-    "h100-nvl": _gpu(94, 3.9, _HOPPER, bf16=835, tf32=417.5, fp32=60),
-    "h100-pcie": _gpu(80, 2.0, _HOPPER, bf16=756.5, tf32=378, fp32=51),
+    "h200": _gpu(141, 4.8, _PCIE5, _HOPPER, bf16=989.5, tf32=494.5, fp32=67),
+    "h100": _gpu(80, 3.35, _PCIE5, _HOPPER, bf16=989.5, tf32=494.5, fp32=67),
+    "h100-nvl": _gpu(94, 3.9, _PCIE5, _HOPPER, bf16=835, tf32=417.5, fp32=60),
+    "h100-pcie": _gpu(80, 2.0, _PCIE5, _HOPPER, bf16=756.5, tf32=378, fp32=51),
     # NVIDIA A100 datasheet: SXM
-    "a100": _gpu(80, 2.039, _AMPERE, bf16=312, tf32=156, fp32=19.5),
-    "a100-40": _gpu(40, 1.555, _AMPERE, bf16=312, tf32=156, fp32=19.5),
+    "a100": _gpu(80, 2.039, _PCIE4, _AMPERE, bf16=312, tf32=156, fp32=19.5),
+    "a100-40": _gpu(40, 1.555, _PCIE4, _AMPERE, bf16=312, tf32=156, fp32=19.5),
     # NVIDIA L40S, L40, L4, RTX A6000, A40 and A10 datasheets
-    "l40s": _gpu(48, 0.864, _AMPERE, bf16=362.05, tf32=183, fp32=91.6),
-    "l40": _gpu(48, 0.864, _AMPERE, bf16=181.05, tf32=90.5, fp32=90.5),
-    "l4": _gpu(24, 0.3, _AMPERE, bf16=121, tf32=60, fp32=30.3),
-    "a6000": _gpu(48, 0.768, _AMPERE, bf16=154.8, tf32=77.4, fp32=38.7),
-    "a40": _gpu(48, 0.696, _AMPERE, bf16=149.7, tf32=74.8, fp32=37.4),
-    "a10": _gpu(24, 0.6, _AMPERE, bf16=125, tf32=62.5, fp32=31.2),
+    "l40s": _gpu(48, 0.864, _PCIE4, _AMPERE, bf16=362.05, tf32=183, fp32=91.6),
+    "l40": _gpu(48, 0.864, _PCIE4, _AMPERE, bf16=181.05, tf32=90.5, fp32=90.5),
+    "l4": _gpu(24, 0.3, _PCIE4, _AMPERE, bf16=121, tf32=60, fp32=30.3),
+    "a6000": _gpu(48, 0.768, _PCIE4, _AMPERE, bf16=154.8, tf32=77.4, fp32=38.7),
+    "a40": _gpu(48, 0.696, _PCIE4, _AMPERE, bf16=149.7, tf32=74.8, fp32=37.4),
+    "a10": _gpu(24, 0.6, _PCIE4, _AMPERE, bf16=125, tf32=62.5, fp32=31.2),
     # NVIDIA Ada and Ampere GA102 whitepapers, appendix A, products accumulated in fp32 as PyTorch does
-    "rtx-4090": _gpu(24, 1.008, _AMPERE, bf16=165.2, tf32=82.6, fp32=82.6),
-    "rtx-3090": _gpu(24, 0.936, _AMPERE, bf16=71, tf32=35.6, fp32=35.6),
+    "rtx-4090": _gpu(24, 1.008, _PCIE4, _AMPERE, bf16=165.2, tf32=82.6, fp32=82.6),
+    "rtx-3090": _gpu(24, 0.936, _PCIE4, _AMPERE, bf16=71, tf32=35.6, fp32=35.6),
     # NVIDIA V100 and T4 datasheets; no bf16
-    "v100": _gpu(32, 0.9, _AMPERE, fp16=125, fp32=15.7),
-    "v100-pcie": _gpu(32, 0.9, _AMPERE, fp16=112, fp32=14),
-    "v100s": _gpu(32, 1.134, _AMPERE, fp16=130, fp32=16.4),
-    "t4": _gpu(16, 0.32, _AMPERE, fp16=65, fp32=8.1),
+    "v100": _gpu(32, 0.9, _PCIE3, _AMPERE, fp16=125, fp32=15.7),
+    "v100-pcie": _gpu(32, 0.9, _PCIE3, _AMPERE, fp16=112, fp32=14),
+    "v100s": _gpu(32, 1.134, _PCIE3, _AMPERE, fp16=130, fp32=16.4),
+    "t4": _gpu(16, 0.32, _PCIE3, _AMPERE, fp16=65, fp32=8.1),
 }
 
 

@@ -73,11 +73,28 @@ def measure(cfg: Supervised, *, workers: list[int], seconds: float) -> dict[str,
     Raises:
         ConfigError: The data cannot be had or do not fit the configuration.
     """
-    import torch
-
-    torch.set_num_threads(1)  # as torch does in a worker
     # Once a run and shard: in seconds of measuring it would look like a cost of every image.
     cfg = replace(cfg, data=replace(cfg.data, validate_hash=None))
+    with one_thread():
+        return _measure(cfg, workers, seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute in one thread, as it does in a worker."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(cfg: Supervised, workers: list[int], seconds: float) -> dict[str, Any]:
+    import torch
+
     loader = _loader(cfg, num_workers=0)
     collate: Any = loader.collate_fn
     container, bytes_per_image = measure_container(loader.dataset, seconds)
@@ -94,7 +111,7 @@ def measure(cfg: Supervised, *, workers: list[int], seconds: float) -> dict[str,
         "batch_size": cfg.global_train_batch_size,
         "image_size": cfg.model.image_size,
         "cores": _cores(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "bytes_per_image": bytes_per_image,
         "milliseconds": {"read": 1e3 / container.per_cpu_second, **stages, "augment and rest": max(0.0, rest)},
         "speeds": [_facts(speed, bytes_per_image) for speed in (container, crops, whole, *loaders)],

@@ -98,6 +98,8 @@ def table(folder: Path = YAMLS) -> str:
         "",
         "One yaml is one method with its every number; its first lines say where they come from, and what differs.",
         "Written by `make yamls` from those lines. Accuracy is ImageNet-1k top-1 unless another data set is named.",
+        "Estimated hours are those of `vitcomposer plan` ([how](../docs/speed.md#what-plan-computes)), with as many",
+        "`data.num_workers` as they name.",
         "",
         "| yaml | method | source | expected | measured here | cost |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""``vitcomposer bench``: measures how many images a second this machine reads and augments for a recipe, by stages.
+"""``vitcomposer bench``: measures what this machine reads, augments and trains of a recipe, and names what is slowest.
 
 Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 """
@@ -6,15 +6,12 @@ Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vitcomposer.cost.input_speed import _count, cores_for, measure, mechanics
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import for_terminal
 from vitcomposer.whole_files import write_whole
-
-if TYPE_CHECKING:
-    pass
-from vitcomposer.cost.input_speed import _count, cores_for, measure, mechanics
 
 
 def add_command(commands: Any) -> None:
@@ -25,25 +22,35 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--workers", default="0,1,2,4", help="numbers of loader processes (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
     parser.add_argument("--target", type=float, help="images/s that a GPU trains: print the cores it needs")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too: plan --measured takes them")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Measure the input of a recipe on this machine, without a model: container, decode, collate, loader."""
+    """Measure a recipe on this machine: container, decode, collate, loader, device augmentation and model step."""
     from vitcomposer import config
     from vitcomposer.errors import ShardError
+    from vitcomposer.schema import Supervised
 
     workers, target = _workers(args), args.target
     require(args.seconds > 0, "--seconds", "above 0", args.seconds, "5 is usual.")
     require(target is None or target > 0, "--target", "images a second above 0", target, "Leave it out.")
     cfg = config.load(args.yaml, args.overrides)
+    remedy = "Use vitcomposer check, which takes steps of any recipe."
+    require(isinstance(cfg, Supervised), "recipe", "supervised or distill", cfg.recipe, remedy)
+    assert isinstance(cfg, Supervised)
+    from vitcomposer.cost.bottleneck import measure_parts
+
     try:
         found = measure(cfg, workers=workers, seconds=args.seconds)
+        size = found["bytes_per_image"]
+        found |= measure_parts(cfg, workers=max(workers), bytes_per_image=size, seconds=args.seconds)
     except ShardError as error:
         raise ConfigError(str(error)) from error
     _print(found)
     for line in mechanics(found, cfg.data.prefetch_factor):
+        print(line)
+    for line in _parts(found, max(workers)):
         print(line)
     if target:
         rate = found["speeds"][-1]["images_per_cpu_second"]
@@ -52,6 +59,26 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         write_whole(Path(args.json), json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _parts(found: dict[str, Any], workers: int) -> list[str]:
+    """Loader, augmentation and step at each image size, and which of them a run waits for."""
+    lines = []
+    for part in found["parts"]:
+        names = ("loader", "augmentation", "step")
+        loader, augmentation, step = (part[f"{name}_images_per_second"] for name in names)
+        whole = f"loader of {_count(workers, 'worker')} {loader:,.0f} images/s, device augmentation {augmentation:,.0f}"
+        limit = "step not measured: a teacher runs beside it, see vitcomposer check"
+        if step is not None:
+            limit = f"model step {step:,.{0 if step > 10 else 1}f}: the {part['limit']} is the limit"
+        lines.append(f"{part['image_size']} px: {whole}, {limit}")
+    for row in found["sections"]["training"][-1:]:
+        how = "compiled, " if row["compiled"] else ""
+        shared = " and the loader share its cores" if found["device"] == "cpu" else ""
+        lines.append(
+            f"  steps of {_count(row['batch'], 'image')}, {how}{row['precision']}, on {found['device']}{shared}"
+        )
+    return lines
 
 
 def _workers(args: argparse.Namespace) -> list[int]:

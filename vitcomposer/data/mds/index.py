@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitcomposer.errors import ConfigError
 from vitcomposer.schema import Data
@@ -29,6 +29,14 @@ def no_split(local: str, split: str) -> str:
 _SHARD_BYTES = 1 << 32
 
 
+class SplitSize(NamedTuple):
+    """What the index of a split counts: samples, bytes of its shards as they are read and as they are kept or sent."""
+
+    samples: int
+    raw_bytes: int
+    stored_bytes: int
+
+
 def count_samples(data: Data, split: str) -> int | None:
     """Number of samples of a split, by its index; None where it is not here.
 
@@ -37,8 +45,18 @@ def count_samples(data: Data, split: str) -> int | None:
     """
     if data.source == "synthetic":
         return data.synthetic_samples
+    size = size_of_split(data, split)
+    return None if size is None else size.samples
+
+
+def size_of_split(data: Data, split: str) -> SplitSize | None:
+    """Samples and bytes of a split, by its index; None where it is not here.
+
+    Raises:
+        ConfigError: The index is none.
+    """
     index = Path(data.local or "", split, INDEX)
-    if not index.is_file():
+    if data.source == "synthetic" or not index.is_file():
         return None
     try:
         content = json.loads(index.read_bytes())
@@ -49,7 +67,12 @@ def count_samples(data: Data, split: str) -> int | None:
         raise ConfigError(
             f"{index} must be the index of an MDS data set: {fault}. Write it with `vitcomposer convert`."
         )
-    return sum(shard["samples"] for shard in content["shards"])
+    shards = content["shards"]
+    files = [shard for shard in shards if shard["format"] == "mds"]  # of other formats nothing is known here
+    raw = sum(shard["raw_data"]["bytes"] for shard in files)
+    return SplitSize(
+        sum(shard["samples"] for shard in shards), raw, sum((s["zip_data"] or s["raw_data"])["bytes"] for s in files)
+    )
 
 
 def index_fault(index: Any) -> str | None:
