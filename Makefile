@@ -55,18 +55,18 @@ constraints:
 # One torch thread beside the loader's worker: 780 images/s on two cores, with two threads 550.
 demo: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
-	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/demo.yaml $(ARGS) $(KEYS)
+	OMP_NUM_THREADS=1 $(BIN)/vitcomposer train yamls/demo.yaml -n $(NGPU) $(ARGS) $(KEYS)
 
 # The same images without their labels: SwAV with multi-crop, judged by nearest neighbours while it trains.
 swav_demo: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
-	OMP_NUM_THREADS=1 $(BIN)/composer -n $(NGPU) train.py yamls/swav_demo.yaml $(ARGS) $(KEYS)
+	OMP_NUM_THREADS=1 $(BIN)/vitcomposer train yamls/swav_demo.yaml -n $(NGPU) $(ARGS) $(KEYS)
 
 # docs/pictures, of a demo of a third of the length with an evaluation every other epoch; needs Chromium.
 pictures: setup
 	$(BIN)/vitcomposer convert digits datasets/digits
 	rm -rf runs/digits
-	OMP_NUM_THREADS=1 $(BIN)/composer -n 1 train.py yamls/demo.yaml run.name=digits max_duration=20ep schedule.t_warmup=2ep run.eval_interval=2ep
+	OMP_NUM_THREADS=1 $(BIN)/vitcomposer train demo -n 1 run.name=digits max_duration=20ep schedule.t_warmup=2ep run.eval_interval=2ep
 	$(BIN)/python -m tests.pictures runs/digits
 	$(BIN)/vitcomposer preview swav_demo --count 6 --out docs/pictures/preview.png
 
@@ -110,4 +110,4 @@ docs:
 	@echo "site/index.html"
 
 $(RECIPES): setup
-	$(BIN)/composer -n $(NGPU) train.py yamls/$@.yaml $(ARGS) $(KEYS)
+	$(BIN)/vitcomposer train yamls/$@.yaml -n $(NGPU) $(ARGS) $(KEYS)

@@ -219,9 +219,9 @@ def test_unknown_option_is_refused_beside_keys(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_keys_reach_the_yaml_through_make(given: list[str], forwarded: list[str], tmp_path: Path) -> None:
-    composer = tmp_path / "composer"
-    composer.write_text("#!/bin/sh\nshift 4\nprintf '%s\\n' \"$@\"\n")
-    composer.chmod(0o755)
+    ours = tmp_path / "vitcomposer"
+    ours.write_text("#!/bin/sh\nshift 4\nprintf '%s\\n' \"$@\"\n")
+    ours.chmod(0o755)
     (tmp_path / "installed").touch()
     command = ["make", "-s", "deit_s", f"VENV={tmp_path}", f"BIN={tmp_path}", "-o", "setup", *given]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
