@@ -44,7 +44,7 @@ SMALLER = {
     "model.local_up_to_layer=1 data.num_workers=1 run.eval_interval=1ep",
     r"vitcomposer train finetune_photos": "max_duration=1ep schedule.t_warmup=1ba global_train_batch_size=16 "
     "model.image_size=64",
-    r"vitcomposer train dino_vit_s": "max_duration=2ba schedule.t_warmup=1ba model.depth=1 global_train_batch_size=8",
+    r"vitcomposer train my_images\.yaml": "max_duration=1ep model.depth=1 data.num_workers=1",
     r"make demo": "max_duration=2ep schedule.t_warmup=1ep run.save_interval=1ep",
     r"vitcomposer bench": "--seconds 1",
 }
@@ -108,6 +108,9 @@ def prepare(folder: Path, photos: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
     for name in ("photos", "my_photos", "new_photos"):
         shutil.copytree(photos, folder / name)
+    (folder / "my_images").mkdir()
+    for path in photos.rglob("*.jpg"):
+        shutil.copy(path, folder / "my_images" / f"{path.parent.name}_{path.name}")
     shutil.copy(photos / "cat/1.jpg", folder / "cat.jpg")
 
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_train
 from tests.data.conversion.conversion import write_images
 from vitcomposer import config
 from vitcomposer.cli import main
@@ -96,7 +97,7 @@ def test_nothing_is_written_over_a_file(here: Path, capsys: pytest.CaptureFixtur
     [
         (lambda root: None, "There is no such folder"),
         (lambda root: write_images(root, {"ant": 5}), "two classes or more"),
-        (lambda root: write_images(root.parent, {root.name: 5}), "holds no folder"),
+        (lambda root: (root.mkdir(), (root / "notes.txt").touch()), "must hold images"),
     ],
 )
 def test_folder_that_cannot_be_trained_on_is_one_error(
@@ -106,6 +107,33 @@ def test_folder_that_cannot_be_trained_on_is_one_error(
     assert main(["new", "photos"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not Path("photos.yaml").exists()
+
+
+def test_folder_without_classes_has_commands_that_run_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(here, {"flat photos": 20}, size=60)
+    (here / "flat photos/broken.jpg").write_bytes(b"no image")
+    assert main(["new", "flat photos"]) == 0
+    printed = capsys.readouterr().out
+    assert "flat photos: 21 images without classes, median 60 x " in printed
+    assert "wrote flat_photos.yaml: DINO, 48 px, 300 epochs, 4 images a step\n  because: no classes" in printed
+    convert, train, embed = printed_commands(printed)
+    assert convert[5:] == ["--unlabelled", "--max-bad-fraction", "0.05"]
+    assert main([*convert[1:], "--workers", "1"]) == 0
+    small = ["max_duration=2ba", "model.depth=1", "head.out_dim=64", "data.num_workers=0", "schedule.t_warmup=1ba"]
+    assert run_train([*train[2:], *small]) == 0
+    (here / "flat photos/broken.jpg").unlink()
+    assert main([*embed[1:], "--workers", "0"]) == 0
+    assert np.load("flat_photos_features.npz")["features"].shape == (20, 192)
+
+
+def test_folders_that_are_no_classes_are_looked_at_as_one(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(here / "photos", {"2024": 8, "2025": 8})
+    assert main(["new", "photos", "--unlabelled"]) == 0
+    assert printed_commands(capsys.readouterr().out)[0][-1] == "--unlabelled"
+    assert config.load("photos.yaml").recipe == "dino"
+    Path("labels.csv").touch()
+    assert main(["new", "labels.csv", "--unlabelled"]) == 2
+    assert "error: --unlabelled must be left out with a list" in capsys.readouterr().err
 
 
 def test_converted_images_go_beside_a_folder_that_holds_datasets(

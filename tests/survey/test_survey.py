@@ -14,11 +14,12 @@ from tests.conftest import ROOT, read_photo
 from tests.data.conversion.conversion import write_images
 from vitcomposer import config
 from vitcomposer.data.conversion.sources import FolderSource, Item
+from vitcomposer.schema.dino import DINO
 from vitcomposer.survey import photos
 from vitcomposer.survey.duplicates import counted, find_pairs, to_csv
 from vitcomposer.survey.page import changed_page, quoted
 from vitcomposer.survey.photos import Look, Photo, Survey, survey
-from vitcomposer.survey.rules import choose
+from vitcomposer.survey.rules import UNLABELLED, choose, choose_unlabelled
 
 
 @pytest.fixture
@@ -150,6 +151,26 @@ def test_unequal_classes_are_told_and_balanced(most: int, told: bool, balance: s
     choice = choose(found, pretrained=True, cores=2)
     assert any("imbalance" in reason for reason in choice.reasons) == told
     assert choice.values.get("data.balance", (None,))[0] == balance
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "network", "size", "epochs"),
+    [(240, 40, "vit_tiny_patch16", 48, 300), (12_000, 90, "vit_tiny_patch16", 72, 30), (100_000, 500, None, 224, 100)],
+)
+def test_images_without_classes_get_a_network_of_their_number(
+    count: int, side: int, network: str | None, size: int, epochs: int, tmp_path: Path
+) -> None:
+    choice = choose_unlabelled(imagined(count, side=side), cores=4)
+    assert (choice.page, choice.image_size, choice.epochs) == (UNLABELLED, size, epochs)
+    path = tmp_path / "page.yaml"
+    path.write_text(changed_page((ROOT / f"yamls/{choice.page}.yaml").read_text(), choice.values, ["x"]))
+    cfg = config.load(path)
+    assert isinstance(cfg, DINO) and cfg.monitor is None
+    assert cfg.model.image_size == size and cfg.model.name == (network or "vit_small_patch16")
+    assert cfg.crops.size_crops[0] == size and (cfg.global_train_batch_size, cfg.max_duration) == (
+        choice.batch,
+        f"{choice.epochs}ep",
+    )
 
 
 @pytest.mark.parametrize("pretrained", [True, False])

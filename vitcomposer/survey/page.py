@@ -14,7 +14,7 @@ def changed_page(text: str, values: Mapping[str, tuple[str, str]], header: list[
     Args:
         text: Of the page, of which a header of comments goes.
         values: Of dotted keys, one or two names deep: the value as yaml text, and the reason for it. A key that the
-            page lacks is added to its block.
+            page lacks is added to its block; a value may take the place of a whole block.
         header: Lines of the new header, without ``# ``.
 
     Raises:
@@ -31,6 +31,8 @@ def changed_page(text: str, values: Mapping[str, tuple[str, str]], header: list[
             lines.insert(start, line)
         else:
             lines[at] = line
+            while not block and at + 1 < len(lines) and lines[at + 1].startswith(" "):
+                del lines[at + 1]  # of a block in whose place a value stands
     return "\n".join([*(f"# {line}".rstrip() for line in header), *lines, ""])
 
 

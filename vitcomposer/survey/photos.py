@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcomposer.data.conversion.folders import read_file
-from vitcomposer.data.conversion.sources import FolderSource, Item, ListSource, hash_order
+from vitcomposer.data.conversion.sources import FolderSource, Item, ListSource, UnlabelledSource, hash_order
 from vitcomposer.data.jpeg.pixels import eight_bits, is_deep, open_image
 from vitcomposer.data.jpeg.upright import exif_orientation, turned, turned_size
 
@@ -96,7 +96,7 @@ class Survey:
 
 
 def survey(
-    source: FolderSource | ListSource,
+    source: FolderSource | ListSource | UnlabelledSource,
     name: str,
     *,
     seed: int = 0,

@@ -10,7 +10,7 @@ from vitcomposer.survey.photos import Survey
 
 _Value = TypeVar("_Value")
 
-PRETRAINED, FROM_SCRATCH = "finetune_photos", "photos_scratch"  # pages of yamls/
+PRETRAINED, FROM_SCRATCH, UNLABELLED = "finetune_photos", "photos_scratch", "dino_vit_s"  # pages of yamls/
 SMALL, MEDIUM = 10_000, 100_000  # training images
 FEW = 300
 _EPOCHS = {SMALL: 30, MEDIUM: 15, math.inf: 8}  # with pre-trained weights, below that many training images
@@ -22,6 +22,8 @@ LARGEST_BATCH = 64
 _STEPS = 10  # of an epoch, at least
 WORKERS = 8
 _SIZES = {PRETRAINED: (16, 96, 224), FROM_SCRATCH: (12, 36, 96)}  # patch, smallest and largest image in pixels
+_PATCH = 12  # of the small network without classes; its small crops are half an image
+_SIDES = (4 * _PATCH, 8 * _PATCH)
 
 
 @dataclass
@@ -61,6 +63,37 @@ def choose(found: Survey, *, pretrained: bool, cores: int) -> Choice:
     return choice
 
 
+def choose_unlabelled(found: Survey, *, cores: int) -> Choice:
+    """The settings for images without classes: DINO, of a network that fits their number."""
+    choice, count = Choice(UNLABELLED), found.training_images
+    choice.set("monitor", "null", "nearest neighbours need classes")
+    if count < MEDIUM:
+        _choose_small_network(choice, found)
+        _choose_batch(choice, count)
+        _choose_epochs_seen(choice, count)
+        choice.set("schedule.t_warmup", "0.1dur", "a tenth of the run")
+        choice.reasons.append(f"no classes -> DINO; under {MEDIUM:,} images -> a small network, {choice.image_size} px")
+    else:
+        choice.image_size, choice.epochs, choice.batch = 224, 100, 512  # as the page has them
+        choice.reasons.append(f"no classes -> DINO; {MEDIUM:,} images or more -> ViT-S as its paper has it")
+    choice.set("data.num_workers", min(cores, WORKERS), f"one for each core, {WORKERS} at most")
+    return choice
+
+
+def _choose_small_network(choice: Choice, found: Survey) -> None:
+    smallest, largest = _SIDES
+    side = min(found.size)
+    choice.image_size = size = min(max(side // (2 * _PATCH) * 2 * _PATCH, smallest), largest)
+    choice.set("model.name", "vit_tiny_patch16", f"under {MEDIUM:,} images")
+    choice.set("model.patch_size", _PATCH, f"for images of at most {largest} pixels")
+    choice.set("model.depth", 6, "half of ViT-Ti's: a size that a CPU can train")
+    choice.set("model.image_size", size, f"the median shorter side is {side:,}; from {smallest} to {largest}")
+    choice.set("head.out_dim", 4096, "the paper's 65,536 are for 1.28 million images")
+    choice.set("crops.total_num_crops", 6, "the paper has 10")
+    choice.set("crops.num_crops", "[1, 1, 4]", "two large ones and four small ones")
+    choice.set("crops.size_crops", f"[{size}, {size}, {size // 2}]", "small ones have half the side")
+
+
 def _choose_size(choice: Choice, found: Survey) -> None:
     patch, smallest, largest = _SIZES[choice.page]
     side = min(found.size)
@@ -81,16 +114,21 @@ def _choose_length(choice: Choice, count: int) -> None:
         choice.epochs, limit = _by_size(_EPOCHS, count)
         reason = f"{limit} training images, from pre-trained weights"
         choice.reasons.append(f"{limit} images -> {choice.epochs} epochs from pre-trained weights")
+        choice.set("max_duration", f"{choice.epochs}ep", reason)
     else:
-        least, most = _SCRATCH_EPOCHS
-        choice.epochs = min(max(round(SEEN / count / 10) * 10, least), most)
-        reason = f"about {SEEN:,} images are seen, in {least} to {most} epochs"
+        _choose_epochs_seen(choice, count)
         choice.reasons.append("no pre-trained weights -> a small ConViT, long, with strong augmentation")
-    choice.set("max_duration", f"{choice.epochs}ep", reason)
     steps = choice.epochs * (count // choice.batch)
     smoothing = min(1 - 10 / max(steps, 100), 0.9999)
     average = f"{{smoothing: {smoothing:.4g}, update_interval: 1ba}}"
     choice.set("algorithms.EMA", average, f"over a tenth of the run's {steps:,} steps")
+
+
+def _choose_epochs_seen(choice: Choice, count: int) -> None:
+    least, most = _SCRATCH_EPOCHS
+    choice.epochs = min(max(round(SEEN / count / 10) * 10, least), most)
+    reason = f"about {SEEN:,} images are seen, in {least} to {most} epochs"
+    choice.set("max_duration", f"{choice.epochs}ep", reason)
 
 
 def _choose_balance(choice: Choice, imbalance: float) -> None:

@@ -10,25 +10,33 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.errors import require
 from vitcomposer.escape import for_terminal
 from vitcomposer.shipped import YAMLS
 from vitcomposer.stores.weights import FOLDER
 
 if TYPE_CHECKING:
-    from vitcomposer.data.conversion.sources import FolderSource, ListSource
+    from vitcomposer.data.conversion.sources import FolderSource, ListSource, UnlabelledSource
     from vitcomposer.survey.duplicates import Pair
     from vitcomposer.survey.photos import Survey
     from vitcomposer.survey.rules import Choice
 
 WEIGHTS = Path(FOLDER, "deit_3_small_224_21k.pth")  # as the page of that start names it
-_STARTS = {"finetune_photos": "DeiT III-S from ImageNet-21k", "photos_scratch": "a small ConViT from scratch"}
+_STARTS = {
+    "finetune_photos": "DeiT III-S from ImageNet-21k",
+    "photos_scratch": "a small ConViT from scratch",
+    "dino_vit_s": "DINO",
+}
 _WIDTH = 80  # columns
 
 
 def add_command(commands: Any) -> None:
     """Add ``new`` to the subcommands of a parser."""
     parser = commands.add_parser("new", help="a yaml that fits your photos", description=_run_new.__doc__)
-    parser.add_argument("photos", help="folder with one folder per class, or train and val of such; or a list")
+    parser.add_argument(
+        "photos", help="folder with one folder per class, or train and val of such, or of images alone; or a list"
+    )
+    parser.add_argument("--unlabelled", action="store_true", help="all images, in the folder and below, have no class")
     parser.add_argument("--out", metavar="FILE", help="yaml to write (default: the name of the folder)")
     parser.set_defaults(run=_run_new)
 
@@ -36,11 +44,14 @@ def add_command(commands: Any) -> None:
 def _run_new(args: argparse.Namespace) -> int:
     """Look at the photos of a folder (or of a list of path,label) and write a yaml that fits them, never over a file.
 
+    A folder without folders in it has no classes: then it is one for training without them (DINO).
+
     The headers and thumbnails of at most 2,000 images are looked at. What was chosen, and why, stands in the yaml.
     """
+    from vitcomposer.data.conversion.sources import UnlabelledSource
     from vitcomposer.survey.duplicates import find_pairs, to_csv
     from vitcomposer.survey.photos import survey
-    from vitcomposer.survey.rules import choose
+    from vitcomposer.survey.rules import choose, choose_unlabelled
 
     photos = Path(args.photos)
     out = Path(args.out or f"{_plain_name(photos)}.yaml")
@@ -48,12 +59,16 @@ def _run_new(args: argparse.Namespace) -> int:
     for path in (out, table):
         if os.path.lexists(path):
             raise ValueError(f"--out must be a file that is not there yet, got {path}. Remove it, or choose another.")
-    source = _open(photos)
+    source, cores = _open(photos, args.unlabelled), os.cpu_count() or 1
     found = survey(source, args.photos, on_progress=_Progress().update)
-    pairs = find_pairs(source, found)
-    choice = choose(found, pretrained=WEIGHTS.is_file(), cores=os.cpu_count() or 1)
-    said, data = _found(found, pairs, table), _data_folder(photos)
-    commands = _commands(photos, data, out, found)
+    data = _data_folder(photos)
+    if isinstance(source, UnlabelledSource):
+        pairs, choice = [], choose_unlabelled(found, cores=cores)
+        commands = _commands_unlabelled(photos, data, out, found)
+    else:
+        pairs, choice = find_pairs(source, found), choose(found, pretrained=WEIGHTS.is_file(), cores=cores)
+        commands = _commands(photos, data, out, found)
+    said = [_counted(found), *_odd(found), *_pairs(pairs, table)]
     _write_new(out, _page(choice, said, commands, data))
     if pairs:
         _write_new(table, to_csv(pairs, found.class_names))
@@ -67,33 +82,37 @@ def _run_new(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(photos: Path) -> "FolderSource | ListSource":
-    from vitcomposer.data.conversion.sources import FolderSource, ListSource
+def _open(photos: Path, unlabelled: bool) -> "FolderSource | ListSource | UnlabelledSource":
+    from vitcomposer.data.conversion.sources import FolderSource, ListSource, UnlabelledSource
 
-    if photos.is_dir() and not any(path.is_dir() for path in photos.iterdir()):
-        words = ["vitcomposer", "convert", "folder", str(photos), str(_data_folder(photos)), "--unlabelled"]
-        raise ValueError(
-            f"{photos} must hold one folder per class, it holds no folder. For training without classes "
-            f"(docs/your_data.md): {shlex.join(words)}"
-        )
+    if photos.is_dir() and (unlabelled or not any(path.is_dir() for path in photos.iterdir())):
+        return UnlabelledSource(photos)
+    rule, remedy = "left out with a list, which gives classes", "Give the folder."
+    require(not unlabelled, "--unlabelled", rule, str(photos), remedy)
     source = ListSource(photos, split=None) if photos.is_file() else FolderSource(photos, find_copies=False)
     if len(source.class_names) < 2:
         raise ValueError(
-            f"{photos} must hold two classes or more, got {source.class_names}. A label would tell nothing."
+            f"{photos} must hold two classes or more, got {source.class_names}. A label would tell nothing; "
+            "--unlabelled trains without."
         )
     if "val" not in source.splits:
         raise ValueError(f"{photos} must have images for validation. Give it a folder val beside train.")
     return source
 
 
-def _found(found: "Survey", pairs: list["Pair"], table: Path) -> list[str]:
-    """What the photographs are, and what is odd about them."""
+def _counted(found: "Survey") -> str:
+    """What the photographs are, in a line."""
     fewest, most = found.of_a_class[0], found.of_a_class[-1]
+    classes = f", {len(found.class_names):,} classes, {fewest:,} to {most:,} a class"
+    if len(found.class_names) == 1:
+        classes = " without classes"
     width, height = found.size
-    lines = [
-        f"{for_terminal(found.name)}: {found.images:,} images, {len(found.class_names):,} classes, "
-        f"{fewest:,} to {most:,} a class, median {width} x {height}"
-    ]
+    return f"{for_terminal(found.name)}: {found.images:,} images{classes}, median {width} x {height}"
+
+
+def _odd(found: "Survey") -> list[str]:
+    """What is odd about them."""
+    lines = []
     if len(found.photos) < found.images:
         lines.append(f"  of {len(found.photos):,} images looked at:")
     odd = [f"{count:,} {what}" for what, count in sorted(found.odd.items())]
@@ -104,8 +123,7 @@ def _found(found: "Survey", pairs: list["Pair"], table: Path) -> list[str]:
     lines += [f"  cannot be read: {for_terminal(photo.item.name)} ({photo.look.fault})" for photo in found.broken[:5]]
     if len(found.broken) > 5:
         lines.append(f"  and {len(found.broken) - 5:,} more that cannot be read")
-    lines += [f"  {line}" for line in found.warnings]
-    return lines + _pairs(pairs, table)
+    return lines + [f"  {line}" for line in found.warnings]
 
 
 def _pairs(pairs: list["Pair"], table: Path) -> list[str]:
@@ -132,12 +150,26 @@ def _commands(photos: Path, data: Path, out: Path, found: "Survey") -> list[str]
     root = photos.parent if photos.is_file() else photos
     good = [photo for photo in found.photos if photo.look.fault is None]
     one = min(good, key=lambda photo: (photo.split != "val", photo.item.name))
-    more = [] if found.broken_share <= 0.01 else ["--max-bad-fraction", f"{found.broken_share + 0.005:.2f}"]
     return [
-        shlex.join(["vitcomposer", "convert", kind, str(photos), str(data), *more]),
+        shlex.join(["vitcomposer", "convert", kind, str(photos), str(data), *_tolerance(found)]),
         shlex.join(["vitcomposer", "train", str(out)]),
         shlex.join(["vitcomposer", "predict", str(run), str(root / one.item.name)]),
     ]
+
+
+def _commands_unlabelled(photos: Path, data: Path, out: Path, found: "Survey") -> list[str]:
+    run, features = Path("runs", out.stem), f"{out.stem}_features.npz"
+    words = ["vitcomposer", "convert", "folder", str(photos), str(data), "--unlabelled", *_tolerance(found)]
+    return [
+        shlex.join(words),
+        shlex.join(["vitcomposer", "train", str(out)]),
+        shlex.join(["vitcomposer", "embed", str(run), str(photos), "--out", features]),
+    ]
+
+
+def _tolerance(found: "Survey") -> list[str]:
+    """Arguments of convert that leave out what cannot be read, where that is more than it takes by itself."""
+    return [] if found.broken_share <= 0.01 else ["--max-bad-fraction", f"{found.broken_share + 0.005:.2f}"]
 
 
 def _page(choice: "Choice", said: list[str], commands: list[str], data: Path) -> str:
