@@ -8,10 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from composer import Callback
+from torch._dynamo.utils import counters
 
 from recipes import RECIPES
 from tests.conftest import ROOT, run_train
@@ -19,6 +23,7 @@ from vitcomposer import config
 from vitcomposer.training.fit import fit
 
 STOP = "stop_after="  # an argument of ours: raise after that step, as a fault would
+GRAPHS = "graphs_alone"  # another one: run.compile makes graphs and says how many, and they run without a compiler
 
 
 def train_on(ranks: int, runs: Sequence[Sequence[str]], folder: Path) -> str:
@@ -50,6 +55,13 @@ class _Stop(Callback):
 
 
 def _run(argv: list[str]) -> int:
+    if GRAPHS in argv:
+        torch._dynamo.reset()
+        counters.clear()
+        with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+            status = _run([argument for argument in argv if argument != GRAPHS])
+        print(f"graphs: {counters['stats']['unique_graphs']}")
+        return status
     stops = [int(argument.removeprefix(STOP)) for argument in argv if argument.startswith(STOP)]
     argv = [argument for argument in argv if not argument.startswith(STOP)]
     if not stops:

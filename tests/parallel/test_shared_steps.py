@@ -1,13 +1,17 @@
-"""Optimizers, clipping and a ResNet on shares of tensors on two ranks: what they do to whole tensors, in float64."""
+"""Optimizers, clipping and networks on shares of tensors on two ranks: what they do to whole tensors, in float64."""
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from composer.core import Event
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -16,9 +20,19 @@ from vitcomposer.algorithms.gradient_clipping import ParameterGradientClipping
 from vitcomposer.models import build_model
 from vitcomposer.optim import build_optimizer
 from vitcomposer.schema import Optimizer
-from vitcomposer.training.execution import BLOCKS, BY_NORM, CLIPPED, HAS_NORMS, SHAREABLE
+from vitcomposer.tasks import Head, LinearProbeTask
+from vitcomposer.training.execution import (
+    BLOCKS,
+    BY_NORM,
+    CLIPPED,
+    HAS_NORMS,
+    SHAREABLE,
+    compile_networks,
+    recompute_activations,
+)
 
 RANKS, STEPS = 2, 3
+TINY = {"image_size": 32, "patch_size": 8, "depth": 2}
 # Of LAMB and LARS the kernels over all tensors, which GPUs take, and those for each by itself.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ("adamw", "sgd")} | {
     f"{name} {'all' if foreach else 'each'}": (name, {"foreach": foreach})
@@ -80,33 +94,73 @@ def clipped(shared: bool, kind: str) -> list[Tensor]:
     return [whole(parameter.grad) for parameter in module.parameters()]
 
 
-def resnet_trained(shared: bool) -> list[Tensor]:
-    """Norms of the weights of a ResNet, whose batch norms know the images of their rank alone, after some steps."""
-    torch.manual_seed(0)
-    network = build_model("resnet18", num_classes=5, image_size=32).double()
-    batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(5, (4,))) for _ in range(RANKS)]
-    if shared:
-        for block in [module for module in network.modules() if isinstance(module, BLOCKS)]:
-            fully_shard(block)
+def resnet() -> nn.Module:
+    """Whose batch norms know the images of their rank alone."""
+    return build_model("resnet18", num_classes=5, image_size=32)
+
+
+def convit() -> nn.Module:
+    network = build_model("convit_tiny", **TINY, num_classes=5, local_up_to_layer=1)
+    recompute_activations(nn.Sequential(network), 0.5)
+    return network
+
+
+def probe() -> nn.Module:
+    """Two classifiers on a trunk that does not learn, one behind a batch norm without parameters."""
+    heads = [Head("lastCLS", 1.0, False), Head("concatCLS2", 1.0, True)]
+    return LinearProbeTask(build_model("deit_tiny_patch16", **TINY, num_classes=0), heads, num_classes=5)
+
+
+NETWORKS = (resnet, convit, probe)
+
+
+def share(module: nn.Module) -> None:
+    """As Composer does with what ``share_blocks`` gives it."""
+    for block in [each for each in module.modules() if isinstance(each, BLOCKS)]:
+        fully_shard(block)
+    for network in module.children() if isinstance(module, LinearProbeTask) else [module]:
         fully_shard(network)  # in float64 it takes the mean over the ranks by itself, with gloo too
-        batches = [batches[dist.get_rank()]]
+
+
+def loss_of(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    if isinstance(module, LinearProbeTask):
+        batch = {"image": images, "label": labels}
+        return module.loss(module(batch), batch)
+    return nn.functional.cross_entropy(module(images), labels)
+
+
+def trained(make: Callable[[], nn.Module], shared: bool) -> list[Tensor]:
+    """Norms of the weights after some steps; the transformer is compiled where it is shared, and evaluated too."""
+    torch.manual_seed(0)
+    module = make().double().train()
+    batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(5, (4,))) for _ in range(RANKS)]
+    mine = [batches[dist.get_rank()]] if shared else batches
+    if shared:
+        share(module)
+        if make is convit:
+            compile_networks([module], shared=True)
     chosen = Optimizer(name="sgd", lr=0.1, lr_batch_size=16, lr_scaling="none", weight_decay=0.05)
-    optimizer = build_optimizer(network, chosen, global_train_batch_size=16)
+    optimizer = build_optimizer(module, chosen, global_train_batch_size=16)
     for _ in range(STEPS):
-        losses = [nn.functional.cross_entropy(network(images), labels) for images, labels in batches]
-        torch.stack(losses).mean().backward()
+        torch.stack([loss_of(module, *batch) for batch in mine]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [whole(parameter.detach()).norm()[None] for parameter in network.parameters()]
+    norms = [whole(parameter.detach()).norm()[None] for parameter in module.parameters()]
+    if make is not convit:  # batch norms of one rank have seen other images than those of two
+        return norms
+    with torch.no_grad():
+        return [*norms, loss_of(module.eval(), *batches[0])[None]]
 
 
 def every_case(shared: bool) -> dict[str, list[Tensor]]:
     steps = {case: stepped(shared, *chosen) for case, chosen in OPTIMIZERS.items()}
-    return {**steps, **{kind: clipped(shared, kind) for kind in CLIPPED}, "resnet": resnet_trained(shared)}
+    norms = {make.__name__: trained(make, shared) for make in NETWORKS}
+    return {**steps, **{kind: clipped(shared, kind) for kind in CLIPPED}, **norms}
 
 
 def on_this_rank() -> dict[str, list[Tensor]]:
-    return every_case(shared=True)
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # graphs, run as such
+        return {**every_case(shared=True), "graphs": [torch.tensor(counters["stats"]["unique_graphs"])]}
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +173,26 @@ def of_one() -> dict[str, list[Tensor]]:
     return every_case(shared=False)
 
 
+def test_each_kind_of_block_was_a_graph_in_training_and_one_in_evaluation(
+    of_ranks: list[dict[str, list[Tensor]]],
+) -> None:
+    """A local block whose activations are computed again, and a global one."""
+    assert [of_rank["graphs"][0].item() for of_rank in of_ranks] == [4, 4]
+
+
 def test_every_allowed_optimizer_is_compared() -> None:
     assert {name for name, _ in OPTIMIZERS.values()} == set(SHAREABLE)
 
 
-@pytest.mark.parametrize("case", [*OPTIMIZERS, *CLIPPED, "resnet"])
+@pytest.mark.parametrize("case", [*OPTIMIZERS, *CLIPPED, *(make.__name__ for make in NETWORKS)])
 def test_shares_get_what_whole_tensors_get(
     case: str, of_ranks: list[dict[str, list[Tensor]]], of_one: dict[str, list[Tensor]]
 ) -> None:
     if case in OPTIMIZERS:
         start = [parameter.detach() for parameter in Weights().parameters()]
         assert not any(torch.equal(a, b) for a, b in zip(start, of_one[case], strict=True))
+    # Norms of shares are rounded to float32 by torch 2.7.
+    tolerance = 1e-9 if HAS_NORMS or case in [make.__name__ for make in NETWORKS] else 1e-6
     for of_rank in of_ranks:
         for found, expected in zip(of_rank[case], of_one[case], strict=True):
-            # Norms of shares are rounded to float32 by torch 2.7.
-            torch.testing.assert_close(found, expected, rtol=1e-9 if HAS_NORMS else 1e-6, atol=1e-12)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-12)

@@ -20,7 +20,7 @@ _NAMES = "lastCLS, concatCLS4 (or another number of blocks), mean or pooled"
 
 
 class FrozenFeatures(nn.Module):
-    """Images (B, 3, H, W) to float32 features (B, width) by name, without gradient.
+    """Images (B, 3, H, W) to features (B, width) by name, float32 or wider, without gradient.
 
     The trunk stays in evaluation mode whatever ``train()`` is called with, and its parameters get no gradient.
 
@@ -64,7 +64,8 @@ class FrozenFeatures(nn.Module):
             else:
                 earlier = class_tokens[len(class_tokens) - blocks + 1 :]
                 found[name] = torch.cat((*earlier, tokens[:, 0]), dim=1)  # (B, blocks * D)
-        return {name: feature.float() for name, feature in found.items()}
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return {name: feature.to(dtype) for name, feature in found.items()}
 
 
 def _num_class_tokens(trunk: nn.Module, name: str) -> int:

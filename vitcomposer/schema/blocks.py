@@ -325,8 +325,9 @@ class Run:
     error. ``attention_backends`` are what fused attention may use on a GPU, the first that can run the call is taken
     (null: PyTorch's own order); benchmarks/gpu.py measures which order is fastest. ``parallelism: fsdp2`` has each rank
     keep a share of the weights, their average and the optimizer's state, where ``ddp`` has each rank keep them all; it
-    trains the same, saves memory and costs communication. ``activation_checkpointing`` is the share of the transformer
-    blocks whose activations are computed again in the backward pass instead of kept; it trains the same, bit for bit.
+    trains the same, saves memory and costs communication; with it ``compile`` makes graphs of the blocks, between which
+    weights are gathered. ``activation_checkpointing`` is the share of the transformer blocks whose activations are
+    computed again in the backward pass instead of kept; it trains the same, bit for bit.
     """
 
     name: str  # config.load fills in the name of the yaml

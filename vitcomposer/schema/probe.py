@@ -25,12 +25,10 @@ NO_STEP = "0ba"  # max_duration of a recipe that trains nothing
 NO_MIXING = Mixing(mixup_alpha=0.0, cutmix_alpha=0.0, prob=0.0, switch_prob=0.0, mode="batch", label_smoothing=0.0)
 
 
-def _check_run(run: Run, recipe: str) -> None:
+def _check_run(run: Run) -> None:
     """Refuse what only training a trunk has a use for."""
     given, remedy = run.attention_interval, "Draw its attention with `vitcomposer attention`."
     require(given is None, "run.attention_interval", "null for a trunk that does not learn", given, remedy)
-    rule = f"ddp in the recipe {recipe}, whose trunk does not learn"
-    require(run.parallelism == "ddp", "run.parallelism", rule, run.parallelism, "Set run.parallelism=ddp.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ class Probe:
         with noting():
             check_balance(self.data, self.augment)
         self.init.check_no_blocks(self.recipe)
-        _check_run(self.run, self.recipe)
+        _check_run(self.run)
 
     @property
     def mixing(self) -> Mixing:
@@ -137,8 +135,8 @@ class Neighbors:
         require(size is not None, "evaluation.global_batch_size", "a number of images", size, remedy)
         given, remedy = self.model.num_classes, "The features before the head are compared."
         require(given == 0, "model.num_classes", "0", given, remedy)
-        _check_run(self.run, self.recipe)
-        for name, off in (("compile", False), ("activation_checkpointing", 0.0)):
+        _check_run(self.run)
+        for name, off in (("compile", False), ("activation_checkpointing", 0.0), ("sharded_checkpoints", False)):
             given, rule = getattr(self.run, name), "left out in the recipe knn, which takes no step"
             require(given == off, f"run.{name}", rule, given, "Drop it.")
 

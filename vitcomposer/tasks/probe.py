@@ -1,6 +1,6 @@
 """Linear classifiers on frozen features, many at once, as a ComposerModel."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,18 @@ class Head:
         return f"{self.feature}{'_bn' if self.batch_norm else ''}_lr{self.lr_factor:g}"
 
 
+class Classifiers(nn.Sequential):
+    """All heads beside each other, with a forward pass of their own, which FSDP2 gathers their weights for."""
+
+    def __init__(self, heads: Sequence[Head], widths: Mapping[str, int], num_classes: int) -> None:
+        super().__init__(*(_classifier(widths[head.feature], num_classes, head.batch_norm) for head in heads))
+        self.features = [head.feature for head in heads]
+
+    def forward(self, input: Mapping[str, Tensor]) -> list[Tensor]:
+        """Logits (B, num_classes) of every head, of the features (B, width) by name."""
+        return [classifier(input[name]) for name, classifier in zip(self.features, self, strict=True)]
+
+
 class LinearProbeTask(ComposerModel):
     """Trains all heads on the features of one forward pass of a trunk that stays as it is.
 
@@ -41,9 +53,7 @@ class LinearProbeTask(ComposerModel):
         features = list(dict.fromkeys(head.feature for head in heads))
         self.frozen = FrozenFeatures(trunk, features)
         self.heads = tuple(heads)
-        self.classifiers = nn.ModuleList(
-            _classifier(self.frozen.widths[head.feature], num_classes, head.batch_norm) for head in heads
-        )
+        self.classifiers = Classifiers(heads, self.frozen.widths, num_classes)
         accuracies = {f"top1_{head.name}": HeadAccuracy(len(heads), i) for i, head in enumerate(heads)}
         self.metrics: dict[str, Metric] = {**accuracies, "top1": HeadAccuracy(len(heads))}
 
@@ -54,10 +64,7 @@ class LinearProbeTask(ComposerModel):
 
     def forward(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """Logits (B, num_classes) of every head."""
-        features = self.frozen(batch["image"])  # (B, width) by name
-        return [
-            classifier(features[head.feature]) for head, classifier in zip(self.heads, self.classifiers, strict=True)
-        ]
+        return self.classifiers(self.frozen(batch["image"]))
 
     def loss(self, outputs: list[Tensor], batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         # A sum, not a mean: the rate of a head must not depend on how many others there are.

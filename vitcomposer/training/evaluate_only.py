@@ -10,6 +10,7 @@ from torch.optim import SGD
 from vitcomposer.callbacks import Preemption, Throughput
 from vitcomposer.runs.folder import run_folder
 from vitcomposer.schema.recipe import Recipe
+from vitcomposer.training.execution import SHARDED, share_blocks
 from vitcomposer.training.setup import BatchShare
 from vitcomposer.training.trainer import build_loggers, build_record
 
@@ -25,6 +26,7 @@ def build_measurement(
     """
     folder = run_folder(cfg)
     throughput = Throughput(None, cfg.precision)
+    shared = cfg.run.parallelism == SHARDED
     facts = {"recipe": cfg.recipe, "model": cfg.model.name, "seed": cfg.seed, "lr_peak": None, "class_imbalance": None}
     record = build_record(cfg, facts, throughput)
     return Trainer(
@@ -36,6 +38,7 @@ def build_measurement(
         max_duration=cfg.max_duration,
         precision=cfg.precision,
         device=share.device,
+        parallelism_config=share_blocks(task, cfg.run, world_size=share.world_size) if shared else None,
         seed=cfg.seed,
         deterministic_mode=cfg.run.deterministic,
         run_name=cfg.run.name,

@@ -24,8 +24,9 @@ GRAPH_LIMIT = 8  # four image sizes in training, that of evaluation, and a few s
 SHARDED = "fsdp2"
 AUTO = "auto"
 ELEMENTWISE, BY_NORM = ("adamw", "sgd"), ("lamb", "lars")
-# timm takes the norms of many tensors at once, which torch 2.7 cannot where they are shares.
-HAS_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+# timm takes the norms of many tensors at once, which torch 2.7 cannot where they are shares; nor can its DDP split a
+# graph of which a part is computed again.
+HAS_NORMS = SPLITS_RECOMPUTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 SHAREABLE = (*ELEMENTWISE, *BY_NORM) if HAS_NORMS else ELEMENTWISE  # do to shares what they do to the whole tensor
 CLIPPED = ("norm", "value", "norm_per_parameter")
 BLOCKS = (Block, *RESIDUAL_BLOCKS)  # what FSDP2 gathers by itself
@@ -37,11 +38,14 @@ ATTENTION_BACKENDS = {
 }
 
 
-def check_execution(run: Run, *, device: str, device_batch_size: int, algorithms: Collection[str] = ()) -> None:
+def check_execution(
+    run: Run, *, device: str, device_batch_size: int, algorithms: Collection[str] = (), world_size: int = 1
+) -> None:
     """Refuse what the device does not have and what a graph cannot take.
 
     Args:
         algorithms: Names of those of the run.
+        world_size: Number of ranks.
 
     Raises:
         ConfigError: The key of ``run``.
@@ -49,6 +53,10 @@ def check_execution(run: Run, *, device: str, device_batch_size: int, algorithms
     backends = run.attention_backends
     rule = "null on a CPU, which has one kernel"
     require(device == "gpu" or backends is None, "run.attention_backends", rule, backends, "Leave it out.")
+    if run.compile and run.parallelism != SHARDED and world_size > 1:
+        rule = "0 with run.compile and DDP on several ranks before torch 2.14"
+        fits, remedy = SPLITS_RECOMPUTED or not run.activation_checkpointing, "Or set run.parallelism=fsdp2."
+        require(fits, "run.activation_checkpointing", rule, run.activation_checkpointing, remedy)
     micro = run.device_train_microbatch_size
     if isinstance(micro, str):
         _check_auto(run, device, algorithms)
@@ -94,10 +102,10 @@ def recompute_activations(task: nn.Module, share: float) -> None:
     require(found, "run.activation_checkpointing", rule, share, "Leave it out.")
 
 
-def compile_forward(module: nn.Module) -> None:
+def compile_forward(module: nn.Module, graphs: int = GRAPH_LIMIT) -> None:
     """Compile the forward pass of a module in place, whole, with a graph for every shape and no dynamic ones.
 
-    A graph break is an error, and so is a shape more than ``GRAPH_LIMIT``: nothing falls back to eager in silence, and
+    A graph break is an error, and so is a graph more than ``graphs``: nothing falls back to eager in silence, and
     nothing compiles without end. Names in the state dict stay.
 
     Composer's ``compile_config`` compiles around DDP and so leaves evaluation in eager mode on several ranks. Here DDP
@@ -110,7 +118,9 @@ def compile_forward(module: nn.Module) -> None:
     # Not above: it takes a second, and few runs are compiled.
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    torch._dynamo.config.recompile_limit = GRAPH_LIMIT  # torch's own value; importing timm.optim makes it a million
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = graphs  # torch's own value is 8; importing timm.optim makes it a million
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, graphs)
     compiled = torch.compile(module.forward, fullgraph=True, dynamic=False)
 
     @functools.wraps(module.forward)
@@ -126,14 +136,27 @@ def compile_forward(module: nn.Module) -> None:
     module.forward = forward
 
 
+def compile_networks(networks: Sequence[nn.Module], *, shared: bool) -> None:
+    """Compile each network whole or, where FSDP2 shares its weights, each block by itself: it gathers between them.
+
+    Blocks alike share their graphs. What lies outside of the blocks then stays in eager mode.
+    """
+    if not shared:
+        for network in networks:
+            compile_forward(network)
+        return
+    blocks = [module for network in networks for module in network.modules() if isinstance(module, BLOCKS)]
+    for block in blocks:
+        compile_forward(block, graphs=GRAPH_LIMIT * len(blocks))  # those that drop different shares are not alike
+
+
 def check_shares(cfg: Trainable) -> None:
     """Refuse what needs a tensor as a whole.
 
     Raises:
-        ConfigError: ``run.compile``, the optimizer or an algorithm.
+        ConfigError: The optimizer or an algorithm.
     """
     remedy = "Set run.parallelism=ddp."
-    require(not cfg.run.compile, "run.compile", f"false with {SHARDED}, which gathers between the blocks", True, remedy)
     rule = f"{', '.join(SHAREABLE[:-1])} or {SHAREABLE[-1]} with {SHARDED}, which shows it a share of each tensor"
     newer = " With lamb and lars it needs torch 2.14." if cfg.optimizer.name in BY_NORM else ""
     require(cfg.optimizer.name in SHAREABLE, "optimizer.name", rule, cfg.optimizer.name, remedy + newer)

@@ -56,7 +56,7 @@ def prepare(cfg: _Recipe) -> tuple[_Recipe, BatchShare]:
     train = cfg.global_train_batch_size
     evaluate = cfg.evaluation.global_batch_size or train
     share = train // ranks
-    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=cfg.algorithms)
+    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=cfg.algorithms, world_size=ranks)
     return cfg, BatchShare(
         device=device,
         world_size=ranks,

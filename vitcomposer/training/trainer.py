@@ -50,7 +50,7 @@ from vitcomposer.training.execution import (
     SHARDED,
     average_gradients,
     check_shares,
-    compile_forward,
+    compile_networks,
     recompute_activations,
     share_blocks,
 )
@@ -141,8 +141,7 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
         check_shares(cfg)
         sharding = share_blocks(task, cfg.run, world_size=dist.get_world_size())
     if cfg.run.compile:
-        for module in compiled or [task]:
-            compile_forward(module)
+        compile_networks(compiled or [task], shared=sharding is not None)
     if dist.get_global_rank() == 0 and cfg.run.output == "text":
         print(f"{folder}: {share.world_size} x {share.device}, {cfg.precision}, peak lr {peak_lr:.3g}", file=sys.stderr)
     trainer = Trainer(
