@@ -63,15 +63,20 @@ def test_rejected_algorithm_says_why_and_what_to_do(name):
         ({"StochasticDept": {}}, {}, r"Did you mean 'StochasticDepth'"),
         ({"EMA": {"smoothng": 0.9}}, {}, r"algorithms.EMA.smoothng must .*'half_life'.*Did you mean 'smoothing'"),
         ({"EMA": {}}, {}, r"algorithms.EMA .*exactly one of half_life and smoothing"),
-        ({"EMA": {"smoothing": 0.9}}, {}, r"algorithms.EMA .*with update_interval, the time that smoothing needs"),
+        ({"EMA": {"smoothing": 0.9}}, {}, r"algorithms.EMA .*with update_interval, the time between two"),
         (
             {"EMA": {"smoothing": 1.5, "update_interval": "1ba"}},
             {},
             r"algorithms.EMA.smoothing must be in \(0, 1\), got 1.5",
         ),
         ({"EMA": {"half_life": "10ba", "smoothing": 0.9}}, {}, r"algorithms.EMA .*exactly one"),
+        ({"EMA": {"half_life": "0.07dur"}}, {}, r"algorithms.EMA .*given with update_interval"),
         ({"EMA": {"half_life": "10ba", "update_interval": "1ep"}}, {}, r"algorithms.EMA .*[Uu]nits"),
-        ({"EMA": {"half_life": "10"}}, {}, r"algorithms.EMA.half_life must be a time above 0 in ep or ba, got '10'"),
+        (
+            {"EMA": {"half_life": "10"}},
+            {},
+            r"algorithms.EMA.half_life must be a time above 0 in ep, ba or dur, got '10'",
+        ),
         ({"EMA": {"half_life": 10}}, {}, r"algorithms.EMA.half_life "),
         ({"EMA": {"half_life": "0ba"}}, {}, r"algorithms.EMA.half_life .*above 0"),
         (

@@ -184,6 +184,12 @@ def test_ema_of_a_loaded_checkpoint_is_evaluated_without_training(tmp_path):
         ({"smoothing": 0.5, "update_interval": "5ba"}, "29ba", "Leave it out."),
         ({"half_life": "2ep"}, "8ep", "averages 3 epochs of 8: "),
         ({"half_life": "2ep"}, "33ba", None),  # 11 epochs
+        ({"half_life": "0.07dur", "update_interval": "1ba"}, "100ba", None),
+        (
+            {"half_life": "0.5dur", "update_interval": "1ep"},
+            "10ep",
+            "over 8 epochs, more than a third of the 10 of this",
+        ),
     ],
 )
 def test_window_longer_than_a_third_of_the_run_is_said_at_the_start(arguments, duration, says, caplog):
@@ -194,6 +200,21 @@ def test_window_longer_than_a_third_of_the_run_is_said_at_the_start(arguments, d
     with caplog.at_level("WARNING", logger="vitcomposer"):
         fit(build("EMA", **arguments), duration, callbacks=[Stop()])
     assert (says in caplog.text) if says else not caplog.text
+
+
+@pytest.mark.parametrize(("interval", "half_life"), [("1ba", 3.0), ("1ep", 1.0)])
+def test_half_life_as_a_share_of_the_run_follows_its_length(interval, half_life):
+    for epochs in (2, 4):
+        (share,) = build(
+            "EMA", half_life=f"{half_life / (3 if interval == '1ba' else 1) / epochs}dur", update_interval=interval
+        )
+        (plain,) = build("EMA", half_life=f"{half_life:.0f}{interval[1:]}", update_interval=interval)
+        trained, _, _ = fit([share], f"{epochs}ep")
+        other, _, _ = fit([plain], f"{epochs}ep")
+        assert share.smoothing == pytest.approx(plain.smoothing, rel=1e-9)
+        for name, value in share.ema_model.named_parameters_dict.items():
+            torch.testing.assert_close(value, plain.ema_model.named_parameters_dict[name])
+        assert_equal(weights(trained), weights(other))
 
 
 def test_averaged_weights_need_a_started_average(tmp_path):

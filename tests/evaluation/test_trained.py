@@ -116,11 +116,17 @@ def test_average_without_a_measurement_is_taken_after_three_of_its_windows(
         ),
         ("{smoothing: 0.9, update_interval: 2ba}", False, "over 20 steps, more than a third of the 36 done."),
         ("{half_life: 1ep, smoothing: null, update_interval: null}", True, "over 2 epochs, of 6 done."),
+        ("{half_life: 0.07dur, smoothing: null, update_interval: 1ba}", True, "over 10% of the run, of 100% done."),
+        (
+            "{half_life: 0.5dur, smoothing: null, update_interval: 1ba}",
+            False,
+            "over 72% of the run, more than a third of the 100% done.",
+        ),
     ):
         edit = read_checkpoint(run / LATEST)
         edit["state"]["timestamp"]["Timestamp"]["epoch"] = 6
         torch.save(edit, run / LATEST)
-        assert load_trained(run, [f"algorithms={{EMA: {arguments}}}"]).averaged == averaged
+        assert load_trained(run, [f"algorithms={{EMA: {arguments}}}", "max_duration=6ep"]).averaged == averaged
         assert note in capsys.readouterr().err
     kind, why = better_weights(36, {"ba": 36, "ep": 3}, None, None)
     assert kind == "raw" and "nor is it known how long the average looks back" in why

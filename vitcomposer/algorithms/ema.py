@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
 from vitcomposer.foundations import average_should_start, new_average
-from vitcomposer.models.weights.averages import EMA_LABEL, averaging_window
+from vitcomposer.models.weights.averages import EMA_LABEL, averaging_window, share_of_run
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,12 @@ class EvaluationEMA(EMA):
     another number of ranks. Under FSDP2 every rank averages the share of the weights that it keeps.
 
     Args:
-        half_life: Time string in ep or ba; with ``update_interval`` it gives
-            ``smoothing = 2 ** (-update_interval / half_life)``.
+        half_life: Time string in ep, ba or dur; with ``update_interval`` it gives
+            ``smoothing = 2 ** (-update_interval / half_life)``. ``0.07dur`` looks back over a tenth of the run,
+            however long ``max_duration`` makes it.
         smoothing: In (0, 1), instead of ``half_life``: DeiT's ``decay``, 0.99996 per batch.
         ema_start: Time string in dur, ep or ba.
-        update_interval: Time string in ep or ba, in the units of ``half_life``; required with ``smoothing``.
+        update_interval: Time string in ep or ba, in the units of ``half_life``; required with ``smoothing`` and dur.
 
     Raises:
         ValueError: Not exactly one of ``half_life`` and ``smoothing``, or a value out of its range.
@@ -58,12 +59,16 @@ class EvaluationEMA(EMA):
             raise ValueError(f"set exactly one of half_life and smoothing, got {half_life!r} and {smoothing!r}")
         if smoothing is not None and not 0 < smoothing < 1:
             raise ValueError(f"smoothing must be in (0, 1), got {smoothing}")
-        if smoothing is not None and update_interval is None:
-            raise ValueError("smoothing needs update_interval, the time it is meant for, such as 1ba")
+        self.half_life_share = share_of_run(half_life)
+        if (smoothing is not None or self.half_life_share) and update_interval is None:
+            raise ValueError("smoothing, or half_life in dur, needs update_interval, the time between two, such as 1ba")
         for text in (half_life, update_interval):
             if text is not None and Time.from_timestring(text).value <= 0:
                 raise ValueError(f"half_life and update_interval must be above 0, got {text!r}")
-        super().__init__(half_life, smoothing, ema_start, update_interval)
+        if self.half_life_share:  # the run's length is known when it starts
+            super().__init__(None, 0.5, ema_start, update_interval)
+        else:
+            super().__init__(half_life, smoothing, ema_start, update_interval)
         self.window = averaging_window(half_life, smoothing, update_interval)
         if self.ema_start.unit not in (TimeUnit.DURATION, TimeUnit.EPOCH, TimeUnit.BATCH):
             raise ValueError(f"ema_start must be in dur, ep or ba, got {ema_start!r}")
@@ -81,6 +86,7 @@ class EvaluationEMA(EMA):
         assert self.ema_model is not None, "Event.INIT runs before every other event"
         keep_shares(model)
         if event == Event.FIT_START:
+            self._fit_to_run(state)
             self._warn(state)
             self._start_anew(model, state)
         # A loaded average lies, whole, where the checkpoint was read to.
@@ -93,6 +99,16 @@ class EvaluationEMA(EMA):
             self.ema_weights_active = averaged
         if event == self.update_event:
             self._update(model, state)
+
+    def _fit_to_run(self, state: State) -> None:
+        """Turn a half-life that is a share of the run into steps or epochs."""
+        if not self.half_life_share:
+            return
+        unit = self.update_interval.unit
+        run = total_steps(state) / (1 if unit == TimeUnit.BATCH else steps_per_epoch(state))
+        half_life = self.half_life_share * run
+        self.smoothing = 2 ** (-self.update_interval.value / half_life)
+        self.window = averaging_window(f"{half_life}{unit.value}", None, self.update_interval.to_timestring())
 
     def _warn(self, state: State) -> None:
         """Say before the first step where the average will still hold much of where it began."""

@@ -22,6 +22,7 @@ from vitcomposer.runs.identity import read_identity
 from vitcomposer.runs.metrics import last_evaluation
 from vitcomposer.schema import Evaluation, Model, Probe, Supervised
 from vitcomposer.schema.recipe import Recipe
+from vitcomposer.schema.times import parse_time
 
 Weights = Literal["auto", "raw", "ema"]
 Statistics = tuple[float, float, float]
@@ -227,17 +228,19 @@ def _saved(cfg: Supervised, file: Path, source: str, names: list[str] | None, up
     }
     content = read_checkpoint(file)
     weights = _weights_in(content)
-    better = _better_of(content, cfg.algorithms, file) if len(weights) > 1 else None
+    better = _better_of(content, cfg, file) if len(weights) > 1 else None
     return _Saved(_with_names(facts, names, cfg.model), cfg.model, file, weights, better)
 
 
-def _better_of(content: Mapping[str, Any], algorithms: Mapping[str, Any], file: Path) -> tuple[str, str]:
+def _better_of(content: Mapping[str, Any], cfg: Supervised, file: Path) -> tuple[str, str]:
     """By what the run measured whose folder the file lies in, else by how long it was averaged."""
     time = content["state"]["timestamp"]["Timestamp"]
     measured = last_evaluation(file.parent.parent / layout.METRICS, time["batch"])
     # A yaml which names the file of a run in init.weights may have another EMA, or none.
-    window = averaging_window(**algorithms["EMA"]) if "EMA" in algorithms else None
-    return better_weights(time["batch"], {"ba": time["batch"], "ep": time["epoch"]}, measured, window)
+    window = averaging_window(**cfg.algorithms["EMA"]) if "EMA" in cfg.algorithms else None
+    done = {"ba": time["batch"], "ep": time["epoch"], "sp": time["sample"]}
+    length, unit = parse_time("max_duration", cfg.max_duration)
+    return better_weights(time["batch"], {**done, "dur": done[unit] / length}, measured, window)
 
 
 def _weights_in(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -70,7 +70,11 @@ _RULES: dict[str, dict[str, _Rule]] = {
         "clipping_threshold": (lambda v: v > 0, "above 0", "Use 1.0 with norm."),
     },
     "EMA": {
-        "half_life": (lambda v: v is None or _is_time(v, "ep|ba"), "a time above 0 in ep or ba", "Write 100ba."),
+        "half_life": (
+            lambda v: v is None or _is_time(v, "ep|ba|dur"),
+            "a time above 0 in ep, ba or dur",
+            "Write 0.07dur, which looks back over a tenth of the run.",
+        ),
         "smoothing": (lambda v: v is None or 0 < v < 1, "in (0, 1)", "DeiT uses 0.99996."),
         "ema_start": (lambda v: _is_time(v, "ep|ba|dur", zero=True), "a time in dur, ep or ba", "Write 0.0dur."),
         "update_interval": (lambda v: v is None or _is_time(v, "ep|ba"), "a time above 0 in ep or ba", "Write 1ba."),
@@ -136,9 +140,9 @@ def _ema_faults(key: str, arguments: Mapping[str, Any]) -> list[str]:
     half_life, smoothing, interval = (arguments.get(name) for name in ("half_life", "smoothing", "update_interval"))
     if (half_life is None) == (smoothing is None):
         rule, remedy = "exactly one of half_life and smoothing", "Use {smoothing: 0.99996, update_interval: 1ba}."
-    elif smoothing is not None and interval is None:
-        rule, remedy = "given with update_interval, the time that smoothing needs", f"Set {key}.update_interval=1ba."
-    elif half_life and interval and half_life[-2:] != interval[-2:]:
+    elif interval is None and (smoothing is not None or str(half_life).endswith("dur")):
+        rule, remedy = "given with update_interval, the time between two", f"Set {key}.update_interval=1ba."
+    elif half_life and interval and not half_life.endswith("dur") and half_life[-2:] != interval[-2:]:
         rule, remedy = "half_life and update_interval in the same units", "Write both in ba."
     else:
         return []

@@ -118,10 +118,6 @@ def _choose_length(choice: Choice, count: int) -> None:
     else:
         _choose_epochs_seen(choice, count)
         choice.reasons.append("no pre-trained weights -> a small ConViT, long, with strong augmentation")
-    steps = choice.epochs * (count // choice.batch)
-    smoothing = min(1 - 10 / max(steps, 100), 0.9999)
-    average = f"{{smoothing: {smoothing:.4g}, update_interval: 1ba}}"
-    choice.set("algorithms.EMA", average, f"over a tenth of the run's {steps:,} steps")
 
 
 def _choose_epochs_seen(choice: Choice, count: int) -> None:

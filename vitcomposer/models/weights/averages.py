@@ -3,6 +3,7 @@
 They are those that are trained (``raw``), their moving average (``ema``), or both.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,12 +52,14 @@ WINDOWS = 3  # in a run: after so many, exp(-3) = 5 % of the average is where it
 
 @dataclass(frozen=True)
 class Window:
-    """About how long a moving average looks back: 1 / (1 - smoothing) of its updates, in ``ba`` or ``ep``."""
+    """About how long a moving average looks back: 1 / (1 - smoothing) of its updates, in ``ba``, ``ep`` or ``dur``."""
 
     length: float
     unit: str
 
     def __str__(self) -> str:
+        if self.unit == "dur":
+            return f"{self.length:.0%} of the run"
         return f"{self.length:,.0f} {'steps' if self.unit == 'ba' else 'epochs'}"
 
     def is_long_for(self, length: float) -> bool:
@@ -72,11 +75,19 @@ def averaging_window(
     Raises:
         ValueError: Arguments that EMA refuses.
     """
+    if share := share_of_run(half_life):
+        return Window(share / math.log(2), "dur")
     interval, unit = _time(update_interval or (f"1{_time(half_life)[1]}" if half_life else None))
     kept = float(2 ** (-interval / _time(half_life)[0])) if smoothing is None else smoothing
     if not 0 < kept < 1:
         raise ValueError(f"smoothing must be in (0, 1), got {smoothing}")
     return Window(interval / (1 - kept), unit)
+
+
+def share_of_run(half_life: str | None) -> float:
+    """The share of the run that a half-life in ``dur`` is; 0 for one in other units."""
+    match = re.fullmatch(r"([\d.]+)dur", str(half_life))
+    return float(match[1]) if match else 0.0
 
 
 def _time(text: str | None) -> tuple[float, str]:
@@ -96,7 +107,7 @@ def better_weights(
 
     Args:
         step: Of the checkpoint.
-        done: Steps and epochs of training, under ``ba`` and ``ep``.
+        done: Steps and epochs of training, under ``ba`` and ``ep``, and the share of the run, under ``dur``.
         measured: Step, top-1 of the raw weights and of their average.
     """
     names = {"raw": "raw", "ema": "average"}
@@ -111,7 +122,8 @@ def better_weights(
     else:
         long = window.is_long_for(done[window.unit])
         taken, left = ("raw", "ema") if long else ("ema", "raw")
+        passed = f"{done['dur']:.0%}" if window.unit == "dur" else f"{done[window.unit]:,.0f}"
         why = f"{names[taken]}: neither was measured, and the average looks back over {window}, " + (
-            f"more than a third of the {done[window.unit]:,.0f} done" if long else f"of {done[window.unit]:,.0f} done"
+            f"more than a third of the {passed} done" if long else f"of {passed} done"
         )
     return taken, f"weights: {why}. --weights {left} takes the other."
