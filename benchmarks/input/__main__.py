@@ -3,6 +3,7 @@
     python -m benchmarks.input                       single crops of 224 px from files like ImageNet's
     python -m benchmarks.input --set s256            the same from files with a shorter side of 256
     python -m benchmarks.input --multicrop           SwAV's 2x160 + 4x96 and 2x224 + 6x96
+    python -m benchmarks.input --small              views of 96 and 128 px, from the whole image and from image_small
     python -m benchmarks.input --only ours-seekable dali --rounds 9
 
 Needs Linux. The first call makes a photo set from the sample pictures of installed packages, installs each peer in an
@@ -44,10 +45,16 @@ _MULTICROP: dict[Group, str] = {
 }
 
 
+_SMALL: dict[Group, str] = {
+    "small-96": "RandomResizedCrop 96, flip, batches of 64",
+    "small-128": "RandomResizedCrop 128, flip, batches of 64",
+}
+
+
 def main() -> None:
     args = _parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no candidate stays behind
-    groups = _MULTICROP if args.multicrop else _SINGLE
+    groups = _MULTICROP if args.multicrop else _SMALL if args.small else _SINGLE
     chosen = _choose(args.only, groups)
     photo_count, images, turn_seconds = (64, 64, 0.0) if args.quick else (960, 128 if args.multicrop else 256, 0.5)
     work = args.work.resolve()
@@ -56,7 +63,7 @@ def main() -> None:
     print(f"photos: {photo_count} of set {args.set}", file=sys.stderr)
     statistics = build_photos(photos, args.set, photo_count)
     report = {
-        "title": "Multi-crop input, CPU" if args.multicrop else "Single-crop input, CPU",
+        "title": f"{'Multi-crop' if args.multicrop else 'Small-view' if args.small else 'Single-crop'} input, CPU",
         "date": datetime.date.today().isoformat(),
         "git_commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain").splitlines(),
@@ -70,9 +77,9 @@ def main() -> None:
     rows, starts = _prepare(chosen, workshop, photos, photo_count)
     turns = run_rounds(starts, rounds=args.rounds, images=images, turn_seconds=turn_seconds)
     report["candidates"] = _fill(rows, chosen, *turns)
-    if not args.multicrop:
+    if not args.multicrop and not args.small:
         report["quality"] = _quality(photos, photo_count // 3)
-    kind = "multicrop_" if args.multicrop else ""
+    kind = "multicrop_" if args.multicrop else "small_" if args.small else ""
     name = f"input_{kind}{args.set}"
     print(write_report(report, args.out, name))
 
@@ -88,6 +95,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"candidates, beside the baseline: {names}")
     parser.add_argument("--set", choices=SETS, default="full", help="photo set (default: %(default)s)")
     parser.add_argument("--multicrop", action="store_true", help="SwAV's crops instead of single ones")
+    parser.add_argument("--small", action="store_true", help="views of a curriculum's first stages")
     parser.add_argument("--no-install", dest="install", action="store_false", help="use peers that are there already")
     parser.add_argument("--quick", action="store_true", help="few photos and images: to see that it works")
     return parser.parse_args()

@@ -40,7 +40,7 @@ def measure(photos: Path, count: int) -> dict[str, dict[str, float]]:
             box = random_resized_box(rng, image.height, image.width, (0.08, 1.0), (3 / 4, 4 / 3))
         reference = _pillow(encoded, box, Image.Resampling.BICUBIC)
         for name, view in _VIEWS.items():
-            rows[name].append(_distance(view(encoded, box), reference))
+            rows[name].append(distance(view(encoded, box), reference))
     return {
         name: {
             "psnr_mean": float(np.mean([psnr for psnr, _ in found])),
@@ -52,7 +52,8 @@ def measure(photos: Path, count: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _distance(pixels: np.ndarray, reference: np.ndarray) -> tuple[float, int]:
+def distance(pixels: np.ndarray, reference: np.ndarray) -> tuple[float, int]:
+    """PSNR in dB and largest difference of two images of equal shape."""
     difference = np.abs(pixels.astype(np.int16) - reference)
     error = float(np.mean(difference.astype(np.float64) ** 2))
     return (10 * np.log10(255**2 / error) if error else _NO_DIFFERENCE), int(difference.max())

@@ -22,7 +22,7 @@ SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
-Group = Literal["crop", "augment", "worker", "multicrop-160", "multicrop-224"]
+Group = Literal["crop", "augment", "worker", "small-96", "small-128", "multicrop-160", "multicrop-224"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,10 @@ STORES = {
     "ours-plain": Store(module="ours", options={"kind": "plain"}),
     "ours-seekable": Store(module="ours", options={"kind": "seekable"}),
     "ours-raw": Store(module="ours", options={"kind": "raw"}),
+    "ours-small-160": Store(module="ours", options={"kind": "seekable", "small": 160}),
+    "ours-small-160-jpeg": Store(module="ours", options={"kind": "seekable", "small": 160, "quality": 90}),
+    "ours-small-214": Store(module="ours", options={"kind": "seekable", "small": 214}),
+    "ours-small-214-jpeg": Store(module="ours", options={"kind": "seekable", "small": 214, "quality": 90}),
     "mds-jpeg": Store(module="streaming_pil"),
     "tar": Store(module="webdataset_pil", peer="webdataset"),
     "tfrecord": Store(module="tensorflow_data", peer="tensorflow"),
@@ -74,6 +78,8 @@ BASELINES: dict[Group, str] = {
     "crop": "torchvision",
     "augment": "torchvision",
     "worker": "torchvision",
+    "small-96": "torchvision-96",
+    "small-128": "torchvision-128",
     "multicrop-160": "swav-160",
     "multicrop-224": "swav-224",
 }
@@ -221,6 +227,40 @@ _WORKER = {
 }
 
 
+def _small(group: Group, size: int, side: int) -> dict[str, Candidate]:
+    """Views of a curriculum's first stages; ``side`` is the shorter side that ``convert --for`` stores for them."""
+    ours = {"module": "ours", "group": group, "ours": True}
+    return {
+        f"torchvision-{size}": Candidate(
+            label="torchvision, Pillow, uint8 out",
+            module="torchvision_pil",
+            group=group,
+            options={"dtype": "uint8", "size": size},
+        ),
+        f"ours-whole-{size}": Candidate(
+            label="vitcomposer, whole image, seekable JPEG",
+            store="ours-seekable",
+            options={"size": size},
+            remarks="exact decode",
+            **ours,
+        ),
+        f"ours-small-{size}": Candidate(
+            label=f"vitcomposer, image_small of {side}, raw pixels",
+            store=f"ours-small-{side}",
+            options={"size": size},
+            remarks="the whole image beside it",
+            **ours,
+        ),
+        f"ours-small-jpeg-{size}": Candidate(
+            label=f"vitcomposer, image_small of {side}, JPEG of quality 90",
+            store=f"ours-small-{side}-jpeg",
+            options={"size": size},
+            remarks="the whole image beside it",
+            **ours,
+        ),
+    }
+
+
 def _multicrop(group: Group, side: int, large: int, small: int) -> dict[str, Candidate]:
     # Ranges of a crop's share of the area: SwAV's own, section 4 of arXiv:2006.09882.
     crops = {"num_crops": (large, small), "size_crops": (side, 96), "crop_scales": ((0.14, 1.0), (0.05, 0.14))}
@@ -267,6 +307,8 @@ CANDIDATES: dict[str, Candidate] = {
     **_CROP,
     **_AUGMENT,
     **_WORKER,
+    **_small("small-96", 96, 160),
+    **_small("small-128", 128, 214),
     **_multicrop("multicrop-160", 160, 2, 4),
     **_multicrop("multicrop-224", 224, 2, 6),
 }

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.input.candidates import BATCH, SIZE, lengthen_epoch
 from vitcomposer.data.collate import TrainCollate
+from vitcomposer.data.mds.small_column import largest_view
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.schema import Augment, Mixing
 
@@ -23,13 +24,15 @@ PACKAGES = ("vitcomposer", "mosaicml-streaming", "torch", "simplejpeg", "numba",
 _FLAGS = {"plain": ["--no-seekable"], "seekable": ["--seekable"], "raw": ["--raw-fraction", "1.0"]}
 
 
-def write(photos: Path, store: Path, *, kind: str) -> None:
+def write(photos: Path, store: Path, *, kind: str, small: int | None = None, quality: int | None = None) -> None:
     command = [sys.executable, "-m", "vitcomposer", "convert", "folder", str(photos), str(store)]
-    subprocess.run([*command, "--val-fraction", "0", *_FLAGS[kind]], check=True)
+    beside = [] if small is None else ["--raw-below", str(small)]
+    beside += [] if quality is None else ["--small-quality", str(quality)]
+    subprocess.run([*command, "--val-fraction", "0", *_FLAGS[kind], *beside], check=True)
     lengthen_epoch(store / "train" / "index.json")
 
 
-def batches(store: Path, *, workers: int = 0, **augment: Any) -> Iterator[Tensor]:
+def batches(store: Path, *, workers: int = 0, size: int = SIZE, **augment: Any) -> Iterator[Tensor]:
     torch.set_num_threads(1)
     chosen: dict[str, Any] = {
         "crop_scale": (0.08, 1.0),
@@ -43,10 +46,13 @@ def batches(store: Path, *, workers: int = 0, **augment: Any) -> Iterator[Tensor
         **augment,
     }
     mixing = Mixing(mixup_alpha=0, cutmix_alpha=0, prob=0, switch_prob=0, mode="batch", label_smoothing=0)
+    stream = image_stream(store, batch_size=BATCH, repeats=chosen["repeated_augmentation"])
+    collate = TrainCollate(Augment(**chosen), mixing, image_size=size, num_classes=1000, seed=0)
+    collate.largest_small = largest_view(stream.small_side or 0)
     loader = DataLoader(
-        image_stream(store, batch_size=BATCH, repeats=chosen["repeated_augmentation"]),
+        stream,
         batch_size=BATCH,
-        collate_fn=TrainCollate(Augment(**chosen), mixing, image_size=SIZE, num_classes=1000, seed=0),
+        collate_fn=collate,
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -16,14 +16,16 @@ PACKAGES = ("torch", "torchvision", "pillow")
 _BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-def batches(store: Path, *, dtype: str = "float32", policy: str | None = None, workers: int = 0) -> Iterator[Tensor]:
+def batches(
+    store: Path, *, dtype: str = "float32", policy: str | None = None, workers: int = 0, size: int = SIZE
+) -> Iterator[Tensor]:
     torch.set_num_threads(1)
     last = [transforms.PILToTensor()]
     if dtype == "float32":
         last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(SIZE, interpolation=_BICUBIC),
+            transforms.RandomResizedCrop(size, interpolation=_BICUBIC),
             transforms.RandomHorizontalFlip(),
             *_policy(policy),
             *last,
