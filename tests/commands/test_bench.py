@@ -73,7 +73,7 @@ def test_plan_takes_the_decode_that_bench_measured_at_each_size(benched, tmp_pat
     assert decode == pytest.approx([3 * rate for rate in rates.values()])
     assert found["bytes_per_image"] == pytest.approx(written["bytes_per_image"])
     assert found["basis"] == "roofline estimate, not measured"  # no H200 was measured
-    assert f"(this data on a core of {written['cpu']}; here.json)" in capsys.readouterr().out
+    assert f"(synthetic images on a core of {written['cpu']}; here.json)" in capsys.readouterr().out
 
 
 def test_plan_takes_the_step_where_the_gpu_is_the_one_that_bench_measured(benched, tmp_path, capsys):

@@ -89,14 +89,14 @@ def test_input_that_was_measured_gives_cores(tmp_path: Path, capsys: pytest.Capt
     assert planned(tmp_path, "deit_s", "data.augment_on=device")["supply"]["images_per_cpu_second"] == 500
 
 
-def write_inputs(folder: Path, rates: dict[str, float], *, size: int = 224) -> None:
+def write_inputs(folder: Path, rates: dict[str, float], *, size: int = 224, file: str = "input_full.json") -> None:
     """As benchmarks.input does."""
     candidates = {
         name: {"label": name, "images_per_cpu_second": {"median": rate}, "shapes": [[3, size, size]]}
         | {"stored_bytes": 600_000 if name == "ours-raw" else 100_000}
         for name, rate in rates.items()
     }
-    (folder / "input_full.json").write_text(json.dumps({"candidates": candidates}))
+    (folder / file).write_text(json.dumps({"candidates": candidates}))
 
 
 def write_measured(folder: Path, *rows: tuple[float, float], device: str = "NVIDIA H200", width: int = 384) -> None:
@@ -259,6 +259,20 @@ def test_what_changes_the_input_is_what_it_was_promised_to_be(tmp_path: Path) ->
     assert hours["vitcomposer convert --raw-fraction 1"] == pytest.approx(
         planned(tmp_path, "vit_s_mild", "--cpus", "192")["hours"]
     )
+
+
+def test_small_images_beside_the_whole_ones_are_a_change_where_they_were_measured(tmp_path: Path) -> None:
+    """The 96-px stage is cut from them, the larger ones are not; augmentation is added in full."""
+    write_inputs(tmp_path, RATES)
+    write_inputs(tmp_path, {"ours-small-96": 3000.0}, size=96, file="input_small_full.json")
+    found = planned(tmp_path, "vit_s_mild", "--cpus", "192")
+    (change,) = (c for c in found["changes"] if c["change"] == "vitcomposer convert --for this yaml")
+    first, *others = found["stages"]
+    rate = min(192 / (1 / 3000 + 1 / 393 - 1 / 475), first["gpu_images_per_second"])
+    expected = first["steps"] * 1024 / rate / 3600 + sum(stage["hours"] for stage in others)
+    assert change["hours"] == pytest.approx(expected) and change["hours"] < 0.8 * found["hours"]
+    whole = planned(tmp_path, "vit_s_mild", "--cpus", "192", "augment.low_resolution_stages=false")
+    assert whole["hours"] == found["hours"] and all("--for" not in c["change"] for c in whole["changes"])
 
 
 def test_without_cpus_the_cores_of_this_machine_count(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vitcomposer.cost.inputs import Input
+from vitcomposer import config
+from vitcomposer.cost.inputs import Input, changes
 from vitcomposer.cost.supply import Demand, Feed, Machines, hours, hours_to_fill_cache, limits, stays_cached
 from vitcomposer.schema import Data
 
@@ -22,6 +23,7 @@ FEED = Feed(
     images=100_000,
     cached=False,
 )
+RATES = {"ours-ra": 400.0, "ours-seekable": 500.0, "ours-raw": 1200.0}
 GPU_BOUND = sum(stage.images / stage.gpu_rate for stage in STAGES) / 3600
 
 
@@ -90,3 +92,14 @@ def test_what_comes_from_a_bucket_stays_where_it_fits(
     remote: str | None, limit: str | None, size: float, stays: bool
 ) -> None:
     assert stays_cached(Data(remote=remote, local="x", cache_limit=limit), size) is stays
+
+
+def test_changes_are_scaled_to_the_machine_that_bench_measured() -> None:
+    """At each of its sizes: a machine of twice the speed takes half of the CPU seconds, with the change too."""
+    cfg: Any = config.load("vit_s_mild")
+    known = {name: replace(ONE_SIZE, kind=name, rates={224**2: rate}) for name, rate in RATES.items()}
+    own = replace(ONE_SIZE, rates={96**2: 1600.0, 224**2: 800.0}, source="here.json")
+    (device,) = (change.given for change in changes(cfg, own, known) if "device" in change.what)
+    assert device.seconds(224**2) == pytest.approx(1 / 800 * 400 / 500)
+    assert device.seconds(96**2) == pytest.approx(1 / 1600 * 400 / 500)
+    assert device.bytes_per_image == own.bytes_per_image

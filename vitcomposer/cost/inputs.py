@@ -60,10 +60,11 @@ def kind_of(cfg: Supervised | SelfSupervised, *, gpu: bool = True) -> str:
 
 def measured_inputs(results: Path, cfg: Supervised | SelfSupervised) -> dict[str, Input]:
     """What benchmarks.input measured of this project, by kind; nothing where the folder has no such file."""
-    path = results / ("input_multicrop_full.json" if isinstance(cfg, SelfSupervised) else "input_full.json")
-    candidates = json.loads(path.read_text(encoding="utf-8"))["candidates"] if path.is_file() else {}
+    sets = ("multicrop_full",) if isinstance(cfg, SelfSupervised) else ("full", "small_full")
+    paths = [path for path in (results / f"input_{each}.json" for each in sets) if path.is_file()]
+    rows = [(path, row) for path in paths for row in json.loads(path.read_text("utf-8"))["candidates"].items()]
     found: dict[str, Input] = {}
-    for name, row in candidates.items():
+    for path, (name, row) in rows:
         if not name.startswith("ours") or "images_per_cpu_second" not in row:
             continue
         kind = re.sub(r"-\d+$", "", name)
@@ -97,10 +98,27 @@ def changes(cfg: Supervised | SelfSupervised, now: Input, known: dict[str, Input
         parts = _changes_of_crops(cfg, now.kind)
     named = {what: [*plus, *minus, now.kind] for what, (plus, minus) in parts.items()}
     fit = {what: part for what, part in parts.items() if all(kind in known for kind in named[what])}
-    return [
+    found = [
         Change(what, _scaled(now, known[now.kind], _combined([known[k] for k in plus], [known[k] for k in minus])))
         for what, (plus, minus) in fit.items()
     ]
+    small = _with_small_images(cfg, now, known) if isinstance(cfg, Supervised) else None
+    return found if small is None else [*found, Change("vitcomposer convert --for this yaml", small)]
+
+
+def _with_small_images(cfg: Supervised, now: Input, known: dict[str, Input]) -> Input | None:
+    """``now`` with small views cut from the column ``image_small``, as far as such views were measured.
+
+    Augmentation costs what it does at full size, which is on the slow side.
+    """
+    small, plain = known.get("ours-small"), known.get("ours-seekable")
+    if small is None or plain is None or now is not known.get(now.kind) or not cfg.augment.low_resolution_stages:
+        return None
+    largest, full = max(small.rates), max(now.rates)
+    added = now.seconds(full) - plain.seconds(full)
+    cut = {size: 1 / (small.seconds(size) + added) for size in small.rates}
+    whole = {size: 1 / now.seconds(size) for size in (largest + 1, *now.rates) if size > largest}
+    return replace(now, rates=cut | whole)
 
 
 def _changes_of_crops(cfg: Supervised, kind: str) -> dict[str, tuple[list[str], list[str]]]:
@@ -126,8 +144,8 @@ def _combined(plus: list[Input], minus: list[Input]) -> Input:
 
 def _scaled(now: Input, measured: Input, changed: Input) -> Input:
     """``changed`` on the machine of ``now``, whose own measurement is ``measured``."""
-    share = {size: changed.seconds(size) / measured.seconds(size) for size in changed.rates}
-    rates = {size: 1 / (now.seconds(size) * share[size]) for size in changed.rates}
+    sizes = sorted({*changed.rates, *now.rates})
+    rates = {size: measured.seconds(size) / (now.seconds(size) * changed.seconds(size)) for size in sizes}
     # Only another way of storing changes the bytes.
     same = changed.bytes_per_image == measured.bytes_per_image
     return replace(changed, rates=rates, bytes_per_image=now.bytes_per_image if same else changed.bytes_per_image)

@@ -5,6 +5,7 @@ from typing import Any
 
 from vitcomposer.cost.inputs import Input
 from vitcomposer.errors import require
+from vitcomposer.escape import for_terminal
 from vitcomposer.json_file import read_json
 
 _WRITERS = "what benchmarks/gpu.py writes without --quick, or vitcomposer bench --json"
@@ -51,7 +52,8 @@ def _input(found: dict[str, Any], path: Path) -> Input:
     rates = {int(pixels): float(rate) for pixels, rate in block["images_per_cpu_second"].items()}
     if not rates or min(rates) <= 0 or min(rates.values()) <= 0 or not block["bytes_per_image"] > 0:
         raise ValueError("rates and sizes are above 0")
-    label = f"this data on a core of {found['cpu']}"
+    data = "synthetic images" if found["data"] == "synthetic" else for_terminal(str(found["data"]))
+    label = f"{data} on a core of {for_terminal(str(found['cpu']))}"
     return Input(
         kind=str(block["kind"]),
         label=label,

@@ -194,7 +194,7 @@ def _print_supply(found: dict[str, Any]) -> None:
         f"CPU cores for the images/s of the GPUs: at {supply['images_per_cpu_second']:,.0f} images per CPU second at "
         f"full size ({supply['name']}; {supply['file']})"
     )
-    sizes = " and ".join(f"{row['pixels']:,}" for row in supply["measured"])
+    sizes = "; ".join(f"{row['pixels']:,}" for row in supply["measured"])
     print(
         f"  measured where {sizes} pixels are made of an image; smaller ones are taken to cost as much as the smallest"
     )

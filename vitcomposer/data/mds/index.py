@@ -30,11 +30,10 @@ _SHARD_BYTES = 1 << 32
 
 
 class SplitSize(NamedTuple):
-    """What the index of a split counts: samples, bytes of its shards as they are read and as they are kept or sent."""
+    """What the index of a split counts: samples, and bytes of its shards as they are read, not compressed."""
 
     samples: int
     raw_bytes: int
-    stored_bytes: int
 
 
 def count_samples(data: Data, split: str) -> int | None:
@@ -69,10 +68,7 @@ def size_of_split(data: Data, split: str) -> SplitSize | None:
         )
     shards = content["shards"]
     files = [shard for shard in shards if shard["format"] == "mds"]  # of other formats nothing is known here
-    raw = sum(shard["raw_data"]["bytes"] for shard in files)
-    return SplitSize(
-        sum(shard["samples"] for shard in shards), raw, sum((s["zip_data"] or s["raw_data"])["bytes"] for s in files)
-    )
+    return SplitSize(sum(shard["samples"] for shard in shards), sum(shard["raw_data"]["bytes"] for shard in files))
 
 
 def index_fault(index: Any) -> str | None:
