@@ -140,7 +140,7 @@ def test_server_that_is_gone_is_one_error_in_time(
         read(tmp_path / "cache", 0, f"{bucket}/images", download_retry=1)
     tell("the S3 server is gone in the middle of an epoch", str(gone.value), time.monotonic() - began)
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"data.remote: s3://.*index.json cannot be read: no connection.*2 tries"):
+    with pytest.raises(ConfigError, match=r"data.remote: s3://.*names.json cannot be read: no connection.*2 tries"):
         read(tmp_path / "other", 0, f"{bucket}/images", download_retry=1)
     assert time.monotonic() - began < 15
 
