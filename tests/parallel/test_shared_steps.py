@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -129,15 +130,19 @@ def loss_of(module: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(module(images), labels)
 
 
-def trained(make: Callable[[], nn.Module], shared: bool) -> list[Tensor]:
-    """Norms of the weights after some steps; the transformer is compiled where it is shared, and evaluated too."""
+def trained(make: Callable[[], nn.Module], shared: bool, *, compiled: bool = False) -> list[Tensor]:
+    """Norms of the weights after some steps, and a transformer's loss in evaluation.
+
+    Args:
+        compiled: Where it is shared; that of one rank is eager.
+    """
     torch.manual_seed(0)
     module = make().double().train()
     batches = [(torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(5, (4,))) for _ in range(RANKS)]
     mine = [batches[dist.get_rank()]] if shared else batches
     if shared:
         share(module)
-        if make is convit:
+        if compiled:
             compile_networks([module], shared=True)
     chosen = Optimizer(name="sgd", lr=0.1, lr_batch_size=16, lr_scaling="none", weight_decay=0.05)
     optimizer = build_optimizer(module, chosen, global_train_batch_size=16)
@@ -154,13 +159,23 @@ def trained(make: Callable[[], nn.Module], shared: bool) -> list[Tensor]:
 
 def every_case(shared: bool) -> dict[str, list[Tensor]]:
     steps = {case: stepped(shared, *chosen) for case, chosen in OPTIMIZERS.items()}
-    norms = {make.__name__: trained(make, shared) for make in NETWORKS}
+    norms = {make.__name__: trained(make, shared, compiled=make is convit) for make in NETWORKS}
     return {**steps, **{kind: clipped(shared, kind) for kind in CLIPPED}, **norms}
 
 
+def graphs_alone() -> Any:
+    """Within it what is compiled becomes graphs that run as such."""
+    return mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
 def on_this_rank() -> dict[str, list[Tensor]]:
-    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # graphs, run as such
+    with graphs_alone():
         return {**every_case(shared=True), "graphs": [torch.tensor(counters["stats"]["unique_graphs"])]}
+
+
+def compiled_resnet() -> list[Tensor]:
+    with graphs_alone():
+        return trained(resnet, shared=True, compiled=True)
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +211,10 @@ def test_shares_get_what_whole_tensors_get(
     for of_rank in of_ranks:
         for found, expected in zip(of_rank[case], of_one[case], strict=True):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_resnet_on_shares_takes_the_steps_of_an_eager_one(tmp_path: Path) -> None:
+    expected = trained(resnet, shared=False)
+    for found in on_ranks(compiled_resnet, RANKS, tmp_path):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
