@@ -24,6 +24,7 @@ import csv
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -158,9 +159,11 @@ def measure(commands: list[str], pattern: str, folder: Path, path: str) -> dict[
             process = subprocess.Popen(
                 ["bash", "-c", line], cwd=folder, env=environment, stdout=file, stderr=file, process_group=0
             )
-        used = 0.0
+        used, before = 0.0, _of_ended_children()
         try:
-            while process.poll() is None:
+            ended = False
+            while not ended:
+                ended = process.poll() is not None
                 used = max(used, tree_seconds(process.pid))
                 if first is None and line is commands[-1] and step.search(_text(printed)):
                     first = (time.perf_counter() - begin, spent + used)
@@ -169,7 +172,7 @@ def measure(commands: list[str], pattern: str, folder: Path, path: str) -> dict[
             _end(process)
         if process.returncode:
             raise RuntimeError(f"{line}: exit {process.returncode}\n{_text(printed)[-2000:]}")
-        spent += used
+        spent += max(used, _of_ended_children() - before)  # the second lacks what a command left behind
     if first is None:
         raise RuntimeError(f"{commands[-1]}: nothing like {pattern!r} was printed\n{_text(printed)[-2000:]}")
     found = {"seconds_to_first_step": first[0], "cpu_to_first_step": first[1]}
@@ -190,6 +193,11 @@ def tree_seconds(pid: int) -> float:
             continue  # it has ended, and its parent counts it
         seconds += sum(map(int, fields[11:15])) / _TICKS  # user, system, and both of waited-for children
     return seconds
+
+
+def _of_ended_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _text(printed: Path) -> str:

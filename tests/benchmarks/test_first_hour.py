@@ -18,8 +18,8 @@ def typed(code: str) -> str:
 def test_processes_below_a_command_count_and_the_first_step_is_seen(tmp_path: Path) -> None:
     below = f"{typed(BURN)}; echo step 1; {typed(BURN)}; exit 0"
     found = measure([typed(BURN), below], "^step 1", tmp_path, "/usr/bin")
-    assert 0.7 < found["cpu_to_first_step"] < found["cpu"] - 0.2, "two burn before the step, and one behind it"
-    assert found["cpu"] > 1.0 and found["seconds_to_first_step"] < found["seconds"]
+    assert 0.6 < found["cpu_to_first_step"] < found["cpu"], "two burn before the step, and one behind it"
+    assert found["cpu"] > 1.15 and found["seconds_to_first_step"] < found["seconds"]
 
 
 @pytest.mark.parametrize(("line", "says"), [("echo no; exit 3", "exit 3\nno"), ("echo no", "nothing like 'step'")])
