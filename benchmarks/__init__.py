@@ -7,6 +7,7 @@ They run from the checkout, such as ``python -m benchmarks.input --help``:
   ``step.torches``: under several versions of torch in turn
 - ``accuracy.pareto``, ``accuracy.against_timm``: accuracy of the recipes on small real data; ``accuracy.first_hour``:
   one's own photographs against timm's train.py and ``yolo classify``, on equal CPU time
+- ``speedrun``: who reaches a given accuracy in the least time; rules, entries and the harness that checks them
 - ``distill.step``, ``distill.small``: what a teacher costs, and what a small student gains from one
 - ``scale``: several ranks against one, and the order of the samples over many
 - ``faults``, ``faults.fuzz``: what a user sees of each fault; damaged images, indexes and shards
