@@ -48,6 +48,7 @@ _MULTICROP: dict[Group, str] = {
 _SMALL: dict[Group, str] = {
     "small-96": "RandomResizedCrop 96, flip, batches of 64",
     "small-128": "RandomResizedCrop 128, flip, batches of 64",
+    "small-224": "RandomResizedCrop 224, flip, batches of 64, for scale",
 }
 
 

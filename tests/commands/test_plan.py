@@ -1,6 +1,7 @@
 """The plan of a recipe: the accounting of its stages, where its speed comes from, and what a user gets wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,11 @@ def test_input_that_was_measured_gives_cores(tmp_path: Path, capsys: pytest.Capt
     assert planned(tmp_path, "deit_s", "data.augment_on=device")["supply"]["images_per_cpu_second"] == 500
 
 
-def write_inputs(folder: Path, rates: dict[str, float], *, size: int = 224, file: str = "input_full.json") -> None:
-    """As benchmarks.input does."""
+def write_inputs(folder: Path, rates: dict[str, float], *, file: str = "input_full.json") -> None:
+    """As benchmarks.input does; a name ends with its size, or the size is 224."""
+    sizes = {name: int((re.findall(r"-(\d+)$", name) or [224])[0]) for name in rates}
     candidates = {
-        name: {"label": name, "images_per_cpu_second": {"median": rate}, "shapes": [[3, size, size]]}
+        name: {"label": name, "images_per_cpu_second": {"median": rate}, "shapes": [[3, sizes[name], sizes[name]]]}
         | {"stored_bytes": 600_000 if name == "ours-raw" else 100_000}
         for name, rate in rates.items()
     }
@@ -261,18 +263,33 @@ def test_what_changes_the_input_is_what_it_was_promised_to_be(tmp_path: Path) ->
     )
 
 
-def test_small_images_beside_the_whole_ones_are_a_change_where_they_were_measured(tmp_path: Path) -> None:
-    """The 96-px stage is cut from them, the larger ones are not; augmentation is added in full."""
+SMALL = {"ours-whole-224": 1900.0, "ours-whole-96": 2000.0, "ours-small-96": 12000.0}  # by a machine four times as fast
+
+
+def test_small_stages_cost_what_was_measured_of_them_scaled_to_the_machine(tmp_path: Path) -> None:
+    """From the column that convert --for makes, else from whole images; augmentation is added in full."""
     write_inputs(tmp_path, RATES)
-    write_inputs(tmp_path, {"ours-small-96": 3000.0}, size=96, file="input_small_full.json")
-    found = planned(tmp_path, "vit_s_mild", "--cpus", "192")
+    write_inputs(tmp_path, SMALL, file="input_small_full.json")
+    augmentation = 1 / 393 - 1 / 475
+    words = ("vit_s_mild", "--cpus", "192")
+    for key, rate in (("true", 12000), ("false", 2000)):
+        found = planned(tmp_path, *words, f"augment.low_resolution_stages={key}")
+        first, *others = found["stages"]
+        assert first["limits"]["decode"] == pytest.approx(192 / (1900 / 475 / rate + augmentation))
+        assert others[-1]["limits"]["decode"] == pytest.approx(192 * 393), "224 px: as they were measured"
+        device = next(change for change in found["changes"] if change["change"] == "data.augment_on=device")
+        more = [f"augment.low_resolution_stages={key}", "data.augment_on=device"]
+        assert device["hours"] == pytest.approx(planned(tmp_path, *words, *more)["hours"])
+
+
+def test_small_images_are_a_change_where_the_data_set_has_none(photo_mds: Path, tmp_path: Path) -> None:
+    write_inputs(tmp_path, RATES)
+    write_inputs(tmp_path, SMALL, file="input_small_full.json")
+    words = ("vit_s_mild", "--cpus", "192", "global_train_batch_size=16")
+    found = planned(tmp_path, *words, f"data.local={photo_mds}")
     (change,) = (c for c in found["changes"] if c["change"] == "vitcomposer convert --for this yaml")
-    first, *others = found["stages"]
-    rate = min(192 / (1 / 3000 + 1 / 393 - 1 / 475), first["gpu_images_per_second"])
-    expected = first["steps"] * 1024 / rate / 3600 + sum(stage["hours"] for stage in others)
-    assert change["hours"] == pytest.approx(expected) and change["hours"] < 0.8 * found["hours"]
-    whole = planned(tmp_path, "vit_s_mild", "--cpus", "192", "augment.low_resolution_stages=false")
-    assert whole["hours"] == found["hours"] and all("--for" not in c["change"] for c in whole["changes"])
+    made = planned(tmp_path, *words, "--images", str(found["images"]))
+    assert change["hours"] == pytest.approx(made["hours"]) and change["hours"] < 0.8 * found["hours"]
 
 
 def test_without_cpus_the_cores_of_this_machine_count(

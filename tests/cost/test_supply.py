@@ -16,6 +16,8 @@ STAGES = [Demand(1_000_000, 50_000.0, 96**2), Demand(500_000, 9_000.0, 224**2)]
 ONE_SIZE = Input(kind="ours-ra", label="x", source="y", rates={224**2: 400.0}, bytes_per_image=1e5)
 FEED = Feed(
     given=ONE_SIZE,
+    plain=ONE_SIZE,
+    has_column=None,
     known={},
     machines=Machines(),
     bytes_per_image=1e5,

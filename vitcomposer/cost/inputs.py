@@ -4,6 +4,7 @@ CPU seconds of an image come from ``input_*.json`` of benchmarks.input.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vitcomposer.data.conversion.for_recipe import needs_of
+from vitcomposer.data.mds.small_column import needed_side
 from vitcomposer.schema import SelfSupervised, Supervised
+
+_COLUMN = "small views from image_small"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,35 @@ def measured_inputs(results: Path, cfg: Supervised | SelfSupervised) -> dict[str
     return found
 
 
+def at_small_sizes(cfg: Supervised | SelfSupervised, now: Input, known: dict[str, Input], *, column: bool) -> Input:
+    """``now``, measured at full size, with what small views of one crop were measured to cost.
+
+    They are scaled by what the same crop at full size took in either measurement: two machines may have made them.
+    Augmentation costs what it does at full size, which is on the slow side.
+
+    Args:
+        column: Whether the data set has the column ``image_small`` that ``convert --for`` stores for this recipe.
+    """
+    plain, own = known.get("ours-seekable"), known.get(now.kind)
+    whole, small = known.get("ours-whole"), known.get("ours-small")
+    if plain is None or own is None or whole is None or small is None or now.kind in ("ours-raw", "ours-repeated"):
+        return now
+    full = max(plain.rates)
+    if full not in whole.rates or not isinstance(cfg, Supervised):
+        return now
+    slower, augmentation = plain.seconds(full) / whole.seconds(full), own.seconds(full) - plain.seconds(full)
+    cut = needs_of(cfg, "").cut_small if column else []
+    spent = {size: whole.seconds(size) for size in whole.rates if size < full}
+    spent |= {size: small.seconds(size) for size in small.rates if cut and size <= cut[-1] ** 2}
+    rates = {size: 1 / (slower * seconds + augmentation) for size, seconds in spent.items()} | now.rates
+    if not cut:
+        return replace(now, rates=rates)
+    # The column was measured with the side that the largest of the measured views needs.
+    side = needed_side(cut[-1]) / needed_side(math.isqrt(max(small.rates)))
+    stored = (small.bytes_per_image - whole.bytes_per_image) * side**2
+    return replace(now, rates=rates, bytes_per_image=now.bytes_per_image + stored, label=f"{now.label}, {_COLUMN}")
+
+
 class Change(NamedTuple):
     """Something that a user can change, and the input that it gives."""
 
@@ -98,27 +132,10 @@ def changes(cfg: Supervised | SelfSupervised, now: Input, known: dict[str, Input
         parts = _changes_of_crops(cfg, now.kind)
     named = {what: [*plus, *minus, now.kind] for what, (plus, minus) in parts.items()}
     fit = {what: part for what, part in parts.items() if all(kind in known for kind in named[what])}
-    found = [
+    return [
         Change(what, _scaled(now, known[now.kind], _combined([known[k] for k in plus], [known[k] for k in minus])))
         for what, (plus, minus) in fit.items()
     ]
-    small = _with_small_images(cfg, now, known) if isinstance(cfg, Supervised) else None
-    return found if small is None else [*found, Change("vitcomposer convert --for this yaml", small)]
-
-
-def _with_small_images(cfg: Supervised, now: Input, known: dict[str, Input]) -> Input | None:
-    """``now`` with small views cut from the column ``image_small``, as far as such views were measured.
-
-    Augmentation costs what it does at full size, which is on the slow side.
-    """
-    small, plain = known.get("ours-small"), known.get("ours-seekable")
-    if small is None or plain is None or now is not known.get(now.kind) or not cfg.augment.low_resolution_stages:
-        return None
-    largest, full = max(small.rates), max(now.rates)
-    added = now.seconds(full) - plain.seconds(full)
-    cut = {size: 1 / (small.seconds(size) + added) for size in small.rates}
-    whole = {size: 1 / now.seconds(size) for size in (largest + 1, *now.rates) if size > largest}
-    return replace(now, rates=cut | whole)
 
 
 def _changes_of_crops(cfg: Supervised, kind: str) -> dict[str, tuple[list[str], list[str]]]:

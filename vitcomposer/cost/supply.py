@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from vitcomposer.cost.inputs import Input, changes, kind_of, measured_inputs
+from vitcomposer.cost.inputs import Change, Input, at_small_sizes, changes, kind_of, measured_inputs
 from vitcomposer.cost.measured import measured_input
 from vitcomposer.data.mds.index import SplitSize
 from vitcomposer.schema import Data, SelfSupervised, Supervised
@@ -40,6 +40,8 @@ class Feed:
 
     Attributes:
         given: How its images are made; None where that was not measured.
+        plain: The same as it was measured at full size alone.
+        has_column: Whether the data set has small images for the first stages; None where ``bench`` measured it.
         known: All that was measured, by kind.
         bytes_per_image, bytes_from: As stored, and where that is known from.
         images: Of an epoch.
@@ -47,6 +49,8 @@ class Feed:
     """
 
     given: Input | None
+    plain: Input | None
+    has_column: bool | None
     known: dict[str, Input]
     machines: Machines
     bytes_per_image: float
@@ -77,7 +81,11 @@ def build_feed(
     """
     kind, known = kind_of(cfg), measured_inputs(results, cfg)
     own = None if measured is None else measured_input(measured, kind)
-    given = own or known.get(kind)
+    given = plain = own or known.get(kind)
+    # A data set that is not here is taken to be what the yaml's header says: as convert --for makes it.
+    has_column = None if own else split is None or split.small_side is not None
+    if plain is not None and has_column is not None:
+        given = at_small_sizes(cfg, plain, known, column=has_column)
     if split is not None and split.samples and split.raw_bytes:
         size, source = split.raw_bytes / split.samples, "the index of the data set"
     elif given is not None:
@@ -87,6 +95,8 @@ def build_feed(
     cached = stays_cached(cfg.data, images * size)
     return Feed(
         given=given,
+        plain=plain,
+        has_column=has_column,
         known=known,
         machines=machines,
         bytes_per_image=size,
@@ -161,11 +171,22 @@ def advice(cfg: Supervised | SelfSupervised, stages: Sequence[Demand], feed: Fee
     cheaper = []
     if feed.given is not None:
         scale = feed.bytes_per_image / feed.given.bytes_per_image
-        for what, given in changes(cfg, feed.given, feed.known):
+        for what, given in _cheaper(cfg, feed):
             other = replace(feed, given=given, bytes_per_image=scale * given.bytes_per_image)
             cheaper.append(_try(what, stages, other))
     worth = _WORTH * hours(stages, feed)
     return [one for one in (*more, *sorted(cheaper, key=lambda one: one.hours)) if one.hours < worth][:_CHANGES]
+
+
+def _cheaper(cfg: Supervised | SelfSupervised, feed: Feed) -> list[Change]:
+    """Other inputs of the same recipe, with small images where the data set has them."""
+    assert feed.plain is not None
+    found, column = changes(cfg, feed.plain, feed.known), feed.has_column
+    if column is None:
+        return found
+    found = [Change(what, at_small_sizes(cfg, given, feed.known, column=column)) for what, given in found]
+    stored = at_small_sizes(cfg, feed.plain, feed.known, column=True)
+    return found if column else [*found, Change("vitcomposer convert --for this yaml", stored)]
 
 
 def _try(what: str, stages: Sequence[Demand], feed: Feed) -> Advice:

@@ -22,7 +22,7 @@ SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
-Group = Literal["crop", "augment", "worker", "small-96", "small-128", "multicrop-160", "multicrop-224"]
+Group = Literal["crop", "augment", "worker", "small-96", "small-128", "small-224", "multicrop-160", "multicrop-224"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,7 @@ BASELINES: dict[Group, str] = {
     "worker": "torchvision",
     "small-96": "torchvision-96",
     "small-128": "torchvision-128",
+    "small-224": "torchvision-224",
     "multicrop-160": "swav-160",
     "multicrop-224": "swav-224",
 }
@@ -227,9 +228,8 @@ _WORKER = {
 }
 
 
-def _small(group: Group, size: int, side: int) -> dict[str, Candidate]:
-    """Views of a curriculum's first stages; ``side`` is the shorter side that ``convert --for`` stores for them."""
-    ours = {"module": "ours", "group": group, "ours": True}
+def _whole(group: Group, size: int) -> dict[str, Candidate]:
+    """Views of one size, cut from the whole image."""
     return {
         f"torchvision-{size}": Candidate(
             label="torchvision, Pillow, uint8 out",
@@ -239,23 +239,32 @@ def _small(group: Group, size: int, side: int) -> dict[str, Candidate]:
         ),
         f"ours-whole-{size}": Candidate(
             label="vitcomposer, whole image, seekable JPEG",
+            module="ours",
+            group=group,
             store="ours-seekable",
             options={"size": size},
+            ours=True,
             remarks="exact decode",
-            **ours,
         ),
+    }
+
+
+def _small(group: Group, size: int, side: int) -> dict[str, Candidate]:
+    """Views of a curriculum's first stages; ``side`` is the shorter side that ``convert --for`` stores for them."""
+    ours = {"module": "ours", "group": group, "ours": True, "options": {"size": size}}
+    remarks = "the whole image beside it"
+    return {
+        **_whole(group, size),
         f"ours-small-{size}": Candidate(
             label=f"vitcomposer, image_small of {side}, raw pixels",
             store=f"ours-small-{side}",
-            options={"size": size},
-            remarks="the whole image beside it",
+            remarks=remarks,
             **ours,
         ),
         f"ours-small-jpeg-{size}": Candidate(
             label=f"vitcomposer, image_small of {side}, JPEG of quality 90",
             store=f"ours-small-{side}-jpeg",
-            options={"size": size},
-            remarks="the whole image beside it",
+            remarks=remarks,
             **ours,
         ),
     }
@@ -309,6 +318,7 @@ CANDIDATES: dict[str, Candidate] = {
     **_WORKER,
     **_small("small-96", 96, 160),
     **_small("small-128", 128, 214),
+    **_whole("small-224", 224),  # ties the rows above to those of whole images, which other machines measured too
     **_multicrop("multicrop-160", 160, 2, 4),
     **_multicrop("multicrop-224", 224, 2, 6),
 }

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vitcomposer.data.mds.small_column import small_side
 from vitcomposer.errors import ConfigError
 from vitcomposer.schema import Data
 
@@ -30,10 +31,14 @@ _SHARD_BYTES = 1 << 32
 
 
 class SplitSize(NamedTuple):
-    """What the index of a split counts: samples, and bytes of its shards as they are read, not compressed."""
+    """What the index of a split counts: samples, and bytes of its shards as they are read, not compressed.
+
+    ``small_side`` is the shorter side of its column ``image_small``, where the index names it.
+    """
 
     samples: int
     raw_bytes: int
+    small_side: int | None = None
 
 
 def count_samples(data: Data, split: str) -> int | None:
@@ -68,7 +73,8 @@ def size_of_split(data: Data, split: str) -> SplitSize | None:
         )
     shards = content["shards"]
     files = [shard for shard in shards if shard["format"] == "mds"]  # of other formats nothing is known here
-    return SplitSize(sum(shard["samples"] for shard in shards), sum(shard["raw_data"]["bytes"] for shard in files))
+    read = sum(shard["raw_data"]["bytes"] for shard in files)
+    return SplitSize(sum(shard["samples"] for shard in shards), read, small_side(content))
 
 
 def index_fault(index: Any) -> str | None:
