@@ -1,6 +1,7 @@
 """One training step against timm's model in the same plain loop, in turn: images per second and peak memory.
 
     python -m benchmarks.step --out benchmarks/results/step_cpu.json
+    python -m benchmarks.step --models convit_ti,convit_s --batch 4 8 32 --trained 100 --out step_convit_cpu.json
     python -m benchmarks.step --models convit_s,vit_b --batch 128 --device cuda --compile --out step_gpu.json
 
 A step is forward, backward and fused AdamW on images that stay where they are. On a CPU: float32, one thread, CPU time;
@@ -44,6 +45,7 @@ from vitcomposer.models import build_model, layers
 
 SWAV = "swav"  # DeiT-S; its two sides are in swav.py
 DROP_MODEL, DROP_RATE = "vit_small_patch16", 0.4
+FIRST_BATCH = 4  # images of the steps before the first that is measured
 RULE_RATES, RULE_BATCH = (0.05, 0.1, 0.2, 0.3, 0.4), 20
 
 Measure = Callable[[], dict[str, Any]]
@@ -58,7 +60,13 @@ def against_timm(name: str) -> dict[str, nn.Module]:
     }
 
 
-def measure_model(name: str, batch: int, rounds: int, device: torch.device, compiled: bool) -> dict[str, Any]:
+def measure_model(
+    name: str, batch: int, trained: int, rounds: int, device: torch.device, compiled: bool
+) -> dict[str, Any]:
+    """Steps of both sides in turn, after ``trained`` steps of a few images: the first weights may be slow ones.
+
+    timm's ConViT holds denormal numbers in its positional softmax at the start, which a CPU multiplies slowly.
+    """
     torch.manual_seed(0)
     data, loss = random_batch(batch, device), classify
     if name == SWAV:
@@ -68,6 +76,10 @@ def measure_model(name: str, batch: int, rounds: int, device: torch.device, comp
         sides, loss = both_sides(batch, device), loss_itself
     else:
         sides = against_timm(name)
+    for model in sides.values() if trained else ():
+        first = TrainingStep(model, *random_batch(FIRST_BATCH, device), loss, device=device, compiled=False)
+        for _ in range(trained):
+            first()
     steps = {who: TrainingStep(model, *data, loss, device=device, compiled=compiled) for who, model in sides.items()}
     row = compare(take_turns(dict(steps), rounds, device), "timm", "vitcomposer", batch)
     return {"model": name, "batch": batch, **row, "peak_bytes": {w: peak_bytes(s, device) for w, s in steps.items()}}
@@ -138,6 +150,11 @@ def table(report: dict[str, Any]) -> str:
     title = f"Training steps on {report['machine']}, {PIXELS} px, {kind}"
     lines = [f"# {title}", "", f"Medians of {report['rounds']} rounds, smallest to largest in brackets; "]
     lines[-1] += f"{'compiled' if report['compile'] else 'eager'} on both sides. Made by `python -m benchmarks.step`."
+    if report.get("trained"):
+        lines += [
+            "",
+            f"Both sides were trained for {report['trained']} steps of {FIRST_BATCH} images before the first round.",
+        ]
     if report["models"]:
         lines += ["", "| model | batch | timm images/s | vitcomposer images/s | ratio | peak memory |", "|-|-|-|-|-|-|"]
     for row in report["models"]:
@@ -173,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--models", default=",".join([*MODELS, SWAV]), help=f"of {', '.join([*MODELS, SWAV])}; empty for none"
     )
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--trained", type=int, default=0, metavar="STEPS", help="of either side before the first round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true")
@@ -190,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {
         "device": args.device,
         "rounds": args.rounds,
+        "trained": args.trained,
         "compile": args.compile,
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else f"one {platform.machine()} core",
         "cores": len(os.sched_getaffinity(0)),
@@ -209,9 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def planned(args: argparse.Namespace, names: list[str], device: torch.device) -> Iterator[tuple[str, Measure]]:
     """Parts of the report and what measures a row of each, in order."""
     for name in names:
-        yield "models", partial(measure_model, name, args.batch, args.rounds, device, args.compile)
+        for batch in args.batch:
+            yield "models", partial(measure_model, name, batch, args.trained, args.rounds, device, args.compile)
     if args.drop_path:
-        yield "drop_path", partial(measure_drop_path, max(10, args.batch), args.rounds, device)
+        yield "drop_path", partial(measure_drop_path, max(10, *args.batch), args.rounds, device)
         for rate in RULE_RATES:
             yield "rule", partial(measure_rule, rate, args.rounds, device)
     if args.trainer:

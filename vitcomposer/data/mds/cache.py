@@ -21,6 +21,35 @@ def prepare_within_limit(
     dataset: StreamingDataset,
     shard_id: int,
     download: Callable[[Reader], int],
+    use: Callable[[int], None],
+    *,
+    may_wait: bool,
+    check: Callable[[], None],
+) -> None:
+    """Have a shard here, as it is needed now.
+
+    Args:
+        download: Fetches a shard; returns how many bytes came.
+        use: Streaming's own, for one that is here: it notes the time, and unpacks what is here compressed alone.
+        may_wait: For another process that is at it, and for downloads to end where the limit has no room beside them.
+        check: Called while waiting; raises what ends the wait.
+
+    Raises:
+        Exception: Of the download; the shard is absent again, and its room free.
+    """
+    while not download_within_limit(dataset, shard_id, download, may_wait=may_wait, check=check) and may_wait:
+        with cache_lock(dataset):
+            # Nobody can evict it meanwhile: Streaming would download an absent one beyond the limit.
+            if shard_states(dataset)[shard_id] == _LOCAL:
+                return use(shard_id)
+        check()
+        sleep(TICK)
+
+
+def download_within_limit(
+    dataset: StreamingDataset,
+    shard_id: int,
+    download: Callable[[Reader], int],
     *,
     may_wait: bool,
     check: Callable[[], None],
@@ -28,14 +57,6 @@ def prepare_within_limit(
     """Download a shard that is not here; False where it is, another process is at it, or it has to wait and may not.
 
     The lock, the states and the counts are Streaming's own, which all processes of a node share.
-
-    Args:
-        download: Fetches a shard; returns how many bytes came.
-        may_wait: For the downloads of others to end, where the limit has no room beside them.
-        check: Called while waiting; raises what ends the wait.
-
-    Raises:
-        Exception: Of the download; the shard is absent again, and its room free.
     """
     shard = dataset.shards[shard_id]
     need = shard.get_max_size()  # of both forms, where it is compressed

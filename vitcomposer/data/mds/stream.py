@@ -292,11 +292,11 @@ class ImageStream(StreamingDataset):
         self._failure.raise_if_set()
         self._enter_process()
         try:
-            check, download = self._failure.raise_if_set, self.stream.prepare_shard
-            if self.cache_limit and prepare_within_limit(self, shard_id, download, may_wait=blocking, check=check):
-                return
-            if blocking or not self.cache_limit:
-                super().prepare_shard(shard_id, blocking)
+            check, download, prepare = self._failure.raise_if_set, self.stream.prepare_shard, super().prepare_shard
+            if self.cache_limit:
+                prepare_within_limit(self, shard_id, download, prepare, may_wait=blocking, check=check)
+            else:
+                prepare(shard_id, blocking)
         except Exception as error:
             if shard_states(self)[shard_id] == _PREPARING:
                 shard_states(self)[shard_id] = _REMOTE
