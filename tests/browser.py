@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -92,6 +93,15 @@ class Browser:
         return json.loads(message)
 
 
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and wait until none of the group is left."""
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(1000):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.poll()
+            time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser with nothing of the user's, for as long as the block lasts."""
@@ -108,6 +118,7 @@ def browser() -> Iterator[Browser]:
             ["bash", "-c", script, path, *options, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(to_browser, from_browser),
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(to_browser)
         os.close(from_browser)
@@ -116,7 +127,6 @@ def browser() -> Iterator[Browser]:
             tab.start()
             yield tab
         finally:
-            process.kill()
-            process.wait()
+            _end_group(process)  # all of its processes write to the profile, which goes now
             os.close(commands)
             os.close(answers)
