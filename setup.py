@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 # Folders of the checkout by the place in the package that they have in a wheel, with the files that are read.
 FILES = {
     "vitcomposer.yamls": ("yamls", ["*.yaml"]),
-    "vitcomposer.results": ("benchmarks/results", ["gpu_*.json", "input_full.json", "input_multicrop_full.json"]),
+    "vitcomposer.results": ("benchmarks/results", ["gpu_*.json", "input_*full.json"]),
 }
 
 setup(

@@ -2,15 +2,19 @@
 
 import math
 import random
+import re
 from dataclasses import replace
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from vitcomposer import config
-from vitcomposer.cost.inputs import Input, changes
+from vitcomposer.cost.inputs import Input, changes, measured_inputs
 from vitcomposer.cost.supply import Demand, Feed, Machines, hours, hours_to_fill_cache, limits, stays_cached
 from vitcomposer.schema import Data
+from vitcomposer.shipped import RESULTS
 
 STAGES = [Demand(1_000_000, 50_000.0, 96**2), Demand(500_000, 9_000.0, 224**2)]
 ONE_SIZE = Input(kind="ours-ra", label="x", source="y", rates={224**2: 400.0}, bytes_per_image=1e5)
@@ -105,3 +109,11 @@ def test_changes_are_scaled_to_the_machine_that_bench_measured() -> None:
     assert device.seconds(224**2) == pytest.approx(1 / 800 * 400 / 500)
     assert device.seconds(96**2) == pytest.approx(1 / 1600 * 400 / 500)
     assert device.bytes_per_image == own.bytes_per_image
+
+
+@pytest.mark.parametrize("recipe", ["vit_s_mild", "swav_deit_s"])
+def test_measurements_that_plan_reads_are_in_a_wheel(recipe: str) -> None:
+    cfg: Any = config.load(recipe)
+    read = {one.source for one in measured_inputs(RESULTS, cfg).values()}
+    shipped = re.findall(r'"([\w*]+\.json)"', (ROOT / "setup.py").read_text())
+    assert read and all(any(fnmatch(name, pattern) for pattern in shipped) for name in read)
