@@ -245,6 +245,25 @@ def test_one_of_many_gets_a_stale_lock(lock: Path) -> None:
     assert [path.name for path in lock.parent.iterdir()] in ([lock.name], [])
 
 
+def test_lock_that_another_start_made_meanwhile_keeps_its_name(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an instant without it a third start could take the folder too."""
+    write_lock(lock, pid=os.getppid(), ticks=1)
+    other = json.dumps(dataclasses.asdict(folder_lock.this_process())).encode()
+    touched: list[str] = []
+
+    def take_over(path: Path, writer: Any) -> bool:
+        if not touched:
+            path.unlink()
+            path.write_bytes(other)
+            for name in ("unlink", "rename"):
+                monkeypatch.setattr(Path, name, lambda self, *args, name=name, **options: touched.append(name))
+        return False
+
+    monkeypatch.setattr(folder_lock, "_is_alive", take_over)
+    folder_lock._remove_stale(lock, "runs/demo", "set run.name=demo_2")
+    assert touched == [] and lock.read_bytes() == other
+
+
 def test_lock_of_a_folder_follows_links(tmp_path: Path) -> None:
     (tmp_path / "disk/run").mkdir(parents=True)
     (tmp_path / "runs").mkdir()

@@ -6,6 +6,7 @@ disk, or of a container is alive while its file is touched, which its process do
 """
 
 import atexit
+import fcntl
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from vitcomposer.errors import ConfigError
 
@@ -103,9 +105,9 @@ def release(path: Path) -> None:
         return
     del _held[path]
     held.done.set()
-    with suppress(OSError):
-        if path.read_bytes() == held.content:
-            path.unlink()
+    with suppress(OSError), _opened(path) as file:
+        if file.read() == held.content:
+            _unlink_same(path, file)
     _remove_empty(held.made)
 
 
@@ -211,21 +213,30 @@ def _remove_stale(path: Path, what: str, otherwise: str) -> None:
     Raises:
         ConfigError: It is alive.
     """
+    with suppress(FileNotFoundError), _opened(path) as file:  # it may be given back meanwhile
+        writer = _parse(file.read())
+        if _is_alive(path, writer):
+            raise ConfigError(_say(what, writer, otherwise))
+        _unlink_same(path, file)
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:  # given back meanwhile
-        return
-    writer = _parse(content)
-    if _is_alive(path, writer):
-        raise ConfigError(_say(what, writer, otherwise))
-    # Another start may have done the same and hold a lock of its own by now: that one goes back.
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        if aside.read_bytes() != content:
-            with suppress(OSError):
-                os.link(aside, path)
-        aside.unlink()
+        return path.open("rb+")  # as a network disk asks of who locks a file
+    except PermissionError:  # of another user
+        return path.open("rb")
+
+
+def _unlink_same(path: Path, file: BinaryIO) -> None:
+    """Remove the lock that is open here, unless its name is another's by now.
+
+    Whoever wants to remove it locks the open file first and looks at the name again, and nobody can have the name
+    while it is there: so no start removes the lock that another has just made.
+    """
+    with suppress(OSError):  # a disk without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+    if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        path.unlink()
 
 
 def _parse(content: bytes) -> Writer | None:
