@@ -9,22 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from streaming import MDSWriter, StreamingDataset
+from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vitcomposer.data.conversion.inspect import inspect_data
 from vitcomposer.data.labels import IGNORE_LABEL
-from vitcomposer.data.mds import cache
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.errors import ConfigError, ShardError
-from vitcomposer.foundations import cache_lock, evict_coldest, shard_codes, shard_states
 
 pytestmark = pytest.mark.timeout(60)
 
 NUM_SAMPLES = 60
 NUM_CLASSES = 7
-_, _, LOCAL = shard_codes()
 
 
 def image(index: int) -> Image.Image:
@@ -310,35 +307,6 @@ def test_cache_limit_keeps_the_cache_small_and_the_epoch_whole(tmp_path, workers
             assert ids == list(range(100))
             assert sum(path.stat().st_size for path in cache.rglob("*.mds")) <= 40 * 1024
         del loader
-
-
-def test_shard_that_is_evicted_before_it_is_read_comes_back_within_the_limit(tmp_path, monkeypatch):
-    """Between the look at a shard and its use another thread may need its room."""
-    root = write_split(tmp_path / "data" / "train", 100).parent
-    options = StreamOptions(cache_limit="40kb", predownload=4)
-    dataset = open_stream(tmp_path / "cache", remote=str(root), options=options)
-    bring, streamings, evicted, states = cache.download_within_limit, StreamingDataset.prepare_shard, [], []
-
-    def evict_at_once(dataset, shard_id, *args, **options):
-        came = bring(dataset, shard_id, *args, **options)
-        if not came and len(evicted) < 3:  # it is here
-            with cache_lock(dataset):
-                evict_coldest(dataset)
-            evicted.append(shard_id)
-        return came
-
-    def look(dataset, shard_id, blocking=True):
-        states.append(shard_states(dataset)[shard_id])
-        streamings(dataset, shard_id, blocking)
-
-    monkeypatch.setattr(cache, "download_within_limit", evict_at_once)
-    monkeypatch.setattr(StreamingDataset, "prepare_shard", look)
-    dataset.prepare_shard(0)
-    for _ in range(3):
-        dataset.prepare_shard(0)  # alone in the cache: it is what is evicted
-        assert shard_states(dataset)[0] == LOCAL and dataset.cache_usage <= 40 * 1024
-    dataset.prepare_shard(0)
-    assert evicted == [0, 0, 0] and states == [LOCAL], "Streaming's own meets no absent shard, which it would download"
 
 
 @pytest.mark.parametrize("has_remote", [False, True])
