@@ -16,7 +16,8 @@ from vitcomposer.data.conversion.write import convert
 from vitcomposer.data.jpeg.decode import decode_rgb, read_size
 from vitcomposer.data.mds.small_column import largest_view, needed_side, small_side
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
-from vitcomposer.schema import Augment, Mixing
+from vitcomposer.schema import Augment
+from vitcomposer.schema.probe import NO_MIXING
 
 AUGMENT = Augment(
     crop_scale=(0.08, 1.0),
@@ -28,7 +29,6 @@ AUGMENT = Augment(
     random_erasing=0.0,
     repeated_augmentation=1,
 )
-MIXING = Mixing(mixup_alpha=0, cutmix_alpha=0, prob=0, switch_prob=0, mode="batch", label_smoothing=0)
 
 
 def test_a_view_gets_the_pixels_that_224_get_of_imagenet():
@@ -69,7 +69,7 @@ def open_stream(root: Path, max_bad_fraction: float = 0.0) -> ImageStream:
 
 
 def collate(size: int, stream: ImageStream | None = None) -> TrainCollate:
-    made = TrainCollate(AUGMENT, MIXING, image_size=size, num_classes=2, seed=0, source=stream)
+    made = TrainCollate(AUGMENT, NO_MIXING, image_size=size, num_classes=2, seed=0, source=stream)
     made.largest_small = largest_view(60)
     return made
 
