@@ -106,13 +106,13 @@ def test_loss_of_a_network_that_knows_nothing(name: str, more: list[str], chance
 
 
 def test_advice_names_the_key_that_stands_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check.machine, "cores", lambda: 16)
+    monkeypatch.setattr(check, "usable_cores", lambda: 16)
     cfg = config.load(YAML, ["data.num_workers=4"])
     shown: dict[str, Any] = {"device": "gpu", "finished": False, "said": [], "images": 1, "steps": 1}
     trial = Trial(**shown, steps_per_epoch=1, loader_rate=1000.0, model_rate=2100.0, loss=7.0, chance=6.9)
     assert trial.loader_limits
     assert check.advice(trial, cfg) == ["do    data.num_workers=9 (now 4; this machine has 16 cores)"]
-    monkeypatch.setattr(check.machine, "cores", lambda: 4)
+    monkeypatch.setattr(check, "usable_cores", lambda: 4)
     assert check.advice(trial, cfg)[0].startswith("do    all 4 cores decode: `vitcomposer bench`")
     trial = Trial(**shown, steps_per_epoch=1, loader_rate=3000.0, model_rate=2100.0, loss=14.0, chance=6.9)
     assert [line[:36] for line in check.advice(trial, cfg)] == ["do    the first loss is far above ch"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vitcomposer.cli import main
+from vitcomposer.commands.start import doctor
 from vitcomposer.data.mds import worker_room
 from vitcomposer.runs import machine
 
@@ -26,6 +27,7 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(machine, "cuda_of_torch", lambda: "12.6")
     monkeypatch.setattr(machine, "unmet_requirements", lambda distribution: [])
     monkeypatch.setattr(worker_room, "free_bytes", lambda: 10**10)
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 18)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**11))
     return tmp_path
@@ -48,7 +50,7 @@ CHANGES = {
     "torch for CPUs": (machine, "cuda_of_torch", lambda: None, "the torch that is installed is for CPUs"),
     "an old driver": (machine, "cuda_of_torch", lambda: "13.0", "do    GPU"),
     "a missing package": (machine, "unmet_requirements", lambda _: ["torch>=2.7 (2.6.0 is installed)"], "torch>=2.7"),
-    "little shared memory": (worker_room, "free_bytes", lambda: 64 << 20, "docker run --shm-size=2g"),
+    "little shared memory": (worker_room, "free_bytes", lambda: 64 << 20, "16 loader workers need about 1,234 MB"),
     "few files": (resource, "getrlimit", lambda _: (256, 256), "ulimit -n 576"),
     "a full disk": (shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**9), "make room"),
 }

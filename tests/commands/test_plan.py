@@ -232,7 +232,7 @@ def test_hours_are_those_of_the_slower_of_gpu_decode_and_bytes(
     first = found["stages"][0]
     assert first["limited_by"] == "decode" and first["images_per_second"] == pytest.approx(192 * 393)
     assert first["cpu_cores"] == pytest.approx(1460, abs=2)
-    assert found["workers"] == {"now": 8, "wanted": 24, "cores_at_work": 64, "hours": pytest.approx(1.88, abs=0.01)}
+    assert found["workers"] is None, "auto takes all cores but one of each GPU"
     assert {change["change"] for change in found["changes"]} == {
         "384 CPU cores",
         "vitcomposer convert --raw-fraction 1",
@@ -240,7 +240,11 @@ def test_hours_are_those_of_the_slower_of_gpu_decode_and_bytes(
     }
     text = capsys.readouterr().out
     assert "0.63 h on 8 x h200 with 192 CPU cores" in text and "0.20 h if the GPUs never waited" in text
-    assert "do    data.num_workers=24 (now 8, for each GPU)" in text and "decode" in text
+    few = planned(tmp_path, "vit_s_mild", "--cpus", "192", "data.num_workers=8")
+    assert few["workers"] == {"now": 8, "wanted": 24, "cores_at_work": 64, "hours": pytest.approx(1.88, abs=0.01)}
+    assert "do    data.num_workers=24 (now 8, for each GPU)" in capsys.readouterr().out
+    many = planned(tmp_path, "vit_s_mild", "--cpus", "800")  # more than auto takes for a GPU
+    assert many["workers"]["now"] == 32 and many["workers"]["wanted"] == 100
 
     read = planned(tmp_path, "vit_s_mild", "--cpus", "192", "--disk-gbps", "8")  # 1 GB/s
     assert {stage["limited_by"] for stage in read["stages"]} == {"disk"}
@@ -296,7 +300,7 @@ def test_without_cpus_the_cores_of_this_machine_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_inputs(tmp_path, RATES)
-    monkeypatch.setattr("vitcomposer.runs.machine.cores", lambda: 3)
+    monkeypatch.setattr("vitcomposer.commands.plan.plan.usable_cores", lambda: 3)
     found = planned(tmp_path, "deit_s")
     assert found["cpus"] == 3 and found["cpus_from"] == "this machine"
     assert found["hours"] == pytest.approx(planned(tmp_path, "deit_s", "--cpus", "3")["hours"])

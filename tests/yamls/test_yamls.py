@@ -165,14 +165,12 @@ def test_yaml_header_states_the_counted_flops_and_the_planned_hours(path: Path, 
 
 
 def test_hours_of_a_header_are_those_that_the_plan_prints(tmp_path: Path) -> None:
-    """With the cores, workers and GPUs that it names, and the input that was measured."""
+    """With the cores and GPUs that it names, and the input that was measured."""
     words = headers.hours_in_words(ROOT / "yamls/vit_s_mild.yaml", RESULTS)
-    stated = re.fullmatch(
-        r"estimated ([\d.]+) h on 8 H200 with 192 cores, 24 workers each \(GPUs alone ([\d.]+) h\)", words
-    )
+    stated = re.fullmatch(r"estimated ([\d.]+) h on 8 H200 with 192 cores \(GPUs alone ([\d.]+) h\)", words)
     assert stated is not None
     file = tmp_path / "plan.json"
-    command = ["plan", "vit_s_mild", "data.num_workers=24", "--gpus", "8", "--gpu", "h200", "--cpus", "192"]
+    command = ["plan", "vit_s_mild", "--gpus", "8", "--gpu", "h200", "--cpus", "192"]
     assert cli.main([*command, "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert (stated[1], stated[2]) == (f"{found['hours']:.2f}", f"{found['gpu_bound_hours']:.2f}")

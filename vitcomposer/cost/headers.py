@@ -28,7 +28,7 @@ def hours_in_words(path: Path, results: Path = RESULTS) -> str:
     )
     if found["hours"] is None:
         return "hours not measured"
-    where = f"{GPUS} {GPU.upper()} with {CPUS} cores, {CPUS // GPUS} workers each"
+    where = f"{GPUS} {GPU.upper()} with {CPUS} cores"
     if found["supply"] is None:
         where = f"{GPUS} {GPU.upper()} that never wait for images"
     alone = found["gpu_bound_hours"]

@@ -1,7 +1,6 @@
 """Measures the input pipeline of this machine, stage by stage."""
 
 import math
-import os
 import random
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from vitcomposer.data.workers import usable_cores
 from vitcomposer.schema import Supervised
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _measure(cfg: Supervised, workers: list[int], seconds: float) -> dict[str, A
         "data": cfg.data.local if cfg.data.source == "mds" else "synthetic",
         "batch_size": cfg.global_train_batch_size,
         "image_size": cfg.model.image_size,
-        "cores": _cores(),
+        "cores": usable_cores(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "bytes_per_image": bytes_per_image,
         "milliseconds": {"read": 1e3 / container.per_cpu_second, **stages, "augment and rest": max(0.0, rest)},
@@ -292,10 +292,6 @@ def _facts(speed: Speed, bytes_per_image: float) -> dict[str, Any]:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def mechanics(found: dict[str, Any], prefetch_factor: int) -> list[str]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from vitcomposer.cost.inputs import Change, Input, at_small_sizes, changes, kind_of, measured_inputs
 from vitcomposer.cost.measured import measured_input
 from vitcomposer.data.mds.index import SplitSize
+from vitcomposer.data.workers import planned_workers
 from vitcomposer.schema import Data, SelfSupervised, Supervised
 
 IMAGENET_BYTES = 110_000  # of a photo of ImageNet-1k, mean
@@ -221,6 +222,10 @@ def workers_to_set(
     if feed.given is None or cpus is None:
         return None
     workers = cfg.data.num_workers
+    if isinstance(workers, str):
+        workers = planned_workers(cpus, gpus)
+        if gpus * (workers + 1) >= cpus:  # a core is left to the process of each GPU
+            return None
     busy = min(cpus, gpus * max(1, workers))
     now = hours(stages, replace(feed, machines=replace(feed.machines, cpus=busy)))
     if _WORTH * now < hours(stages, feed):

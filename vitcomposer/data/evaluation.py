@@ -18,6 +18,7 @@ from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.synthetic import NUM_IMAGES, SyntheticImages
+from vitcomposer.data.workers import number_of_workers
 from vitcomposer.errors import ConfigError, ShardError
 from vitcomposer.schema.recipe import Recipe
 
@@ -89,9 +90,9 @@ def build_centre_crops(
     ids = choose_samples(images.num_samples, num_samples, cfg.seed)
     share = np.array_split(ids, dist.get_world_size())[dist.get_global_rank()]
     jpeg.warm_up(seekable=holds_seekable(images))
-    workers = cfg.data.num_workers
     image_size = cfg.evaluation.image_size or cfg.model.image_size
     batch_bytes, ahead = device_batch_size * 3 * image_size**2, cfg.data.prefetch_factor
+    workers = number_of_workers(cfg.data, gpu=torch.cuda.is_available(), batch_bytes=batch_bytes)
     check_worker_room("data.num_workers", workers, prefetch_factor=ahead, batch_bytes=batch_bytes)
     loader = DataLoader(
         ChosenSamples(images, share, device_batch_size),

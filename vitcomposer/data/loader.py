@@ -33,6 +33,7 @@ from vitcomposer.data.mds.small_column import largest_view, listed
 from vitcomposer.data.mds.stream import ImageStream, StreamOptions
 from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.synthetic import SyntheticImages
+from vitcomposer.data.workers import number_of_workers
 from vitcomposer.errors import ConfigError, ShardError, require
 from vitcomposer.schema import Data, Distill, Probe, Supervised
 
@@ -138,8 +139,8 @@ def make_dataspec(
         batch_size: Images per batch and rank.
         sample_bytes: Of the pixels that ``collate`` makes of a sample.
     """
-    workers = data.num_workers
     batch_bytes = batch_size * sample_bytes
+    workers = number_of_workers(data, gpu=torch.cuda.is_available(), batch_bytes=batch_bytes)
     check_worker_room("data.num_workers", workers, prefetch_factor=data.prefetch_factor, batch_bytes=batch_bytes)
     loader = DataLoader(
         dataset,
@@ -269,7 +270,7 @@ def open_dataset(
             shared_decodes=shared_decodes,
         )
     assert data.local is not None
-    check_worker_room("data.num_workers", data.num_workers)
+    check_worker_room("data.num_workers", number_of_workers(data, gpu=torch.cuda.is_available()))
     _clear_stale_shared_memory()
     return ImageStream(
         remote=data.remote,

@@ -50,14 +50,13 @@ def build_multicrop_dataspec(cfg: SelfSupervised, *, device_batch_size: int) -> 
     )
     collate.warm_up()
     transform = MultiCropTransform(crops.mean, crops.std)
-    sample_bytes = sum(3 * count * size**2 for count, size in zip(crops.num_crops, crops.size_crops, strict=True))
     return make_dataspec(
         dataset,
         cfg.data,
         collate,
         transform,
         batch_size=device_batch_size,
-        sample_bytes=sample_bytes,
+        sample_bytes=3 * crops.pixels,
         drop_last=True,
     )
 

@@ -22,6 +22,7 @@ from composer.utils import dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from vitcomposer.data.mds.shards import describe_cut_shard
+from vitcomposer.data.workers import number_of_workers
 from vitcomposer.errors import ConfigError, NonFiniteError, SaveError, ShardError
 from vitcomposer.escape import message
 from vitcomposer.runs import layout
@@ -109,7 +110,7 @@ def _disk(error: OSError, cfg: Recipe) -> str:
 
 
 def _worker(pids: str, text: str, cfg: Recipe) -> str:
-    workers = cfg.data.num_workers
+    workers = number_of_workers(cfg.data, gpu=torch.cuda.is_available())
     if "Bus error" in text and (cut := _cut_shard(cfg)):
         return f"Loader worker {pids} has died: {cut}. It was cut while the run read it: put it back. {_again(cfg)}"
     if "Bus error" in text:

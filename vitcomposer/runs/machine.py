@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import subprocess
@@ -117,16 +116,6 @@ def extras(distribution: str) -> dict[str, bool]:
         own = [need for need in own if need.marker and not need.marker.evaluate({"extra": ""})]
         found[name] = all(version_of(need.name) is not None for need in own)
     return found
-
-
-def cores() -> int:
-    """CPU cores that this process may use, by its affinity and by the quota of its container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, round(int(quota) / int(period))))
-    return count
 
 
 def cpu_model() -> str | None:

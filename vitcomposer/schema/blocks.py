@@ -126,7 +126,7 @@ class Data:
     local: str | None = None
     train_split: str = "train"
     val_split: str = "val"
-    num_workers: int = 8  # per rank
+    num_workers: int | str = "auto"  # per rank; auto: by the CPU cores that the ranks of a machine may use
     prefetch_factor: int = 2  # batches per worker
     timeout: float = 600.0  # seconds the loader waits for one batch
     cache_limit: str | None = None  # bytes of disk per node, such as 200gb
@@ -159,7 +159,10 @@ class Data:
         found = None if limit is None else re.fullmatch(r"(\d+(?:\.\d+)?) *[kmgt]?b?", limit.lower())
         known = limit is None or (found is not None and float(found[1]) > 0)
         require(known, "data.cache_limit", "a number of bytes above 0", limit, "Write it like 200gb.")
-        require_within("data.num_workers", self.num_workers, 0, 1024, "0 loads in the main process.")
+        workers = self.num_workers
+        fits, remedy = workers == "auto" or not isinstance(workers, str), "0 loads in the main process."
+        require(fits, "data.num_workers", "a number, or auto", workers, "Leave it out for auto.")
+        require_within("data.num_workers", None if isinstance(workers, str) else workers, 0, 1024, remedy)
         require_within("data.prefetch_factor", self.prefetch_factor, 1, 1024, "2 is usual.")
         for name, usual in (("timeout", 600), ("download_timeout", 60)):
             value = getattr(self, name)

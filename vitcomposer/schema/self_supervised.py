@@ -84,6 +84,11 @@ class Crops:
         groups = zip(self.num_crops, self.size_crops, strict=True)
         return [size for count, size in groups for _ in range(min(count, MAX_CROPS))]  # more are refused
 
+    @property
+    def pixels(self) -> int:
+        """Of all crops of an image."""
+        return sum(size**2 for size in self.sizes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelfSupervised:

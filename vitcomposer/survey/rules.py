@@ -20,7 +20,6 @@ _SCRATCH_EPOCHS = (30, 300)
 BALANCED = 10  # training images of the largest class over those of the smallest, above which they are balanced
 LARGEST_BATCH = 64
 _STEPS = 10  # of an epoch, at least
-WORKERS = 8
 _SIZES = {PRETRAINED: (16, 96, 224), FROM_SCRATCH: (12, 36, 96)}  # patch, smallest and largest image in pixels
 _PATCH = 12  # of the small network without classes; its small crops are half an image
 _SIDES = (4 * _PATCH, 8 * _PATCH)
@@ -42,13 +41,12 @@ class Choice:
         self.values[key] = str(value), reason
 
 
-def choose(found: Survey, *, pretrained: bool, cores: int) -> Choice:
+def choose(found: Survey, *, pretrained: bool) -> Choice:
     """The settings for a data set with classes.
 
     Args:
         found: What it holds.
         pretrained: Whether the weights that the page of that name starts from are there.
-        cores: Of this machine.
     """
     choice = Choice(PRETRAINED if pretrained else FROM_SCRATCH)
     count = found.training_images
@@ -59,11 +57,10 @@ def choose(found: Survey, *, pretrained: bool, cores: int) -> Choice:
     if pretrained:
         _choose_tuning(choice, count)
     _choose_balance(choice, found.imbalance)
-    choice.set("data.num_workers", min(cores, WORKERS), f"one for each core, {WORKERS} at most")
     return choice
 
 
-def choose_unlabelled(found: Survey, *, cores: int) -> Choice:
+def choose_unlabelled(found: Survey) -> Choice:
     """The settings for images without classes: DINO, of a network that fits their number."""
     choice, count = Choice(UNLABELLED), found.training_images
     choice.set("monitor", "null", "nearest neighbours need classes")
@@ -76,7 +73,6 @@ def choose_unlabelled(found: Survey, *, cores: int) -> Choice:
     else:
         choice.image_size, choice.epochs, choice.batch = 224, 100, 512  # as the page has them
         choice.reasons.append(f"no classes -> DINO; {MEDIUM:,} images or more -> ViT-S as its paper has it")
-    choice.set("data.num_workers", min(cores, WORKERS), f"one for each core, {WORKERS} at most")
     return choice
 
 

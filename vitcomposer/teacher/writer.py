@@ -33,6 +33,7 @@ from vitcomposer.data.mds.shared_memory import ignore_interrupt
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.mds.worker_room import check_worker_room
 from vitcomposer.data.random import view_seed
+from vitcomposer.data.workers import number_of_workers
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.losses import TeacherAnswers
 from vitcomposer.schema import Distill
@@ -307,8 +308,8 @@ class _Batches:
 
 
 def _loader(cfg: Distill, seed: int, tasks: list[_Task], stream: ImageStream, batch_size: int) -> DataLoader:
-    workers, ahead = cfg.data.num_workers, cfg.data.prefetch_factor
-    batch_bytes = batch_size * 3 * cfg.model.image_size**2
+    batch_bytes, ahead = batch_size * 3 * cfg.model.image_size**2, cfg.data.prefetch_factor
+    workers = number_of_workers(cfg.data, gpu=torch.cuda.is_available(), batch_bytes=batch_bytes)
     check_worker_room("data.num_workers", workers, prefetch_factor=ahead, batch_bytes=batch_bytes)
     jpeg.warm_up(seekable=holds_seekable(stream))
     unmixed = _unmixed(cfg)

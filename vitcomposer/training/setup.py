@@ -2,16 +2,19 @@
 
 import ctypes
 import dataclasses
+import sys
 from typing import TypeVar
 
 from composer.utils import dist, reproducibility
 
+from vitcomposer.data.workers import choose_workers, here
 from vitcomposer.errors import require
 from vitcomposer.runs.devices import current_device, with_precision
 from vitcomposer.runs.folder import (
     check_folders,
     initialize_dist,
 )
+from vitcomposer.schema import SelfSupervised
 from vitcomposer.schema.ranks import check_ranks
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.training.execution import (
@@ -37,7 +40,8 @@ def prepare(cfg: _Recipe) -> tuple[_Recipe, BatchShare]:
     """Start the process group, seed every generator and share the batch out over the ranks.
 
     Returns:
-        The configuration with the precision that this machine has for ``auto``, and what a rank gets of the batch.
+        The configuration with the precision and the loader workers that this machine has for ``auto``, and what a
+        rank gets of the batch.
 
     Raises:
         ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
@@ -55,14 +59,34 @@ def prepare(cfg: _Recipe) -> tuple[_Recipe, BatchShare]:
     check_ranks(cfg, ranks, dist.get_local_world_size())
     train = cfg.global_train_batch_size
     evaluate = cfg.evaluation.global_batch_size or train
-    share = train // ranks
-    check_execution(cfg.run, device=device, device_batch_size=share, algorithms=cfg.algorithms, world_size=ranks)
-    return cfg, BatchShare(
+    of_rank = train // ranks
+    check_execution(cfg.run, device=device, device_batch_size=of_rank, algorithms=cfg.algorithms, world_size=ranks)
+    share = BatchShare(
         device=device,
         world_size=ranks,
-        device_train_batch_size=share,
+        device_train_batch_size=of_rank,
         device_eval_batch_size=evaluate // ranks,
     )
+    return _with_workers(cfg, share), share
+
+
+def _with_workers(cfg: _Recipe, share: BatchShare) -> _Recipe:
+    """The configuration with a number of loader workers for ``auto``, the same on all ranks, which is said once."""
+    if isinstance(cfg.data.num_workers, int):
+        return cfg
+    ahead = cfg.data.prefetch_factor
+    place = here(node=dist.get_node_rank(), prefetch_factor=ahead, batch_bytes=_batch_bytes(cfg, share))
+    chosen = choose_workers(dist.all_gather_object(place), gpu=share.device == "gpu")
+    if dist.get_global_rank() == 0 and cfg.run.output == "text":
+        print(f"data.num_workers={chosen.count}: {chosen.reason}", file=sys.stderr)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, num_workers=chosen.count))
+
+
+def _batch_bytes(cfg: Recipe, share: BatchShare) -> int:
+    """Of the images of one batch of a rank, of training or of evaluation, whichever is larger."""
+    pixels = cfg.crops.pixels if isinstance(cfg, SelfSupervised) else cfg.model.image_size**2
+    evaluated = (cfg.evaluation.image_size or cfg.model.image_size) ** 2
+    return 3 * max(share.device_train_batch_size * pixels, share.device_eval_batch_size * evaluated)
 
 
 def _keep_freed_memory() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitcomposer.data.mds.index import count_samples, size_of_split
+from vitcomposer.data.workers import usable_cores
 from vitcomposer.errors import require
-from vitcomposer.runs import machine
 from vitcomposer.shipped import RESULTS
 from vitcomposer.whole_files import write_whole
 
@@ -78,7 +78,7 @@ def _machines(args: argparse.Namespace) -> "Machines":
         name = "--" + flag.replace("_", "-")
         require(given is None or 0 < given < math.inf, name, "above 0", given, "Leave it out where it is no limit.")
         speeds.append(None if given is None else given * _BITS)
-    return Machines(cpus=args.cpus or machine.cores(), disk=speeds[0], network=speeds[1])
+    return Machines(cpus=args.cpus or usable_cores(), disk=speeds[0], network=speeds[1])
 
 
 def _print(found: dict[str, Any]) -> None:

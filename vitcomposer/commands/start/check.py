@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from vitcomposer.config.values import known
 from vitcomposer.data.mds.index import count_samples
+from vitcomposer.data.workers import number_of_workers, usable_cores
 from vitcomposer.errors import ConfigError
 from vitcomposer.escape import for_terminal, message, print_error
-from vitcomposer.runs import machine
 from vitcomposer.schema import Supervised
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.schema.times import parse_time
@@ -139,7 +139,7 @@ def advice(found: "Trial", cfg: Recipe) -> list[str]:
     elif isinstance(cfg, Supervised) and found.chance and (found.loss or 0) > _FAR_FROM_CHANCE * found.chance:
         lines.append("do    the first loss is far above chance: look at init.weights, and at what the labels mean")
     if found.loader_limits and found.loader_rate and found.model_rate:
-        cores, workers = machine.cores(), cfg.data.num_workers
+        cores, workers = usable_cores(), number_of_workers(cfg.data, gpu=found.device == "gpu")
         wanted = min(cores, math.ceil(max(workers, 1) * found.model_rate / found.loader_rate))
         if workers < wanted:
             lines.append(f"do    data.num_workers={wanted} (now {workers}; this machine has {cores} cores)")

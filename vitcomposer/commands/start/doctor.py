@@ -9,10 +9,12 @@ import resource
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vitcomposer.data.mds import worker_room
+from vitcomposer.data.workers import planned_workers, usable_cores
 from vitcomposer.escape import message
 from vitcomposer.installed import version_line, version_of
 from vitcomposer.runs import machine
@@ -51,7 +53,10 @@ def add_command(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     """Look at Python, GPU, shared memory, files, JPEG, disk, extras and weights. Exit code 1 if a line says do."""
-    looks = [_python, _gpu, _shared_memory, _open_files, _jpeg, _disk, _extras, _weights]
+    gpus = _find_gpus()
+    count = 0 if isinstance(gpus, str) else len(gpus)
+    asked = [partial(_gpu, gpus), partial(_shared_memory, count), partial(_open_files, count)]
+    looks = [_python, *asked, _jpeg, _disk, _extras, _weights]
     if args.measure:
         looks += [_decode_rate, _step]
     things = 0
@@ -71,11 +76,17 @@ def _python() -> Line:
     return Line("Python", text, f"missing: {', '.join(unmet)}: pip install -U vitcomposer" if unmet else "")
 
 
-def _gpu() -> Line:
+def _find_gpus() -> list[machine.Gpu] | str:
+    """Those of this machine, or what the driver says where it fails."""
     try:
-        found = machine.gpus()
+        return machine.gpus()
     except RuntimeError as error:
-        return Line("GPU", f"the driver fails: {error}", "install NVIDIA's driver again, or start the machine again")
+        return str(error)
+
+
+def _gpu(found: list[machine.Gpu] | str) -> Line:
+    if isinstance(found, str):
+        return Line("GPU", f"the driver fails: {found}", "install NVIDIA's driver again, or start the machine again")
     if not found:
         return Line("GPU", "none that nvidia-smi knows: training runs on the CPU, which is for small images")
     count = Counter(f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in found)
@@ -97,10 +108,10 @@ def _gpu_remedy(driver: str) -> str:
     return ""
 
 
-def _shared_memory() -> Line:
-    workers, ahead = Data.num_workers, Data.prefetch_factor
+def _shared_memory(gpus: int) -> Line:
+    workers, ahead = max(1, gpus) * _workers(gpus), Data.prefetch_factor
     needed = worker_room.bytes_needed(workers, ahead, _BATCH)
-    said = f"{workers} loader workers need about {needed / 1e6:,.0f} MB"
+    said = f"{_count(workers)} about {needed / 1e6:,.0f} MB"
     if not worker_room.MEMORY.is_dir():
         return Line("/dev/shm", f"not there; {said} wherever this system has it")
     free = worker_room.free_bytes()
@@ -110,18 +121,28 @@ def _shared_memory() -> Line:
     return Line("/dev/shm", text, remedy if free < needed else "")
 
 
-def _open_files() -> Line:
+def _workers(gpus: int) -> int:
+    """Loader workers of each rank of a run on all GPUs of this machine, or on its CPU."""
+    return planned_workers(usable_cores(), max(1, gpus), gpu=gpus > 0)
+
+
+def _count(workers: int) -> str:
+    return f"{workers} loader worker{'s need' if workers != 1 else ' needs'}"
+
+
+def _open_files(gpus: int) -> Line:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = worker_room.files_needed(Data.num_workers)
+    workers = _workers(gpus)
+    needed = worker_room.files_needed(workers)
     low = hard != resource.RLIM_INFINITY and hard < needed
     shown = "no limit" if hard == resource.RLIM_INFINITY else f"{soft:,}, up to {hard:,}"
     remedy = f"ulimit -n {needed}, docker run --ulimit nofile={needed}, or data.num_workers=0"
-    return Line("files", f"{shown} open at a time; {Data.num_workers} workers need {needed}", remedy if low else "")
+    return Line("files", f"{shown} open at a time; {_count(workers)} {needed}", remedy if low else "")
 
 
 def _jpeg() -> Line:
     missing = [name for name in ("simplejpeg", "numba") if version_of(name) is None]
-    count = machine.cores()
+    count = usable_cores()
     cores = f"{count} core{'s' * (count != 1)}"
     if missing:
         return Line("JPEG", f"{' and '.join(missing)} missing; {cores}", f"pip install {' '.join(missing)}")

@@ -59,14 +59,14 @@ def _run_new(args: argparse.Namespace) -> int:
     for path in (out, table):
         if os.path.lexists(path):
             raise ValueError(f"--out must be a file that is not there yet, got {path}. Remove it, or choose another.")
-    source, cores = _open(photos, args.unlabelled), os.cpu_count() or 1
+    source = _open(photos, args.unlabelled)
     found = survey(source, args.photos, on_progress=_Progress().update)
     data = _data_folder(photos)
     if isinstance(source, UnlabelledSource):
-        pairs, choice = [], choose_unlabelled(found, cores=cores)
+        pairs, choice = [], choose_unlabelled(found)
         commands = _commands_unlabelled(photos, data, out, found)
     else:
-        pairs, choice = find_pairs(source, found), choose(found, pretrained=WEIGHTS.is_file(), cores=cores)
+        pairs, choice = find_pairs(source, found), choose(found, pretrained=WEIGHTS.is_file())
         commands = _commands(photos, data, out, found)
     said = [_counted(found), *_odd(found), *_pairs(pairs, table)]
     _write_new(out, _page(choice, said, commands, data))

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 MEMORY = Path("/dev/shm")  # Linux: where blocks of shared memory can be listed
 
 _FILES, _FILES_OF_WORKER = 192, 48  # descriptors: of a run on its own, and for each worker's batches on their way
+_MOST = 1024  # where nothing limits the open files; the schema takes no more
 _STREAMING_BYTES = 1 << 20  # its blocks are a page or a few each
 
 
@@ -37,15 +38,33 @@ def check_worker_room(key: str, workers: int, *, prefetch_factor: int = 2, batch
     _allow_open_files(files_needed(workers))
     if not MEMORY.is_dir():
         return
-    free = free_bytes()
+    free, ranks = free_bytes(), _ranks()
     enlarge = "Enlarge it (docker run --shm-size=16g, or mount -o remount,size=16g /dev/shm)"
     require(free >= _STREAMING_BYTES, str(MEMORY), "a place with 1 MiB of room", f"{free:,} bytes", f"{enlarge}.")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    each = max(1, ranks * prefetch_factor * batch_bytes)
+    each = _bytes_of_worker(prefetch_factor, batch_bytes)
     fit = (free - _STREAMING_BYTES) // each
     rule = f"at most {fit}: {MEMORY} has {free / 1e6:,.0f} MB free, and a worker needs {each / 1e6:,.0f} MB for batches"
     rule += f" (of {ranks} ranks)" if ranks > 1 else ""
     require(workers <= fit, key, rule, workers, f"{enlarge}, or set {key}={fit}.")
+
+
+def workers_with_room(*, prefetch_factor: int, batch_bytes: int) -> int:
+    """Workers of this process, at most, that :func:`check_worker_room` lets pass on this machine."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    by_files = _MOST if hard == resource.RLIM_INFINITY else (hard - _FILES) // _FILES_OF_WORKER
+    if not MEMORY.is_dir():
+        return max(0, by_files)
+    by_bytes = (free_bytes() - _STREAMING_BYTES) // _bytes_of_worker(prefetch_factor, batch_bytes)
+    return max(0, min(by_files, by_bytes))
+
+
+def _bytes_of_worker(prefetch_factor: int, batch_bytes: int) -> int:
+    """Of shared memory, for a worker of each rank of this machine."""
+    return max(1, _ranks() * prefetch_factor * batch_bytes)
+
+
+def _ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @cache
