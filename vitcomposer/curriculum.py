@@ -9,11 +9,12 @@ cheaper; how much is exact and printed.
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from vitcomposer.errors import ConfigError, did_you_mean, require
+
+if TYPE_CHECKING:  # `convert --for` reads the stages without a network
+    from torch import nn
 
 MAX_STAGES = 4  # each is a compiled graph, and torch gives up after eight with those of the evaluation
 
@@ -205,7 +206,7 @@ def _read(name: str, arguments: Mapping[str, Any]) -> Options:
     return cls(**arguments)
 
 
-def check_network(options: Options | None, network: nn.Module, *, image_size: int, rand_augment: str | None) -> None:
+def check_network(options: Options | None, network: "nn.Module", *, image_size: int, rand_augment: str | None) -> None:
     """Whether the stages fit the network, and a RandAugment string what is asked of it.
 
     Args:
@@ -238,7 +239,7 @@ def check_network(options: Options | None, network: nn.Module, *, image_size: in
 
 def build_plan(
     options: Options | None,
-    network: nn.Module,
+    network: "nn.Module",
     *,
     image_size: int,
     max_duration: str,
@@ -289,7 +290,7 @@ def build_plan(
 
 
 def _levels(
-    options: PatchDropout, network: nn.Module, image_size: int, steps: int, train_flops: Callable[..., float]
+    options: PatchDropout, network: "nn.Module", image_size: int, steps: int, train_flops: Callable[..., float]
 ) -> list[tuple[int, int, int | None, float]]:
     patches = (image_size // int(getattr(network, "patch_size", 1))) ** 2
     ends = [round(share * steps) for share in options.until]

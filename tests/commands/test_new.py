@@ -42,6 +42,7 @@ def test_yaml_fits_the_folder_and_the_printed_conversion_makes_what_it_trains_on
     assert "#   cannot be read: bee/broken.jpg" in text
     convert, train, predict = printed_commands(printed)
     assert convert[:5] == ["vitcomposer", "convert", "folder", "my photos", "datasets/my_photos"]
+    assert convert[5:7] == ["--for", "my_photos.yaml"]
     assert main([*convert[1:], "--workers", "1"]) == 0
     converted = capsys.readouterr().out
     assert "left out 1 (2.27 %): datasets/my_photos/left_out.csv\n" in converted
@@ -69,6 +70,7 @@ def test_weights_that_are_there_are_started_from_and_missing_ones_are_told(
     assert main(shlex.split(again)[1:]) == 0
     printed = capsys.readouterr().out
     assert "wrote photos_pretrained.yaml: DeiT III-S from ImageNet-21k" in printed and "missing" not in printed
+    assert "--for photos.yaml" in told and "--for" not in printed
     assert config.load("photos_pretrained.yaml", ["model.num_classes=2"]).init.weights == str(new.WEIGHTS)
 
 

@@ -38,7 +38,13 @@ _LABELLED = ("supervised", "distill", "probe")
 _MOST_NAMES = 1 << 26  # bytes
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any], None] | None = None) -> Any:
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    also: Callable[[Any], None] | None = None,
+    count_classes: bool = True,
+) -> Any:
     """Read a recipe's yaml, apply overrides and return its frozen dataclass (:mod:`vitcomposer.schema`).
 
     Args:
@@ -47,6 +53,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
             of ``algorithms`` or ``optimizer.options`` that the yaml has, ``{}`` empties a block.
         also: A further check, such as of the files that the configuration names. What it raises is reported together
             with the rest. It may meet a configuration that lacks keys which are wrong.
+        count_classes: Off, a number of classes that is left to the data set becomes 2: the data set is not there yet.
 
     Raises:
         ConfigError: All keys that are unknown, missing, of the wrong type or out of range.
@@ -66,7 +73,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, also: Callable[[Any
         tree = expand_home(tree)
         _start_from_recorded(tree, set(_leaves(dict(changes))), path)
     with collect(problems):
-        _count_classes(tree)
+        _fill_classes(tree, count=count_classes)
     cfg = read(schema, tree, problems)
     if also is not None:
         with collect(problems):
@@ -126,7 +133,7 @@ def _put(schema: type, tree: Tree, path: list[str], value: Any, problems: list[s
     tree[name] = value
 
 
-def _count_classes(tree: Tree) -> None:
+def _fill_classes(tree: Tree, *, count: bool) -> None:
     """Give the model as many classes as the data set has, where ``model.num_classes`` is null or left out.
 
     Raises:
@@ -139,6 +146,8 @@ def _count_classes(tree: Tree) -> None:
     if not model or (given is not None and not is_null(given)):
         return
     tree["model"] = {**model, "num_classes": Plain("2")}  # where there is an error, it is the only one
+    if not count:
+        return
     path = Path(str(data.get("local")), str(data.get("train_split", Data.train_split)), layout.CLASS_NAMES)
     names: Any = None
     with suppress(OSError, ValueError):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from vitcomposer.cli import main
 from vitcomposer.config import load
 from vitcomposer.data.conversion.encode import StoreOptions
 from vitcomposer.data.conversion.for_recipe import fit, needs_of
+from vitcomposer.shipped import YAMLS
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,40 @@ def test_keys_of_the_recipe_decide_on_the_column() -> None:
     off = needs_of(load("vit_s_medium", ["augment.low_resolution_stages=false"]), "off")
     always = needs_of(load("deit_s", ["augment.low_resolution=true"]), "always")
     assert off.small_side is None and always.small_side == 374
+
+
+@pytest.mark.parametrize(
+    ("page", "given", "seekable"),
+    [
+        ("photos_scratch", StoreOptions(), False),
+        ("photos_scratch", StoreOptions(seekable=True), True),
+        ("photos_scratch", StoreOptions(raw_below=200), False),
+        ("photos_scratch", StoreOptions(small_quality=90, raw_below=160), None),
+        ("vit_s_medium", StoreOptions(), None),
+        ("deit_s", StoreOptions(), None),
+    ],
+)
+def test_jpegs_are_made_seekable_only_where_training_reads_parts_of_them(
+    page: str, given: StoreOptions, seekable: bool | None
+) -> None:
+    assert fit(needs_of(load(page), page), given, "out").seekable is seekable
+
+
+def test_a_page_may_leave_its_classes_to_the_data_set_that_is_written(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, out = tmp_path / "mine.yaml", tmp_path / "out"
+    text = (YAMLS / "photos_scratch.yaml").read_text()
+    page.write_text(re.sub(r"num_classes: 10", "num_classes: null", text).replace("datasets/photos", str(out)))
+    assert run(images, out, "--for", str(page)) == 0
+    assert "shorter side 160, raw pixels: views of 96 px" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["splits"]["train"]["stored"] == {"kept": 54}
+    assert load(page).model.num_classes == 2
+
+
+def test_what_a_recipe_reads_is_found_without_torch() -> None:
+    line = "import sys, vitcomposer.data.conversion.for_recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], check=False).returncode == 0
 
 
 def test_imagenet_of_the_papers_is_read_as_it_is_stored() -> None:

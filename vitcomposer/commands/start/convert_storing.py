@@ -57,7 +57,7 @@ def read_needs(args: argparse.Namespace) -> "Needs | None":
     from vitcomposer.config import load
     from vitcomposer.data.conversion.for_recipe import needs_of
 
-    needs = needs_of(load(args.recipe), args.recipe)
+    needs = needs_of(load(args.recipe, count_classes=False), args.recipe)
     unlabelled = vars(args).get("unlabelled", False)  # of folders alone
     rule = f"left out with --for {needs.name}, which learns from labels"
     require(not (unlabelled and needs.has_labels), "--unlabelled", rule, unlabelled, "Leave out one of the two.")

@@ -67,7 +67,7 @@ def _run_new(args: argparse.Namespace) -> int:
         commands = _commands_unlabelled(photos, data, out, found)
     else:
         pairs, choice = find_pairs(source, found), choose(found, pretrained=WEIGHTS.is_file())
-        commands = _commands(photos, data, out, found)
+        commands = _commands(photos, data, out, found, choice)
     said = [_counted(found), *_odd(found), *_pairs(pairs, table)]
     _write_new(out, _page(choice, said, commands, data))
     if pairs:
@@ -143,15 +143,16 @@ def _because(choice: "Choice") -> list[str]:
     return textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 11)
 
 
-def _commands(photos: Path, data: Path, out: Path, found: "Survey") -> list[str]:
+def _commands(photos: Path, data: Path, out: Path, found: "Survey", choice: "Choice") -> list[str]:
     """What to call next, which a shell runs as it stands."""
+    stored = ["--for", str(out)] if choice.page == "photos_scratch" else []  # small images; the other page reads large
     run = Path("runs", out.stem)
     kind = "list" if photos.is_file() else "folder"
     root = photos.parent if photos.is_file() else photos
     good = [photo for photo in found.photos if photo.look.fault is None]
     one = min(good, key=lambda photo: (photo.split != "val", photo.item.name))
     return [
-        shlex.join(["vitcomposer", "convert", kind, str(photos), str(data), *_tolerance(found)]),
+        shlex.join(["vitcomposer", "convert", kind, str(photos), str(data), *stored, *_tolerance(found)]),
         shlex.join(["vitcomposer", "train", str(out)]),
         shlex.join(["vitcomposer", "predict", str(run), str(root / one.item.name)]),
     ]

@@ -95,9 +95,13 @@ def fit(needs: Needs, given: StoreOptions, out: str) -> StoreOptions:
     rule = f"{needs.evaluated} or more {key}, whose evaluation resizes to that"
     fits = given.short_side is None or given.short_side >= needs.evaluated
     require(fits, "--short-side", rule, given.short_side, "Leave it out to keep all pixels.")
+    fits = side is None or side >= needed_side(needs.views[-1])
+    from_raw = fits and needs.cut_small == needs.views and given.small_quality is None
     is_imagenet = Path(needs.folder or "").name == _IMAGENET == Path(out).name
     return dataclasses.replace(
         given,
+        # Parts of `image` are decoded by nothing then, and evaluation takes the whole of it.
+        seekable=False if given.seekable is None and from_raw else given.seekable,
         raw_below=side or needs.small_side,
         exif=given.exif or ("keep" if is_imagenet else None),
     )
