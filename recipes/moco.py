@@ -28,8 +28,9 @@ def build_task(cfg: MoCo) -> MoCoTask:
     dims = cfg.head.projector_dims
     trunk, momentum_trunk = (build_trunk(cfg, cfg.model, dims, "head.projector_dims") for _ in range(2))
     if cfg.loss.freeze_patch_projection:
-        has_patches = hasattr(trunk, "patch_embed")
+        has_patches = hasattr(trunk, "patch_embed") and cfg.model.stem != "conv"
+        network = f"{cfg.model.name}{' and model.stem=conv' if cfg.model.stem == 'conv' else ''}"
         remedy = "Set it to false."
-        require(has_patches, "loss.freeze_patch_projection", f"false with {cfg.model.name}", True, remedy)
+        require(has_patches, "loss.freeze_patch_projection", f"false with {network}", True, remedy)
         freeze_patch_projection(trunk)
     return MoCoTask(trunk, momentum_trunk, *build_moco_heads(cfg), temperature=cfg.loss.temperature)

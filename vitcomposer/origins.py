@@ -25,6 +25,7 @@ ARCHITECTURE = (
     "class_token",
     "position_embedding",
     "pool",
+    "stem",
     "local_up_to_layer",
 )
 

@@ -149,6 +149,7 @@ def test_safetensors_are_the_same_network_in_timm(name: str, options: dict[str, 
     ("name", "options"),
     [
         ("convit_tiny", {"init_values": 0.1, "image_size": 48}),
+        ("convit_tiny", {"stem": "conv", "image_size": 48}),
         ("deit_tiny_distilled_patch16", {}),
         ("deit_tiny_distilled_patch16", {"combine_heads": "probabilities"}),
     ],
@@ -163,6 +164,19 @@ def test_convit_with_layer_scale_is_refused_for_timm(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.init_values must be 0 .* Use --format onnx or torch-export"):
         write_folder(tiny("convit_tiny", init_values=0.1), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_network_with_a_convolutional_stem_is_read_by_vitcomposer_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, out = tiny("convit_tiny", stem="conv"), tmp_path / "out"
+    assert write_folder(trained, out) == {"model.safetensors": 0.0}
+    assert "note: timm has no network with a convolutional stem" in capsys.readouterr().out
+    assert "architecture" not in json.loads((out / "config.json").read_text())
+    card = (out / "README.md").read_text()
+    assert "timm.create_model" not in card and "vitcomposer predict FOLDER IMAGES" in card
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_trained(out).network(images), trained.network.eval()(images))
 
 
 def test_export_replaces_another_only_when_told(tmp_path: Path) -> None:

@@ -138,10 +138,10 @@ def test_what_no_source_fills_is_not_left_at_random(source: dict, target: dict, 
         load_weights(build_model("vit_tiny_patch16", **{**sizes, **target}), weights, min_matched=0.5)
 
 
-# A run of ours: four heads of eight, means of patches, fixed positions.
+# A run of ours: four heads of eight, means of patches, fixed positions, a convolutional stem.
 BLOCK = {"name": "vit_tiny_patch16", "num_classes": 10, "image_size": 16, "drop_path_rate": 0.3, "patch_size": 4}
 BLOCK |= {"embed_dim": 32, "depth": 2, "num_heads": 4, "pool": "avg", "class_token": False}
-BLOCK |= {"position_embedding": "sincos", "weight_init": "big_vision"}
+BLOCK |= {"position_embedding": "sincos", "weight_init": "big_vision", "stem": "conv"}
 
 
 STATISTICS = {"mean": [0.3, 0.3, 0.3], "std": [0.35, 0.35, 0.35]}
@@ -162,7 +162,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("page", [KNN, PROBE])
 def test_start_from_a_run_reads_its_model_block(run: Path, part: str, page: str) -> None:
     cfg = config.load(page, [f"init.weights={run / part}"])
-    for key in ("name", "patch_size", "embed_dim", "depth", "num_heads", "pool", "class_token", "position_embedding"):
+    for key in BLOCK.keys() - {"num_classes", "image_size", "drop_path_rate", "weight_init"}:
         assert getattr(cfg.model, key) == BLOCK[key], key
     assert (cfg.model.image_size, cfg.model.drop_path_rate, cfg.model.weight_init) == (16, 0.0, None)
     assert cfg.model.num_classes == (0 if page == KNN else 1000), "classes and dropout are the new run's"

@@ -100,7 +100,7 @@ def write_card(
         f"less the mean {_numbers(ours['mean'])}, divided by {_numbers(ours['std'])}.\n",
         "## Files\n\n| file | largest difference of its logits from the trained network's |\n|-|-|\n"
         + "".join(f"| {file} | {difference:.1e} |\n" for file, difference in files.items()),
-        *_usage(files, size),
+        *_usage(files, size, timm="architecture" in page),
         "## Licence and citation\n\nNo licence is stated here: that of the weights is for whoever trained them to "
         "give, and the training data may have terms of their own. Cite the paper of the architecture.\n",
     ]
@@ -142,7 +142,7 @@ def _numbers(values: Sequence[float]) -> str:
     return json.dumps(list(values))
 
 
-def _usage(files: Mapping[str, float], size: int) -> list[str]:
-    texts = {"model.safetensors": f"{_TIMM}\n{_OURS}", "model.onnx": _ONNX, "model.pt2": _PROGRAM}
+def _usage(files: Mapping[str, float], size: int, *, timm: bool) -> list[str]:
+    texts = {"model.safetensors": f"{_TIMM}\n{_OURS}" if timm else _OURS, "model.onnx": _ONNX, "model.pt2": _PROGRAM}
     parts = [text.replace("SIZE", str(size)) for file, text in texts.items() if file in files]
     return ["## Use\n", *parts]

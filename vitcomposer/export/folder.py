@@ -154,6 +154,8 @@ def _page_of_timm(trained: "Trained", form: "TimmForm") -> dict[str, Any]:
 
 def _notes(trained: "Trained", form: "TimmForm | None") -> list[str]:
     notes = ["The weights are the moving average over training."] if trained.averaged else []
+    if trained.model.stem == "conv":
+        notes.append("timm has no network with a convolutional stem: vitcomposer alone reads model.safetensors.")
     if form is not None and trained.model.combine_heads == "probabilities":
         notes.append(
             "In timm it answers with the mean of its two heads' logits; it was evaluated with the mean of their "
@@ -185,11 +187,14 @@ def _write_file(
     trained: "Trained", name: str, path: Path, page: dict[str, Any]
 ) -> "tuple[Callable[[Tensor], Tensor], nn.Module]":
     """Write one format: what reads it again, and what that has to answer."""
+    from vitcomposer.evaluation.trained import load_trained
     from vitcomposer.export import graph as export_graph
     from vitcomposer.export import timm_form as export_timm
 
     if name == "safetensors":
         export_timm.save_tensors(trained.network, path)
+        if "architecture" not in page:
+            return load_trained(path.parent).network, trained.network
         return export_timm.from_folder(path.parent), _with_mean_logits(trained)
     facts = {**page["vitcomposer"], "label_names": page.get("label_names")}
     write = export_graph.write_onnx if name == "onnx" else export_graph.write_program

@@ -30,8 +30,8 @@ class TimmForm:
     global_pool: str
 
 
-def timm_form(network: nn.Module, model: Model) -> TimmForm:
-    """How timm calls a network with learned positions.
+def timm_form(network: nn.Module, model: Model) -> TimmForm | None:
+    """How timm calls a network with learned positions; None for one with a convolutional stem, which timm lacks.
 
     Raises:
         ValueError: timm has no such network.
@@ -61,6 +61,8 @@ def timm_form(network: nn.Module, model: Model) -> TimmForm:
         name, head = model.name.removesuffix("_plus"), "head"
     else:
         raise ValueError(f"model.name must be a network that timm has for --format safetensors, got {model.name!r}.")
+    if config.stem != "linear":
+        return None
     common = {
         "img_size": network.image_size,
         "patch_size": config.patch_size,

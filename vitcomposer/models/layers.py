@@ -4,6 +4,7 @@ Shapes: B batch, H W pixels, N tokens, D width, h heads, K = D / h head width.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -112,16 +113,58 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: if height or width is no multiple of the patch size.
         """
-        height, width = images.shape[-2:]
-        patch = self.patch_size
-        # The convolution would silently drop the last rows or columns.
-        if height % patch or width % patch:
-            raise ValueError(
-                f"images must have a height and width divisible by model.patch_size={patch}, got {height} x {width}; "
-                f"crop to {height // patch * patch} x {width // patch * patch} or resize"
-            )
+        grid = patch_grid(images, self.patch_size)
         x = self.proj(images)  # (B, D, rows, columns)
-        return x.flatten(2).transpose(1, 2), (height // patch, width // patch)
+        return x.flatten(2).transpose(1, 2), grid
+
+
+class ConvStem(nn.Module):
+    """Image to patch tokens by convolutions of 3 x 3 with stride 2, each with batch norm and ReLU, and one of 1 x 1.
+
+    "Early Convolutions Help Transformers See Better" (arXiv:2106.14881, appendix A): channels double and end at the
+    width, so that a patch of 16 pixels takes D/8, D/4, D/2 and D of them. A token sees a little more than its patch.
+    The paper leaves out a block of the transformer, which costs as much; here ``depth`` is what it says.
+
+    Args:
+        patch_size: 2 to the number of convolutions with stride 2.
+        embed_dim: Divisible by half of ``patch_size``.
+    """
+
+    def __init__(self, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        steps = patch_size.bit_length() - 1
+        channels = [3] + [embed_dim >> (steps - 1 - step) for step in range(steps)]
+        self.convs = nn.Sequential(*(_conv_step(*pair) for pair in pairwise(channels)))
+        self.proj = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """As ``PatchEmbed.forward``, and what it raises."""
+        grid = patch_grid(images, self.patch_size)
+        # Convolutions with few channels take 0.8 times the time in this order.
+        x = self.proj(self.convs(images.contiguous(memory_format=torch.channels_last)))  # (B, D, rows, columns)
+        return x.flatten(2).transpose(1, 2), grid
+
+
+def _conv_step(channels: int, more: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, more, kernel_size=3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(more), nn.ReLU(inplace=True))
+
+
+def patch_grid(images: Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of images (B, 3, H, W).
+
+    Raises:
+        ValueError: if height or width is no multiple of the patch size, where a convolution would silently drop the
+            last rows or columns.
+    """
+    height, width = images.shape[-2:]
+    if height % patch or width % patch:
+        raise ValueError(
+            f"images must have a height and width divisible by model.patch_size={patch}, got {height} x {width}; "
+            f"crop to {height // patch * patch} x {width // patch * patch} or resize"
+        )
+    return height // patch, width // patch
 
 
 class Mlp(nn.Module):

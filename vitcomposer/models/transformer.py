@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcomposer.models.initialization import WEIGHT_INITS, init_head, init_transformer
-from vitcomposer.models.layers import LAYER_NORM_EPS, PatchEmbed
+from vitcomposer.models.layers import LAYER_NORM_EPS, ConvStem, PatchEmbed
 from vitcomposer.models.positions import Grid, resize_positions, sincos_positions
 
 # Far beyond every published network: with a larger number a network is built for hours, or fills the memory.
@@ -34,6 +34,7 @@ class TransformerConfig:
         drop_path_mode: ``linear`` or ``constant`` over the depth, see ``layers.drop_path_rates``.
         pool: ``token`` feeds the class token to the head, ``avg`` the mean of the patch tokens.
         init_values: Start of the LayerScale factors; 0 means no LayerScale.
+        stem: How patches become tokens, ``linear`` or ``conv``: see ``layers.PatchEmbed`` and ``layers.ConvStem``.
         weight_init: How all other weights start, ``deit``, ``big_vision`` or ``moco3``: see ``models.initialization``.
 
     Raises:
@@ -52,6 +53,7 @@ class TransformerConfig:
     drop_path_mode: str = "linear"
     pool: str = "token"
     init_values: float = 0.0
+    stem: str = "linear"
     weight_init: str = "deit"
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class TransformerConfig:
             raise ValueError(f"model.init_values must not be negative, got {self.init_values}; 0 means no LayerScale")
         check_choice("drop_path_mode", self.drop_path_mode, ("linear", "constant"))
         check_choice("pool", self.pool, ("token", "avg"))
+        check_choice("stem", self.stem, ("linear", "conv"))
         check_choice("weight_init", self.weight_init, WEIGHT_INITS)
         if self.embed_dim % self.num_heads:
             lower, upper = nearest_multiples(self.embed_dim, self.num_heads)
@@ -76,12 +79,28 @@ class TransformerConfig:
                 f"model.embed_dim must be divisible by model.num_heads={self.num_heads}, got {self.embed_dim}; "
                 f"use {lower} or {upper}"
             )
+        if self.stem == "conv":
+            self._check_stem()
+
+    def _check_stem(self) -> None:
+        patch = self.patch_size
+        if patch & (patch - 1) or patch < 2:
+            lower = 1 << max(patch.bit_length() - 1, 1)
+            raise ValueError(
+                f"model.patch_size must be a power of 2 for model.stem=conv, got {patch}; use {lower} or {2 * lower}"
+            )
+        if self.embed_dim % (patch // 2):
+            raise ValueError(
+                f"model.embed_dim must be divisible by {patch // 2}, half of model.patch_size, for model.stem=conv, "
+                f"got {self.embed_dim}"
+            )
 
     def least_weights(self, num_classes: int) -> int:
         """How many numbers the matrices of patches, blocks and head have: without positions, tokens and biases."""
         # Queries, keys, values and projection are 4 D x D; the MLP is two matrices.
         block = 4 * self.embed_dim**2 + 2 * self.embed_dim * int(self.embed_dim * self.mlp_ratio)
-        return self.depth * block + self.embed_dim * (3 * self.patch_size**2 + num_classes)
+        patch = 3 * self.patch_size**2 if self.stem == "linear" else self.embed_dim  # of conv the last layer alone
+        return self.depth * block + self.embed_dim * (patch + num_classes)
 
 
 def check_classes(num_classes: int) -> None:
@@ -163,7 +182,7 @@ class ImageTransformer(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.num_position_rows = num_position_rows
 
-        self.patch_embed = PatchEmbed(patch, config.embed_dim)
+        self.patch_embed = (ConvStem if config.stem == "conv" else PatchEmbed)(patch, config.embed_dim)
         if positions == "learned":
             rows = num_position_rows + self.grid_size[0] * self.grid_size[1]
             self.pos_embed = nn.Parameter(torch.zeros(1, rows, config.embed_dim))
@@ -231,6 +250,7 @@ class ImageTransformer(nn.Module):
     def train(self, mode: bool = True) -> "ImageTransformer":
         super().train(mode)
         if self.num_frozen_blocks is not None:
+            self.patch_embed.eval()
             self.pos_drop.eval()
             for block in self.blocks[: self.num_frozen_blocks]:
                 block.eval()

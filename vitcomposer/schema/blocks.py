@@ -68,6 +68,7 @@ class Model:
     qkv_bias: bool | None = None
     class_token: bool | None = None  # ViT only
     position_embedding: Literal["learned", "sincos", "sincos_moco3"] | None = None  # ViT only
+    stem: Literal["linear", "conv"] | None = None  # how patches become tokens; null: linear
     weight_init: Literal["deit", "big_vision", "moco3"] | None = None  # as whose code starts the weights; null: deit
     combine_heads: Literal["logits", "probabilities"] | None = None  # distilled only: of what evaluation takes the mean
     local_up_to_layer: int | None = None  # ConViT only: the number of GPSA layers

@@ -29,6 +29,7 @@ _COMPARED = (
     "num_heads",
     "mlp_ratio",
     "pool",
+    "stem",
     "class_token",
     "position_embedding",
     "local_up_to_layer",
