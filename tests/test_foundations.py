@@ -120,6 +120,31 @@ def test_forget_engine() -> None:
     assert state() is None and other() is None
 
 
+def test_lean_steps() -> None:
+    """The copy is Composer's, of the batch after its transforms; what else the Trainer copies stays a copy."""
+
+    def trained(*, lean: bool) -> tuple[list[int], dict[str, torch.Tensor]]:
+        copies: list[int] = []
+
+        class Counted(torch.Tensor):
+            def __deepcopy__(self, memo: Any) -> torch.Tensor:
+                copies.append(1)
+                return self.clone()
+
+        trainer = build("3ba", callbacks=[], eval_interval="1ba")
+        spec: Any = trainer._train_data_spec
+        spec.microbatch_transforms = lambda batch: {**batch, "image": batch["image"].as_subclass(Counted)}
+        with foundations.lean_steps(trainer) if lean else contextlib.nullcontext():
+            assert ("_debug_log" in vars(trainer.engine)) is lean
+            trainer.fit()
+        assert "_debug_log" not in vars(trainer.engine)
+        return copies, trainer.state.model.state_dict()
+
+    (copied, theirs), (none, ours) = trained(lean=False), trained(lean=True)
+    assert len(copied) == 3, "Composer copies no batch any more: lean_steps can go"
+    assert none == [] and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
 def saved_run(folder: Path) -> Path:
     saver = CheckpointSaver(folder=str(folder), save_interval="1ep", overwrite=True)
     trainer = build("1ep", callbacks=[saver], ema=True)

@@ -8,6 +8,7 @@ module which needs one of them does not load the other.
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,34 @@ class ShardCodes(NamedTuple):
 def forget_engine(trainer: Trainer) -> None:
     """Drop what keeps a closed run, with its weights, to the end of the process."""
     atexit.unregister(trainer.engine._close)
+
+
+@contextmanager
+def lean_steps(trainer: Trainer) -> Iterator[None]:
+    """Within it Composer's loop copies no batch and composes no log line that nobody asked for.
+
+    The Trainer copies each microbatch after its transforms, pixels of float32, for metrics of training images in case
+    something changes the batch in place. Here they get the batch itself. Its engine composes a line for each event and
+    each callback and writes it where the environment has ENGINE_DEBUG.
+    """
+    from composer.trainer import trainer as their_module
+    from torch import Tensor
+
+    module: Any = their_module
+    theirs: Callable[[Any], Any] = module.deepcopy
+
+    def copied(value: Any) -> Any:
+        is_batch = type(value) is dict and any(isinstance(entry, Tensor) for entry in value.values())
+        return dict(value) if is_batch else theirs(value)
+
+    module.deepcopy = copied
+    if not os.environ.get("ENGINE_DEBUG"):
+        trainer.engine._debug_log = lambda event, msg: None
+    try:
+        yield
+    finally:
+        module.deepcopy = theirs
+        vars(trainer.engine).pop("_debug_log", None)
 
 
 @contextmanager

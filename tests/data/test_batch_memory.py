@@ -1,6 +1,7 @@
 """Memory of a batch: its layout, that a worker uses it again, and never while somebody still looks at it."""
 
 import os
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -101,7 +102,31 @@ def test_buffers_of_ended_workers_are_let_go():
     for _ in range(3):
         list(loader(40))
     list(loader(40))
-    assert len({pid for pid, _ in batch_memory._attached.values()}) == 1
+    assert len({pid for pid, _ in batch_memory._attached}) == 1
+
+
+def values(numbers: list[int]) -> dict:
+    """Of the types that batches have, and one too large to be sent by value."""
+    first = torch.tensor(numbers)
+    small = {str(kind): first.to(kind) for kind in (torch.int64, torch.int32, torch.float16, torch.float32)}
+    large = torch.full((1 << 15,), numbers[0])
+    return {**batch_memory.by_value({**small, "box": first.repeat(4, 1).T, "large": large}), "image": empty_batch(4, 8)}
+
+
+def test_a_buffer_is_sent_once_and_small_tensors_as_bytes(monkeypatch):
+    opened = []
+    original = resource_sharer.DupFd.detach
+    monkeypatch.setattr(resource_sharer.DupFd, "detach", lambda self: opened.append(1) or original(self))
+    for number, batch in enumerate(loader(400, collate=values)):
+        numbers = torch.arange(4 * number, 4 * number + 4)
+        for kind in (torch.int64, torch.int32, torch.float16, torch.float32):
+            assert batch[str(kind)].dtype == kind and torch.equal(batch[str(kind)], numbers.to(kind))
+            batch[str(kind)] += 1  # the consumer may write to it
+        assert torch.equal(batch["box"], numbers.repeat(4, 1).T)
+        assert type(batch["torch.int64"]) is torch.Tensor and not batch["torch.int64"].is_shared()
+        assert batch["large"].is_shared()
+    # The large tensor of each of 100 batches, and each of the buffers, some of them before the worker knows.
+    assert 100 < len(opened) <= 100 + 2 * MAX_BUFFERS
 
 
 def test_a_forked_process_frees_no_buffer():

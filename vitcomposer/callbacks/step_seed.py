@@ -24,6 +24,9 @@ class StepSeed(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         key = random_key(self.seed, state.timestamp.batch.value, dist.get_global_rank())
-        torch.manual_seed(key)  # of the CUDA devices too
+        # torch.manual_seed notes down a stack of calls for each kind of device that is not in use: 1.6 ms of each step.
+        torch.default_generator.manual_seed(key)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(key)
         np.random.seed(key & 0xFFFFFFFF)
         random.seed(key)

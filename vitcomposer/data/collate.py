@@ -33,7 +33,7 @@ from vitcomposer.data.batch import (
     batch_labels,
     check_labels,
 )
-from vitcomposer.data.batch_memory import empty_batch
+from vitcomposer.data.batch_memory import by_value, empty_batch
 from vitcomposer.data.boxes import Box, centre_box, random_erasing_box, random_resized_box, shape_with_shorter_side
 from vitcomposer.data.jpeg.decode import Interpolation, decode_rgb, read_size, resize_into
 from vitcomposer.data.labels import IGNORE_LABEL
@@ -141,7 +141,7 @@ class TrainCollate:
             batch[ERASE_SEED] = torch.tensor([rng.getrandbits(63) for rng in rngs])  # int64 (B,)
         if self._mixes:
             batch[MIX_LAM], batch[MIX_BOX] = self._draw_mixing(samples, image_size)  # (B,), (B, 4)
-        return batch
+        return by_value(batch)
 
     def _look_up(self, samples: list[Sample]) -> int:
         """Image size of the batch, with the policies made for it."""
@@ -243,7 +243,7 @@ class EvalCollate:
                 batch["label"][i] = IGNORE_LABEL
             except Exception as error:
                 raise unexpected(self._source, sample, error) from error
-        return batch
+        return by_value(batch)
 
     def _centre(self, encoded: bytes | memoryview, out: Tensor) -> None:
         rows, columns = read_size(encoded)

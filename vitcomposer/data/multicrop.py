@@ -11,7 +11,7 @@ from vitcomposer.data.augment.policies import ColorDistortion, Policies
 from vitcomposer.data.augment.programs_torch import apply_programs
 from vitcomposer.data.augment.transforms import Normalize
 from vitcomposer.data.batch import CROPS, OP_CODES, OP_VALUES, Batch, Sample, Source, batch_labels
-from vitcomposer.data.batch_memory import empty_batch
+from vitcomposer.data.batch_memory import by_value, empty_batch
 from vitcomposer.data.boxes import Box, random_resized_box
 from vitcomposer.data.collate import draw_programs, replaced, run_programs, unexpected
 from vitcomposer.data.jpeg.decode import Interpolation, read_size
@@ -90,7 +90,7 @@ class MultiCrop:
         else:
             for images, (codes, values) in zip(crops, drawn, strict=True):
                 run_programs(images, codes, values, _NO_FILL)
-        return batch
+        return by_value(batch)
 
     def _decode(self, samples: list[Sample], at: int, outs: list[Tensor]) -> random.Random:
         """Crops of a sample, which another may take the place of; the generator of its colours."""

@@ -6,7 +6,7 @@ from composer.utils import dist
 from torch.distributed.checkpoint import state_dict
 
 from vitcomposer.callbacks import Best, Preemption
-from vitcomposer.foundations import forget_engine
+from vitcomposer.foundations import forget_engine, lean_steps
 from vitcomposer.runs.folder import (
     only_writer_of_run,
 )
@@ -28,7 +28,7 @@ def fit(trainer: Trainer, cfg: Recipe) -> int:
     """
     stopped = next(c for c in trainer.state.callbacks if isinstance(c, Preemption))
     try:
-        with only_writer_of_run(cfg), attention_order(cfg.run.attention_backends):
+        with only_writer_of_run(cfg), attention_order(cfg.run.attention_backends), lean_steps(trainer):
             if cfg.max_duration == NO_STEP or _has_all_steps(trainer) or _has_ended_early(trainer):
                 _end_without_a_step(trainer)
             else:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from vitcomposer.algorithms.run_length import steps_per_epoch, total_steps
 from vitcomposer.callbacks import Checkpoints, KeptPredictions, Preemption, Throughput
 from vitcomposer.cost.input_speed import measure_loader
+from vitcomposer.foundations import lean_steps
 from vitcomposer.runs.devices import with_precision
 from vitcomposer.runs.folder import already_finished, unlock_run_folder
 from vitcomposer.schema import DINO, Distill, SelfSupervised, SimCLR, Supervised, SwAV
@@ -179,7 +180,7 @@ def _take_steps(trainer: Trainer, cfg: Recipe) -> dict[str, Any]:
             return {**found, "steps": 0, "steps_per_epoch": 0}
         epoch, whole = steps_per_epoch(state), total_steps(state)
         found |= {"steps": whole, "steps_per_epoch": epoch}
-        with attention_order(cfg.run.attention_backends):
+        with attention_order(cfg.run.attention_backends), lean_steps(trainer):
             trainer.fit()
             found |= _memory(state) | {"loss": steps.losses[0], "chance": chance_loss(cfg)}
             count, seconds = _evaluate(trainer, cfg, evaluation, epoch, whole)
