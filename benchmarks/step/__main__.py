@@ -42,6 +42,7 @@ from benchmarks.step.plain_loop import (
     take_turns,
 )
 from vitcomposer.models import build_model, layers
+from vitcomposer.models.cpu_linear import speed_up_linears
 
 SWAV = "swav"  # DeiT-S; its two sides are in swav.py
 DROP_MODEL, DROP_RATE = "vit_small_patch16", 0.4
@@ -76,6 +77,8 @@ def measure_model(
         sides, loss = both_sides(batch, device), loss_itself
     else:
         sides = against_timm(name)
+    if device.type == "cpu":
+        speed_up_linears(sides["vitcomposer"])  # as a run does
     for model in sides.values() if trained else ():
         first = TrainingStep(model, *random_batch(FIRST_BATCH, device), loss, device=device, compiled=False)
         for _ in range(trained):
@@ -133,6 +136,8 @@ def measure_trainer(batch: int, rounds: int, device: torch.device) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         trainer = TrainerSteps(ROOT / "yamls" / "deit_s.yaml", "vit_tiny_patch16", images, labels, Path(folder))
         model = build_model("vit_tiny_patch16", num_classes=CLASSES, image_size=PIXELS)
+        if device.type == "cpu":
+            speed_up_linears(model)
         bare = TrainingStep(model, images, trainer.targets, trainer.loss, device=device, compiled=False)
         bare()
         seconds: dict[str, list[float]] = {"trainer": [], "bare loop": []}

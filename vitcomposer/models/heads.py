@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vitcomposer.models.cpu_linear import linear
 from vitcomposer.models.initialization import INIT_STD
 from vitcomposer.models.transformer import check_choice
 from vitcomposer.schema.dino import DINO
@@ -96,7 +97,7 @@ class SwAVHead(nn.Module):
         # Codes divide the scores by epsilon = 0.05: half precision would change them by more than 5 %.
         with torch.autocast(features.device.type, enabled=False):
             embeddings = _unit(projected)
-            return embeddings, [F.linear(embeddings, weight.to(embeddings.dtype)) for weight in self.prototypes]
+            return embeddings, [linear(embeddings, weight.to(embeddings.dtype)) for weight in self.prototypes]
 
     @torch.no_grad()
     def normalize_prototypes(self) -> None:
@@ -148,7 +149,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = F.normalize(self.direction, dim=1)  # eq. 2 of the paper: w = g v / |v|
-        return F.linear(x, weight if self.length is None else weight * self.length)
+        return linear(x, weight if self.length is None else weight * self.length)
 
 
 def build_swav_head(cfg: SwAV) -> SwAVHead:

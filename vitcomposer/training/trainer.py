@@ -34,6 +34,7 @@ from vitcomposer.callbacks import (
 from vitcomposer.data.labels import class_imbalance
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import message
+from vitcomposer.models.cpu_linear import speed_up_linears
 from vitcomposer.models.weights.averages import EMA_LABEL
 from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoint_loading import own_reader
@@ -134,6 +135,8 @@ def build_trainer(  # noqa: PLR0913 (all but two are named at the call)
     )
     if cfg.optimizer.name == SCHEDULE_FREE:
         algorithms = [*algorithms, ScheduleFreeWeights()]
+    if share.device == "cpu":
+        speed_up_linears(task)
     if cfg.run.activation_checkpointing:
         recompute_activations(task, cfg.run.activation_checkpointing)
     sharding = None
