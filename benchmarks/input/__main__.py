@@ -36,7 +36,7 @@ from benchmarks.provenance import cpu_name
 
 _SINGLE: dict[Group, str] = {
     "crop": "RandomResizedCrop 224, flip, batches of 64",
-    "augment": "The same with RandAugment or 3-Augment on the CPU",
+    "augment": "The same with RandAugment or 3-Augment",
     "worker": "The same with one DataLoader worker on the same core",
 }
 _MULTICROP: dict[Group, str] = {

@@ -70,6 +70,7 @@ class TrainCollate:
     Attributes:
         view: From the step of a batch to its image size and the factor on RandAugment's magnitude; None leaves them at
             ``image_size`` and 1. To be set before the loader starts its workers.
+        augment_on_device: Whether programs are left to the device. To be set as ``view``.
         largest_small: Pixels of the largest views that are cut from ``image_small`` of the samples and not from
             ``image``; 0 cuts all from ``image``. To be set as ``view``.
 
@@ -99,14 +100,14 @@ class TrainCollate:
         self._made_for = (image_size, 1.0)  # of the batch before
         self._num_classes = num_classes
         self._seed = seed
-        self._augment_on_device = augment_on_device
+        self.augment_on_device = augment_on_device
         self._views = views
         self._source = source
         self._policies = build_policies(augment, image_size)
 
     def warm_up(self) -> None:
         """Compile or load what the workers run on the pixels, before they are forked."""
-        if not self._augment_on_device:
+        if not self.augment_on_device:
             self._policies.warm_up()
 
     def __call__(self, samples: list[Sample]) -> Batch:
@@ -131,7 +132,7 @@ class TrainCollate:
         codes, values = draw_programs(self._policies, rngs)  # (B, L) each
         if self._views is not None:
             batch.update(self._views.columns(samples, seeds, boxes, codes[:, 0] == FLIP))
-        if self._augment_on_device:
+        if self.augment_on_device:
             batch[OP_CODES], batch[OP_VALUES] = codes, values
         else:
             run_programs(batch["image"], codes, values, self._policies.fill)

@@ -208,8 +208,9 @@ def augments_on_device(data: Data, *, rand_augment: bool) -> bool:
     """Where colours and geometry are changed, which ``data.augment_on`` can leave to us."""
     if data.augment_on != "auto":
         return data.augment_on == "device"
-    # A CPU has nothing to gain: the main process would do what the workers can do beside it. Nor has RandAugment,
-    # whose thirty groups of images are some 2,000 small operations a batch that the main process would have to launch.
+    # A CPU has nothing to gain: the main process would do what the workers can do beside it. Nor has RandAugment
+    # where the workers keep up: its thirty groups of images are some 2,000 small operations a batch that the main
+    # process has to launch (training.placement decides).
     return torch.cuda.is_available() and not rand_augment
 
 

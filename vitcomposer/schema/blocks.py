@@ -140,7 +140,8 @@ class Data:
     num_canonical_nodes: int | None = None
     shuffle_block_size: int | None = None
     balance: Literal["sqrt", "full"] | None = None  # class of n images: share n (null), its root, or the same as others
-    # Where flips, colour, blur and geometry run, with the same pixels. auto: on a GPU, but RandAugment in the workers.
+    # Where flips, colour, blur and geometry run, with the same pixels. auto: on a GPU, but RandAugment only where the
+    # workers would be the limit, which the start of a run finds out.
     augment_on: Literal["auto", "worker", "device"] = "auto"
     synthetic_samples: int = 1_281_167  # per epoch, of source: synthetic
 

@@ -19,6 +19,7 @@ from vitcomposer.data.loader import build_dataspec, describe_columns, read_label
 from vitcomposer.schema import Supervised
 from vitcomposer.tasks import ClassificationTask
 from vitcomposer.teacher.cache import CachedTeacher
+from vitcomposer.training.placement import place_rand_augment
 from vitcomposer.training.setup import BatchShare
 from vitcomposer.training.trainer import build_evaluators, build_trainer, check_evaluation_size
 
@@ -64,6 +65,7 @@ def build_supervision(
         keep_unmixed=keep_unmixed,
         teacher=cache,
     )
+    cfg = place_rand_augment(cfg, share, train)
     if cfg.logit_adjustment:
         _adjust_logits(cfg, task, train)
     plan = _plan_stages(cfg, options, model, train, teacher_flops)

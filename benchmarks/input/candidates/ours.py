@@ -32,7 +32,9 @@ def write(photos: Path, store: Path, *, kind: str, small: int | None = None, qua
     lengthen_epoch(store / "train" / "index.json")
 
 
-def batches(store: Path, *, workers: int = 0, size: int = SIZE, **augment: Any) -> Iterator[Tensor]:
+def batches(
+    store: Path, *, workers: int = 0, size: int = SIZE, on_device: bool = False, **augment: Any
+) -> Iterator[Tensor]:
     torch.set_num_threads(1)
     chosen: dict[str, Any] = {
         "crop_scale": (0.08, 1.0),
@@ -47,7 +49,9 @@ def batches(store: Path, *, workers: int = 0, size: int = SIZE, **augment: Any) 
     }
     mixing = Mixing(mixup_alpha=0, cutmix_alpha=0, prob=0, switch_prob=0, mode="batch", label_smoothing=0)
     stream = image_stream(store, batch_size=BATCH, repeats=chosen["repeated_augmentation"])
-    collate = TrainCollate(Augment(**chosen), mixing, image_size=size, num_classes=1000, seed=0)
+    collate = TrainCollate(
+        Augment(**chosen), mixing, image_size=size, num_classes=1000, seed=0, augment_on_device=on_device
+    )
     collate.largest_small = largest_view(stream.small_side or 0)
     loader = DataLoader(
         stream,
