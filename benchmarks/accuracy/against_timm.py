@@ -1,7 +1,6 @@
 """The same small DeiT by our recipe ``supervised`` and by timm's parts, on the same photographs, with five seeds.
 
-    python -m benchmarks.accuracy.against_timm timm --data FOLDER --work .bench/against_timm
-    python -m benchmarks.accuracy.against_timm ours --data FOLDER --work .bench/against_timm
+    python -m benchmarks.accuracy.against_timm both --data FOLDER --work .bench/against_timm
     python -m benchmarks.accuracy.against_timm report --work .bench/against_timm
 
 FOLDER holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``: CIFAR-10 (Krizhevsky 2009), each image of
@@ -9,11 +8,14 @@ FOLDER holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``: CIFAR-10 (Krizhevsky
 class. The first 500 training images of each class are trained on; all of ``val`` is evaluated, once, at the end.
 
 timm's script ``train.py`` is in no wheel. Its loop is short, and everything in it is a public part of timm: network,
-loader, ``Mixup``, ``SoftTargetCrossEntropy``, optimizer and scheduler.
+loader, ``Mixup``, ``SoftTargetCrossEntropy``, optimizer and scheduler. The two take turns; CPU seconds and memory are
+those of a process of its own for each run, from its launch to its end, on one thread. What an epoch costs is the
+training alone: without imports, the making of the data set and the evaluation.
 """
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, cpu_name
 
 SEEDS = (0, 1, 2, 3, 4)
 PER_CLASS = 500
@@ -84,7 +86,6 @@ def train_timm(images: Path, seed: int) -> dict[str, Any]:
     from benchmarks.timm_posterize import posterize_to_no_bits
 
     posterize_to_no_bits()
-    begin = time.perf_counter()
     random.seed(seed)
     torch.manual_seed(seed)
     model = create_model("deit_tiny_patch16_224", num_classes=10, img_size=SIZE, **NETWORK)
@@ -116,6 +117,7 @@ def train_timm(images: Path, seed: int) -> dict[str, Any]:
     )
     assert schedule is not None
     loss_of, rates = SoftTargetCrossEntropy(), []
+    began = time.process_time()
     for epoch in range(EPOCHS):
         model.train()
         for step, (x, y) in enumerate(train):
@@ -126,11 +128,12 @@ def train_timm(images: Path, seed: int) -> dict[str, Any]:
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step_update(epoch * len(train) + step + 1)
+    training = time.process_time() - began
     model.eval()
     with torch.no_grad():
         correct = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in val)
     found = {"seed": seed, "top1": correct / len(val.dataset), "lr": rates}
-    return {**found, "steps": len(rates), "seconds": round(time.perf_counter() - begin, 1)}
+    return {**found, "steps": len(rates), "cpu_of_an_epoch": round(training / EPOCHS, 3)}
 
 
 def train_ours(images: Path, work: Path, seed: int) -> dict[str, Any]:
@@ -144,24 +147,47 @@ def train_ours(images: Path, work: Path, seed: int) -> dict[str, Any]:
     changes = [f"{key}={value}" for key, value in {**OURS, "data.local": local, "seed": seed}.items()]
     name = f"seed{seed}"
     shutil.rmtree(runs / name, ignore_errors=True)
+    began = time.process_time()
     if train_main([str(ROOT / "yamls/deit_ti.yaml"), *changes, f"run.folder={runs}", f"run.name={name}"]):
         raise SystemExit(f"seed {seed} did not finish")
+    cpu = time.process_time() - began
     summary = json.loads((runs / name / "summary.json").read_text())
     lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr"] for line in lines if "lr" in line]
     found = {"seed": seed, "top1": summary["top1"], "lr": rates, "steps": summary["steps"]}
-    return {**found, "seconds": round(summary["seconds"], 1)}
+    # The share of the run's wall time that training took, of the CPU time of this process since its imports.
+    return {**found, "cpu_of_an_epoch": round(cpu * summary["train_seconds"] / summary["seconds"] / EPOCHS, 3)}
 
 
 def run_arm(arm: str, data: Path, work: Path, seeds: list[int]) -> None:
-    """Every seed that has no result yet; one file each, so that an interrupted comparison goes on."""
+    """Every seed that has no result yet, here; one file each, so that an interrupted comparison goes on."""
     images = take_subset(data, work)
     for seed in seeds:
         file = work / f"{arm}-{seed}.json"
         if not file.exists():
             found = train_timm(images, seed) if arm == "timm" else train_ours(images, work, seed)
             file.write_text(json.dumps(found) + "\n")
-            print(f"{arm}, seed {seed}: {100 * found['top1']:.2f} in {found['seconds']} s", flush=True)
+
+
+def take_turns(data: Path, work: Path, seeds: list[int]) -> None:
+    """Both arms, seed by seed, each run in a process of its own, whose CPU seconds and memory join its result."""
+    for seed in seeds:
+        for arm in ("timm", "ours"):
+            file = work / f"{arm}-{seed}.json"
+            if file.exists():
+                continue
+            words = [arm, "--data", str(data), "--work", str(work), "--seeds", str(seed)]
+            with (work / f"{arm}-{seed}.txt").open("w") as printed:
+                command = [sys.executable, "-m", "benchmarks.accuracy.against_timm", *words]
+                process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=printed)
+                _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise SystemExit(f"{arm}, seed {seed}: exit {process.returncode}, see {printed.name}")
+            cost = {"cpu": round(usage.ru_utime + usage.ru_stime, 1), "peak_memory": usage.ru_maxrss * 1024}
+            found = json.loads(file.read_text()) | cost
+            file.write_text(json.dumps(found) + "\n")
+            print(f"{arm}, seed {seed}: {100 * found['top1']:.2f} in {found['cpu']} CPU s", flush=True)
 
 
 def report(work: Path, out: Path) -> None:
@@ -177,13 +203,19 @@ def report(work: Path, out: Path) -> None:
         "arms": {arm: {**spread([run["top1"] for run in runs]), "runs": runs} for arm, runs in arms.items()},
         "largest_difference_of_learning_rates": difference,
         "overrides_of_deit_ti": {key: str(value) for key, value in OURS.items()},
+        "cpu": cpu_name(),
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "timm", "mosaicml")},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "against_timm.json").write_text(json.dumps(page, indent=1) + "\n")
     for arm, found in page["arms"].items():
-        print(f"{arm}: {100 * found['mean']:.2f} +- {100 * found['stdev']:.2f} (n={len(found['runs'])})")
+        costs = {key: statistics.mean(run[key] for run in found["runs"]) for key in ("cpu", "cpu_of_an_epoch")}
+        memory = max(run["peak_memory"] for run in found["runs"]) / 1e6
+        print(
+            f"{arm}: {100 * found['mean']:.2f} +- {100 * found['stdev']:.2f} (n={len(found['runs'])}), "
+            f"{costs['cpu']:.1f} CPU s, {costs['cpu_of_an_epoch']:.2f} an epoch, {memory:,.0f} MB"
+        )
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -192,7 +224,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arm", choices=("timm", "ours", "report"))
+    parser.add_argument("arm", choices=("both", "timm", "ours", "report"))
     parser.add_argument("--data", type=Path, help="folder of train/CLASS/*.jpg and val/CLASS/*.jpg")
     parser.add_argument("--work", type=Path, default=ROOT / ".bench/against_timm")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -204,6 +236,8 @@ def main() -> None:
         report(args.work, args.out)
     elif args.data is None:
         parser.error("--data must be a folder of train/CLASS/*.jpg and val/CLASS/*.jpg")
+    elif args.arm == "both":
+        take_turns(args.data, args.work, args.seeds)
     else:
         run_arm(args.arm, args.data, args.work, args.seeds)
 

@@ -2,13 +2,15 @@
 
     python -m benchmarks.distill.small digits --work .bench/distill
     python -m benchmarks.distill.small fashion --data FOLDER --work .bench/distill
+    python -m benchmarks.distill.small cifar10 --data FOLDER --work .bench/distill
 
 A convolutional network, which DeiT found to teach best (Table 2), is trained by ``supervised`` on the training split.
 It then teaches a student that sees images of the same split as the student that learns alone: same network, steps,
 optimizer and seeds. kind, alpha and temperature are those of DeiT and of yamls/deit_s_distilled_cached.yaml.
 ``digits`` are a fifth of the 1,797 images that scikit-learn carries, with as many held out; the teacher runs beside
 the student. ``fashion`` is Fashion-MNIST (arXiv:1708.07747) as ``vitcomposer convert torchvision FashionMNIST FOLDER``
-writes it, of which ``vitcomposer convert subset`` takes 4,000 training images; the teacher's answers are stored.
+writes it, of which ``vitcomposer convert subset`` takes 4,000 training images; ``cifar10`` are 10,000 of CIFAR-10, by
+``vitcomposer convert torchvision CIFAR10 FOLDER``. The teacher's answers to both are stored.
 """
 
 import argparse
@@ -49,6 +51,16 @@ DATA: dict[str, dict[str, Any]] = {
         "mixing.prob": 1.0,
         "optimizer.lr": 1.5e-3,
     },
+    "cifar10": {
+        "data.train_split": "train_10000",
+        "model.image_size": 24,
+        "evaluation.global_batch_size": 250,
+        "augment.crop_scale": "[0.5, 1.0]",
+        "augment.flip_prob": 0.5,
+        "mixing.mixup_alpha": 0.2,
+        "mixing.prob": 0.5,
+        "optimizer.lr": 1.5e-3,
+    },
 }
 NOTHING_ELSE = ("patch_size", "embed_dim", "depth", "num_heads", "pool", "class_token", "position_embedding")
 CONVNET = {"model.name": "resnet18", "model.image_size": 32, **{f"model.{key}": "null" for key in NOTHING_ELSE}}
@@ -63,6 +75,7 @@ TEACHER = {
         **CONVNET,
     },
 }
+TEACHER["cifar10"] = {**TEACHER["fashion"], "max_duration": "15ep", "global_train_batch_size": 64}
 # A distilled DeiT: two tokens, two heads, of which evaluation takes the mean.
 STUDENT = {
     "model.name": "deit_tiny_distilled_patch16",
@@ -76,6 +89,14 @@ STUDENT = {
 STEPS = {
     "digits": {"max_duration": "100ep", "schedule.t_warmup": "10ep"},
     "fashion": {"max_duration": "8ep", "schedule.t_warmup": "1ep", "model.embed_dim": 64, "model.depth": 4},
+    "cifar10": {
+        "max_duration": "10ep",
+        "schedule.t_warmup": "1ep",
+        "model.embed_dim": 96,
+        "model.depth": 4,
+        "model.num_heads": 3,
+        "global_train_batch_size": 64,
+    },
 }
 SOFT = {
     "distillation.kl": "batch",
@@ -88,7 +109,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alone": {},
     "soft, alpha 0.5, temperature 1": SOFT,
 }
-CROP_SETS = 4  # of fashion's stored answers, all ten logits of each
+CROP_SETS = 4  # of stored answers, all ten logits of each
 
 
 def train(name: str, recipe: str, overrides: Mapping[str, Any], runs: Path) -> dict[str, Any]:
@@ -114,7 +135,7 @@ def write_page(recipe: str, runs: Path) -> Path:
 
 def store_answers(overrides: Mapping[str, Any], runs: Path) -> Path:
     """The folder of the teacher's answers, written once."""
-    out = runs.parent / "answers"
+    out = runs.with_name(f"{runs.name}-answers")
     changes = [f"{key}={value}" for key, value in overrides.items()]
     command = [sys.executable, "-m", "vitcomposer", "cache-teacher", str(write_page("distill", runs)), *changes]
     subprocess.run([*command, "--crop-sets", str(CROP_SETS), "--top-k", "all", "--out", out], check=True, cwd=ROOT)
@@ -157,7 +178,7 @@ def measure(data: str, local: Path, runs: Path) -> dict[str, Any]:
     shared = {**RUN, **DATA[data], "data.local": local}
     teacher = train("teacher", "supervised", {**shared, **TEACHER[data], "seed": 100}, runs)
     lessons = taught_by(runs / "teacher/checkpoints/latest-rank0.pt")
-    if data == "fashion":
+    if data != "digits":
         lessons["cache.local"] = store_answers({**shared, **STUDENT, **STEPS[data], **SOFT, **lessons}, runs)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for seed in SEEDS:
@@ -195,9 +216,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# A small student with and without a teacher",
         "",
-        "`python -m benchmarks.distill.small digits` and `fashion`: yamls/demo.yaml with the overrides in the JSON "
-        "beside this file. The students are the same network with two heads, on the same split and for as many "
-        "steps; alone, both heads learn from the labels. The teacher, a ResNet-18, is trained on that split too. "
+        "`python -m benchmarks.distill.small digits`, `fashion` and `cifar10`: yamls/demo.yaml with the overrides in "
+        "the JSON beside this file. The students are the same network with two heads, on the same split and for as "
+        "many steps; alone, both heads learn from the labels. The teacher, a ResNet-18, is trained on that split too. "
         "Top-1 in percent of the held-out split, raw weights of the last step; +- is the standard deviation of three "
         "seeds.",
     ]
@@ -237,10 +258,12 @@ def main() -> None:
     if stem.with_suffix(".json").exists():
         report = json.loads(stem.with_suffix(".json").read_text())
     report["data"][args.data] = measure(args.data, local, args.work / f"{args.data}-runs")
+    report["data"][args.data] |= {
+        "cpu": cpu_name(),
+        "commit": commit(),
+        "versions": {name: version(name) for name in ("torch", "mosaicml", "mosaicml-streaming")},
+    }
     report["data"] = dict(sorted(report["data"].items()))
-    report["cpu"] = cpu_name()
-    report["commit"] = commit()
-    report["versions"] = {name: version(name) for name in ("torch", "mosaicml", "mosaicml-streaming")}
     args.out.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(report))

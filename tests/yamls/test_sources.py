@@ -12,7 +12,8 @@ from vitcomposer import config
 
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 TABLE = yaml.safe_load((ROOT / "tests/yamls/sources.yaml").read_text())
-OWN = ("demo", "swav_demo", "finetune_photos", "photos_scratch")  # whose settings are nobody's but this project's
+# Whose settings are nobody's but this project's.
+OWN = ("demo", "swav_demo", "finetune_photos", "photos_scratch", "cifar10_vit", "cifar10_convit")
 NO_SOURCE = "these settings are this project's own."
 # What decides nothing of a result, and what peak_lr, first_lr and last_lr say in the source's units.
 NOT_COMPARED = (

@@ -50,7 +50,9 @@ def overrides_of(path: Path, folder: Path) -> list[str]:
     changes += [late[page.recipe]] if page.recipe in late else []
     if "Curriculum" in getattr(page, "algorithms", {}):
         # Two steps have room for two stages; at 96 pixels an image costs 0.17 to 0.18 of one at 224.
-        changes += ["algorithms.Curriculum={image_sizes: [96, 224], compute: [0.15, 0.85]}"]
+        size, patch = page.model.image_size, page.model.patch_size or 16
+        first = int(0.43 * size / patch) * patch
+        changes += [f"algorithms.Curriculum={{image_sizes: [{first}, {size}], compute: [0.15, 0.85]}}"]
     return changes
 
 
