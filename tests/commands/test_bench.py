@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitcomposer import cli, config
+from vitcomposer.commands.plan import bench
 from vitcomposer.cost import bottleneck, input_speed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +129,12 @@ def test_stages_and_speeds_agree(photo_mds):
     assert container < crops
     mean = sum(path.stat().st_size for path in (photo_mds / "train").glob("*.mds")) / 192
     assert found["bytes_per_image"] == pytest.approx(mean, rel=0.05)
+
+
+def test_without_numbers_the_workers_of_the_recipe_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitcomposer.commands.plan.bench.number_of_workers", lambda data, **_: data.num_workers)
+    cfg = config.load(YAML, ["data.source=synthetic", "data.num_workers=3"])
+    assert bench._given_workers(None) == [] and bench._usual_workers(cfg) == [0, 1, 3]
 
 
 def test_cores_follow_from_the_loader_with_the_most_workers():

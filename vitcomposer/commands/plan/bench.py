@@ -6,12 +6,16 @@ Heavy imports stay inside the functions, as in ``vitcomposer.cli``.
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitcomposer.cost.input_speed import _count, cores_for, measure, mechanics
+from vitcomposer.data.workers import number_of_workers
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import for_terminal
 from vitcomposer.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from vitcomposer.schema import Supervised
 
 
 def add_command(commands: Any) -> None:
@@ -19,7 +23,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("bench", description=_run.__doc__)
     parser.add_argument("yaml", help="a recipe's yaml, or the name of one of ours, such as deit_s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.local=FOLDER")
-    parser.add_argument("--workers", default="0,1,2,4", help="numbers of loader processes (default: %(default)s)")
+    parser.add_argument("--workers", help="numbers of loader processes (default: 0, 1 and those of the recipe here)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
     parser.add_argument("--target", type=float, help="images/s that a GPU trains: print the cores it needs")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too: plan --measured takes them")
@@ -32,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
     from vitcomposer.errors import ShardError
     from vitcomposer.schema import Supervised
 
-    workers, target = _workers(args), args.target
+    given, target = _given_workers(args.workers), args.target
     require(args.seconds > 0, "--seconds", "above 0", args.seconds, "5 is usual.")
     require(target is None or target > 0, "--target", "images a second above 0", target, "Leave it out.")
     cfg = config.load(args.yaml, args.overrides)
@@ -41,6 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     assert isinstance(cfg, Supervised)
     from vitcomposer.cost.bottleneck import measure_parts
 
+    workers = given or _usual_workers(cfg)
     try:
         found = measure(cfg, workers=workers, seconds=args.seconds)
         size = found["bytes_per_image"]
@@ -81,11 +86,21 @@ def _parts(found: dict[str, Any], workers: int) -> list[str]:
     return lines
 
 
-def _workers(args: argparse.Namespace) -> list[int]:
-    counts = args.workers.split(",")
+def _given_workers(text: str | None) -> list[int]:
+    """The numbers on the command line; empty where there are none."""
+    if text is None:
+        return []
+    counts = text.split(",")
     valid = all(count.strip().isdecimal() for count in counts)
-    require(valid, "--workers", "numbers of processes", args.workers, "Write them like 0,1,2,4.")
+    require(valid, "--workers", "numbers of processes", text, "Write them like 0,1,2,4.")
     return sorted({int(count) for count in counts})
+
+
+def _usual_workers(cfg: "Supervised") -> list[int]:
+    import torch
+
+    batch_bytes = cfg.global_train_batch_size * 3 * cfg.model.image_size**2
+    return sorted({0, 1, number_of_workers(cfg.data, gpu=torch.cuda.is_available(), batch_bytes=batch_bytes)})
 
 
 def _print(found: dict[str, Any]) -> None:
