@@ -14,7 +14,7 @@ project). The two sets of the results are made by
 Each tool is typed as its documentation says, in an empty folder and with an empty home, so that what a first start
 compiles counts. A machine that others share gives no seconds that can be compared: the budget is CPU seconds of
 all processes that the commands start, with one thread each. Runs of 1 and of 6 epochs on a part of the photographs
-tell what an epoch costs and what everything else; from that follows how many epochs fill the budget, and the run that
+tell what a step costs and what everything else; from that follows how many epochs fill the budget, and each run that
 counts, from the first command on, trains that many with its whole schedule.
 """
 
@@ -58,6 +58,8 @@ class Run:
     epochs: int
     batch: int  # images a step: what `vitcomposer new` chooses for these photographs
     seed: int  # 0: the tool's own default, which nobody types
+    minutes: float = 10.0  # of the budget; of ours the augmentation follows from them
+    part: bool = False  # a trial on few photographs, for which `vitcomposer new` would choose smaller batches
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class Tool:
 
 
 def _type_ours(run: Run) -> list[str]:
-    seed = f" seed={run.seed}" if run.seed else ""
+    changes = f" seed={run.seed}" if run.seed else ""
+    changes += f" global_train_batch_size={run.batch}" if run.part else ""
     return [
-        f"vitcomposer new {run.photos}",
-        f"vitcomposer convert folder {run.photos} datasets/{run.photos}",
-        f"vitcomposer train {run.photos}.yaml max_duration={run.epochs}ep{seed}",
+        f"vitcomposer new {run.photos} --minutes {run.minutes:g}",
+        f"vitcomposer convert folder {run.photos} datasets/{run.photos} --for {run.photos}.yaml",
+        f"vitcomposer train {run.photos}.yaml max_duration={run.epochs}ep{changes}",
     ]
 
 
@@ -97,7 +100,7 @@ def _type_yolo(run: Run) -> list[str]:
 def _read_ours(folder: Path) -> list[float]:
     (metrics,) = folder.glob("runs/*/metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [100 * line["metrics/ema/top1"] for line in lines if "metrics/ema/top1" in line]
+    return [100 * line["metrics/eval/top1"] for line in lines if "metrics/eval/top1" in line]
 
 
 def _read_timm(folder: Path) -> list[float]:
@@ -213,8 +216,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def run_tool(name: str, run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The run that fills the budget, after the trials that say how many epochs do."""
-    part, share = take_part(args.work / "photos" / run.photos, args.work / "part")
-    few, many = (_run_once(name, replace(run, epochs=epochs), part, args)["cpu"] for epochs in TRIALS)
+    part, share = take_part(args.work / "photos" / run.photos, args.work / "part", run.batch)
+    few, many = _trials(name, run, part, args)
     epoch = (many - few) / (TRIALS[1] - TRIALS[0])
     epochs = max(round((args.budget - few + epoch) * share / epoch), 1)
     planned = replace(run, epochs=epochs)
@@ -225,16 +228,29 @@ def run_tool(name: str, run: Run, args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "commands": lines, "characters": sum(map(len, lines)), "commit": commit()}
 
 
-def take_part(photos: Path, folder: Path) -> tuple[Path, float]:
-    """A copy of every n-th image of both splits, at least ``PART`` for training, and what share of them that is."""
+def _trials(name: str, run: Run, part: Path, args: argparse.Namespace) -> list[float]:
+    """CPU seconds of the trials: those of another seed where there are, since no cost depends on it."""
+    for path in args.work.glob(f"{run.photos}-{name}-*.json"):
+        found = json.loads(path.read_text())
+        if (found["budget"], found["batch"]) == (args.budget, run.batch):
+            return found["trials"]
+    return [_run_once(name, replace(run, epochs=epochs, part=True), part, args)["cpu"] for epochs in TRIALS]
+
+
+def take_part(photos: Path, folder: Path, batch: int) -> tuple[Path, float]:
+    """A copy of every n-th image of both splits, and what share of the steps of an epoch it has.
+
+    Of ``train`` it has whole batches, at least ``PART`` images where there are so many.
+    """
     images = sorted(photos.glob("train/*/*"))
-    every, out = max(len(images) // PART, 1), folder / photos.name
+    every, out = max(len(images) // max(PART, 3 * batch), 1), folder / photos.name
+    steps = len(images[::every]) // batch
     if not out.exists():
-        for image in images[::every] + sorted(photos.glob("val/*/*"))[::every]:
+        for image in images[::every][: steps * batch] + sorted(photos.glob("val/*/*"))[::every]:
             place = out / image.relative_to(photos)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, place)
-    return out, len(images[::every]) / len(images)
+    return out, steps / (len(images) // batch)
 
 
 def _run_once(name: str, run: Run, photos: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -264,7 +280,8 @@ def run_all(args: argparse.Namespace) -> None:
         for name in args.tools:
             file = args.work / f"{photos}-{name}-{seed}.json"
             if not file.exists():
-                found = run_tool(name, Run(photos, classes, 1, int(chosen[1]), seed), args)
+                run = Run(photos, classes, 1, int(chosen[1]), seed, minutes=args.budget / 60)
+                found = run_tool(name, run, args)
                 file.write_text(json.dumps(found, indent=1) + "\n")
                 print(f"{photos}, {name}, seed {seed}: {found['top1'][-1]:.1f} in {found['cpu']:.0f} CPU s", flush=True)
 

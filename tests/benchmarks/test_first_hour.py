@@ -39,8 +39,9 @@ def test_one_folder_is_split_once_for_all_tools_and_trials_take_a_part(tmp_path:
     }
     assert {split: len(paths) for split, paths in splits.items()} == {"train": 360, "val": 40}
     assert len(splits["train"] | splits["val"]) == 400
-    part, share = take_part(photos, tmp_path / "part")
-    assert share == 0.5 and len(list(part.glob("train/*/*"))) == 180
+    part, share = take_part(photos, tmp_path / "part", batch=32)
+    assert share == 5 / 11 and len(list(part.glob("train/*/*"))) == 160, "5 of 11 steps"
+    assert len(list(part.glob("val/*/*"))) == 20
 
 
 def test_rows_have_what_was_typed_and_the_last_and_best_evaluation() -> None:

@@ -37,7 +37,7 @@ def test_yaml_fits_the_folder_and_the_printed_conversion_makes_what_it_trains_on
     assert "my photos: 44 images, 2 classes, 14 to 30 a class, median 40 x 30\n" in printed
     assert "1 pair of identical files in different classes: my_photos.duplicates.csv\n" in printed
     assert "cannot be read: bee/broken.jpg (" in printed
-    assert "wrote my_photos.yaml: a small ConViT from scratch, 36 px, 300 epochs, 4 images a step\n" in printed
+    assert "wrote my_photos.yaml: a small ConViT from scratch, 32 px, 500 epochs, 4 images a step\n" in printed
     text = Path("my_photos.yaml").read_text()
     assert "#   cannot be read: bee/broken.jpg" in text
     convert, train, predict = printed_commands(printed)
@@ -72,6 +72,25 @@ def test_weights_that_are_there_are_started_from_and_missing_ones_are_told(
     assert "wrote photos_pretrained.yaml: DeiT III-S from ImageNet-21k" in printed and "missing" not in printed
     assert "--for photos.yaml" in told and "--for" not in printed
     assert config.load("photos_pretrained.yaml", ["model.num_classes=2"]).init.weights == str(new.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "message"),
+    [
+        (["--minutes", "0"], False, "--minutes must be above 0, and below a million, got 0.0. 10 is the default."),
+        (["--minutes", "3"], True, "--minutes must be left out where weights/deit_3_small_224_21k.pth is there"),
+        (["--minutes", "3", "--unlabelled"], False, "--minutes must be left out for images without classes"),
+    ],
+)
+def test_minutes_are_those_of_a_run_from_scratch(
+    here: Path, capsys: pytest.CaptureFixture[str], options: list[str], weights: bool, message: str
+) -> None:
+    write_images(here / "photos", {"ant": 12, "bee": 12})
+    if weights:
+        Path("weights").mkdir()
+        Path(new.WEIGHTS).touch()
+    assert main(["new", "photos", *options]) == 2
+    assert message in capsys.readouterr().err and not Path("photos.yaml").exists()
 
 
 def test_list_of_files_is_read_as_convert_reads_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

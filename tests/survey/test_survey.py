@@ -19,7 +19,7 @@ from vitcomposer.survey import photos
 from vitcomposer.survey.duplicates import counted, find_pairs, to_csv
 from vitcomposer.survey.page import changed_page, quoted
 from vitcomposer.survey.photos import Look, Photo, Survey, survey
-from vitcomposer.survey.rules import UNLABELLED, choose, choose_unlabelled
+from vitcomposer.survey.rules import MANY_PASSES, UNLABELLED, choose, choose_unlabelled
 
 
 @pytest.fixture
@@ -137,11 +137,23 @@ def test_fine_tuning_follows_the_table_of_the_documentation(
 
 
 @pytest.mark.parametrize(
-    ("count", "side", "epochs", "size"), [(240, 500, 300, 96), (3_000, 70, 80, 60), (50_000, 8, 30, 36)]
+    ("count", "side", "minutes", "epochs", "size", "batch"),
+    [
+        (240, 500, 10, 500, 96, 32),
+        (240, 500, 2, 150, 96, 32),
+        (3_000, 70, 10, 60, 64, 64),
+        (50_000, 8, 10, 5, 32, 64),
+        (50_000, 8, 60, 22, 32, 64),
+    ],
 )
-def test_training_from_scratch_sees_about_as_many_images_in_all(count: int, side: int, epochs: int, size: int) -> None:
-    choice = choose(imagined(count, side=side), pretrained=False)
+def test_training_from_scratch_takes_about_the_minutes_of_a_core(  # noqa: PLR0913, PLR0917
+    count: int, side: int, minutes: float, epochs: int, size: int, batch: int
+) -> None:
+    choice = choose(imagined(count, side=side), pretrained=False, minutes=minutes)
     assert (choice.page, choice.epochs, choice.image_size) == ("photos_scratch", epochs, size)
+    assert choice.batch == batch and choice.values["max_duration"][0] == f"{epochs}ep"
+    assert any("minutes of a core (--minutes)" in reason for reason in choice.reasons)
+    assert choice.values.get("mixing.prob", ("",))[0] == ("0.5" if epochs >= MANY_PASSES else "")
 
 
 @pytest.mark.parametrize(("most", "told", "balance"), [(30, False, None), (31, True, None), (101, True, "sqrt")])
@@ -184,7 +196,8 @@ def test_written_page_is_a_configuration_with_the_chosen_values(pretrained: bool
     cfg = config.load(tmp_path / "mine.yaml", [f"data.local={tmp_path / 'data'}"])
     assert (cfg.run.name, cfg.model.num_classes, cfg.data.num_workers) == ("mine", 12, "auto")
     assert (cfg.global_train_batch_size, cfg.max_duration) == (choice.batch, f"{choice.epochs}ep")
-    assert cfg.algorithms["EMA"] == {"half_life": "0.07dur", "update_interval": "1ba"}, "whatever max_duration becomes"
+    ema = {"half_life": "0.07dur", "update_interval": "1ba"}  # whatever max_duration becomes
+    assert cfg.algorithms.get("EMA") == (ema if pretrained else None)
     assert all(f"# {reason}" in text for _, reason in choice.values.values())
 
 

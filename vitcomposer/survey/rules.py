@@ -15,12 +15,16 @@ SMALL, MEDIUM = 10_000, 100_000  # training images
 FEW = 300
 _EPOCHS = {SMALL: 30, MEDIUM: 15, math.inf: 8}  # with pre-trained weights, below that many training images
 _CROPS = {SMALL: 0.35, MEDIUM: 0.2, math.inf: 0.08}  # least share of the area, likewise
-SEEN = 240_000  # images that a run from scratch sees, within these epochs
-_SCRATCH_EPOCHS = (30, 300)
+MINUTES = 10.0  # of a run from scratch, unless --minutes says otherwise
+PER_MINUTE = 18_000  # images that one core trains of it, 300 a second: an AMD EPYC with one thread, evaluation included
+_SCRATCH_EPOCHS = (5, 500)
+MANY_PASSES = 100  # epochs from scratch, from which on images are mixed: the network would know them by heart
+SEEN = 240_000  # images that a run without classes sees, within these epochs
+_UNLABELLED_EPOCHS = (30, 300)
 BALANCED = 10  # training images of the largest class over those of the smallest, above which they are balanced
 LARGEST_BATCH = 64
-_STEPS = 10  # of an epoch, at least
-_SIZES = {PRETRAINED: (16, 96, 224), FROM_SCRATCH: (12, 36, 96)}  # patch, smallest and largest image in pixels
+_STEPS = {PRETRAINED: 10, FROM_SCRATCH: 7, UNLABELLED: 10}  # of an epoch, at least
+_SIZES = {PRETRAINED: (16, 96, 224), FROM_SCRATCH: (16, 32, 96)}  # patch, smallest and largest image in pixels
 _PATCH = 12  # of the small network without classes; its small crops are half an image
 _SIDES = (4 * _PATCH, 8 * _PATCH)
 
@@ -41,21 +45,24 @@ class Choice:
         self.values[key] = str(value), reason
 
 
-def choose(found: Survey, *, pretrained: bool) -> Choice:
+def choose(found: Survey, *, pretrained: bool, minutes: float = MINUTES) -> Choice:
     """The settings for a data set with classes.
 
     Args:
         found: What it holds.
         pretrained: Whether the weights that the page of that name starts from are there.
+        minutes: That a run from scratch shall take on one core; not of a run from pre-trained weights.
     """
     choice = Choice(PRETRAINED if pretrained else FROM_SCRATCH)
     count = found.training_images
     choice.set("model.num_classes", "null", f"as many as the data set has, {len(found.class_names)} now")
     _choose_size(choice, found)
     _choose_batch(choice, count)
-    _choose_length(choice, count)
     if pretrained:
+        _choose_length(choice, count)
         _choose_tuning(choice, count)
+    else:
+        _choose_epochs_of(choice, count, minutes)
     _choose_balance(choice, found.imbalance)
     return choice
 
@@ -99,25 +106,34 @@ def _choose_size(choice: Choice, found: Survey) -> None:
 
 
 def _choose_batch(choice: Choice, count: int) -> None:
-    fitting = 2 ** int(math.log2(max(count / _STEPS, 1)))
+    steps = _STEPS[choice.page]
+    fitting = 2 ** int(math.log2(max(count / steps, 1)))
     choice.batch = min(max(fitting, min(4, count)), LARGEST_BATCH)
-    reason = f"{LARGEST_BATCH}, or what gives {_STEPS} steps an epoch"
+    reason = f"{LARGEST_BATCH}, or what gives {steps} steps an epoch"
     choice.set("global_train_batch_size", choice.batch, f"{reason} ({count:,} training images)")
 
 
 def _choose_length(choice: Choice, count: int) -> None:
-    if choice.page == PRETRAINED:
-        choice.epochs, limit = _by_size(_EPOCHS, count)
-        reason = f"{limit} training images, from pre-trained weights"
-        choice.reasons.append(f"{limit} images -> {choice.epochs} epochs from pre-trained weights")
-        choice.set("max_duration", f"{choice.epochs}ep", reason)
-    else:
-        _choose_epochs_seen(choice, count)
-        choice.reasons.append("no pre-trained weights -> a small ConViT, long, with strong augmentation")
+    choice.epochs, limit = _by_size(_EPOCHS, count)
+    choice.reasons.append(f"{limit} images -> {choice.epochs} epochs from pre-trained weights")
+    choice.set("max_duration", f"{choice.epochs}ep", f"{limit} training images, from pre-trained weights")
+
+
+def _choose_epochs_of(choice: Choice, count: int, minutes: float) -> None:
+    """As many as one core trains in that time."""
+    least, most = _SCRATCH_EPOCHS
+    choice.epochs = min(max(round(minutes * PER_MINUTE / count), least), most)
+    spent = choice.epochs * count / PER_MINUTE
+    choice.set("max_duration", f"{choice.epochs}ep", f"about {spent:.1f} minutes of a core that trains 300 images/s")
+    if choice.epochs >= MANY_PASSES:
+        choice.set("mixing.cutmix_alpha", "1.0", f"{MANY_PASSES} epochs or more")
+        choice.set("mixing.switch_prob", "1.0", "CutMix alone")
+        choice.set("mixing.prob", "0.5", "of the batches")
+    choice.reasons.append(f"no pre-trained weights -> a small ConViT, about {spent:.1f} minutes of a core (--minutes)")
 
 
 def _choose_epochs_seen(choice: Choice, count: int) -> None:
-    least, most = _SCRATCH_EPOCHS
+    least, most = _UNLABELLED_EPOCHS
     choice.epochs = min(max(round(SEEN / count / 10) * 10, least), most)
     reason = f"about {SEEN:,} images are seen, in {least} to {most} epochs"
     choice.set("max_duration", f"{choice.epochs}ep", reason)

@@ -37,6 +37,8 @@ def add_command(commands: Any) -> None:
         "photos", help="folder with one folder per class, or train and val of such, or of images alone; or a list"
     )
     parser.add_argument("--unlabelled", action="store_true", help="all images, in the folder and below, have no class")
+    help_text = "minutes of one core that a run without pre-trained weights shall take (default: 10)"
+    parser.add_argument("--minutes", type=float, metavar="N", help=help_text)
     parser.add_argument("--out", metavar="FILE", help="yaml to write (default: the name of the folder)")
     parser.set_defaults(run=_run_new)
 
@@ -51,7 +53,7 @@ def _run_new(args: argparse.Namespace) -> int:
     from vitcomposer.data.conversion.sources import UnlabelledSource
     from vitcomposer.survey.duplicates import find_pairs, to_csv
     from vitcomposer.survey.photos import survey
-    from vitcomposer.survey.rules import choose, choose_unlabelled
+    from vitcomposer.survey.rules import choose_unlabelled
 
     photos = Path(args.photos)
     out = Path(args.out or f"{_plain_name(photos)}.yaml")
@@ -63,10 +65,11 @@ def _run_new(args: argparse.Namespace) -> int:
     found = survey(source, args.photos, on_progress=_Progress().update)
     data = _data_folder(photos)
     if isinstance(source, UnlabelledSource):
+        _no_minutes(args.minutes, "for images without classes, whose length is in the yaml")
         pairs, choice = [], choose_unlabelled(found)
         commands = _commands_unlabelled(photos, data, out, found)
     else:
-        pairs, choice = find_pairs(source, found), choose(found, pretrained=WEIGHTS.is_file())
+        pairs, choice = find_pairs(source, found), _choose(found, args.minutes)
         commands = _commands(photos, data, out, found, choice)
     said = [_counted(found), *_odd(found), *_pairs(pairs, table)]
     _write_new(out, _page(choice, said, commands, data))
@@ -80,6 +83,21 @@ def _run_new(args: argparse.Namespace) -> int:
         print("\n".join(_missing_weights(args.photos, out)))
     print("\n".join(["Next:", *(f"  {command}" for command in commands)]))
     return 0
+
+
+def _choose(found: "Survey", minutes: float | None) -> "Choice":
+    from vitcomposer.survey.rules import MINUTES, choose
+
+    if WEIGHTS.is_file():
+        _no_minutes(minutes, f"where {WEIGHTS} is there: its run is short, and max_duration says how long")
+        return choose(found, pretrained=True)
+    minutes = MINUTES if minutes is None else minutes
+    require(0 < minutes < 1e6, "--minutes", "above 0, and below a million", minutes, f"{MINUTES:g} is the default.")
+    return choose(found, pretrained=False, minutes=minutes)
+
+
+def _no_minutes(minutes: float | None, where: str) -> None:
+    require(minutes is None, "--minutes", f"left out {where}", minutes, "Leave it out.")
 
 
 def _open(photos: Path, unlabelled: bool) -> "FolderSource | ListSource | UnlabelledSource":
