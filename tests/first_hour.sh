@@ -53,7 +53,7 @@ whole = (folder / "print.jpg").read_bytes()
 PYTHON
 
 # Small enough for a test; everything else is what `new` chose.
-small=(max_duration=2ep model.image_size=48 model.depth=2 model.local_up_to_layer=1 data.num_workers=1 run.eval_interval=1ep)
+small=(max_duration=2ep model.depth=2 model.local_up_to_layer=1 data.num_workers=1 run.eval_interval=1ep)
 
 run() { # prints the command, runs it, keeps what it prints for `next`
     echo "\$ $*"

@@ -40,7 +40,7 @@ FAST = r"vitcomposer (doctor$|new |convert folder photos |launch |plan )"
 
 # Behind what trains: sizes for a test; everything else is as it stands.
 SMALLER = {
-    r"vitcomposer (check|train) photos\.yaml": "max_duration=2ep model.image_size=48 model.depth=2 "
+    r"vitcomposer (check|train) photos\.yaml": "max_duration=2ep model.depth=2 "
     "model.local_up_to_layer=1 data.num_workers=1 run.eval_interval=1ep",
     r"vitcomposer train finetune_photos": "max_duration=1ep schedule.t_warmup=1ba global_train_batch_size=16 "
     "model.image_size=64",

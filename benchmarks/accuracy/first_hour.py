@@ -13,9 +13,9 @@ project). The two sets of the results are made by
 
 Each tool is typed as its documentation says, in an empty folder and with an empty home, so that what a first start
 compiles counts. A machine that others share gives no seconds that can be compared: the budget is CPU seconds of
-all processes that the commands start, with one thread each. Runs of 1 and of 6 epochs on a part of the photographs
-tell what a step costs and what everything else; from that follows how many epochs fill the budget, and each run that
-counts, from the first command on, trains that many with its whole schedule.
+all processes that the commands start, with one thread each. Runs of 1 and of 6 (ours: 41) epochs on a part of the
+photographs tell what a step costs and what everything else; from that follows how many epochs fill the budget, and each
+run that counts, from the first command on, trains that many with its whole schedule.
 """
 
 import argparse
@@ -44,7 +44,6 @@ WORK = ROOT / ".bench/first_hour"
 SIZE = 96  # pixels, of all tools: what `vitcomposer new` chooses without pre-trained weights
 POLL = 0.2  # seconds
 PART = 160  # images, about, on which an epoch's cost is measured
-TRIALS = (1, 6)  # epochs; ours evaluates every fifth and the last, the others every one
 _TICKS = os.sysconf("SC_CLK_TCK")
 _OF_A_BATCH = re.compile(r"^global_train_batch_size: (\d+)", re.MULTILINE)
 
@@ -70,6 +69,7 @@ class Tool:
     commands: Callable[[Run], list[str]]
     first_step: str  # regular expression of what it prints when the first step is done
     accuracy: Callable[[Path], list[float]]  # of every evaluation, in the folder of the commands; the last is the end's
+    trial: int = 6  # epochs of the longer trial
 
 
 def _type_ours(run: Run) -> list[str]:
@@ -118,7 +118,7 @@ _VIT = (  # without --aa rand-m9-mstd0.5-inc1, which ends timm 1.0.31 with Pillo
     "--reprob .25"
 )
 TOOLS = {
-    "ours": Tool("vitcomposer", _type_ours, r"^ +\d[\d.]* +\d+\.\d+ ", _read_ours),
+    "ours": Tool("vitcomposer", _type_ours, r"^ +\d[\d.]* +\d+\.\d+ ", _read_ours, 41),
     "timm_vit": Tool("timm's train.py, ViT-Ti/16", _type_timm(_VIT), r"^Train: 0 \[", _read_timm),
     "timm_resnet": Tool("timm's train.py, ResNet-18", _type_timm("resnet18"), r"^Train: 0 \[", _read_timm),
     "yolo": Tool("yolo classify, YOLO11n-cls", _type_yolo, r" 1/\d+ +0G +[\d.]+ ", _read_yolo),
@@ -216,25 +216,31 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def run_tool(name: str, run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """The run that fills the budget, after the trials that say how many epochs do."""
-    part, share = take_part(args.work / "photos" / run.photos, args.work / "part", run.batch)
-    few, many = _trials(name, run, part, args)
-    epoch = (many - few) / (TRIALS[1] - TRIALS[0])
-    epochs = max(round((args.budget - few + epoch) * share / epoch), 1)
-    planned = replace(run, epochs=epochs)
+    plan = {"epochs": args.epochs} if args.epochs else _plan(name, run, args)
+    planned = replace(run, epochs=plan["epochs"])
     found = _run_once(name, planned, args.work / "photos" / run.photos, args)
     lines = TOOLS[name].commands(planned)
-    found |= {"tool": name, "photos": run.photos, "seed": run.seed, "epochs": epochs, "batch": run.batch}
-    found |= {"budget": args.budget, "trials": [few, many], "share_in_trials": share}
+    found |= {"tool": name, "photos": run.photos, "seed": run.seed, "batch": run.batch, "budget": args.budget, **plan}
     return {**found, "commands": lines, "characters": sum(map(len, lines)), "commit": commit()}
+
+
+def _plan(name: str, run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """How many epochs fill the budget, and the trials that say so."""
+    part, share = take_part(args.work / "photos" / run.photos, args.work / "part", run.batch)
+    trials = _trials(name, run, part, args)
+    epoch = (trials[1] - trials[0]) / (TOOLS[name].trial - 1)
+    epochs = max(round((args.budget - trials[0] + epoch) * share / epoch), 1)
+    return {"epochs": epochs, "trials": trials, "share_in_trials": share}
 
 
 def _trials(name: str, run: Run, part: Path, args: argparse.Namespace) -> list[float]:
     """CPU seconds of the trials: those of another seed where there are, since no cost depends on it."""
     for path in args.work.glob(f"{run.photos}-{name}-*.json"):
         found = json.loads(path.read_text())
-        if (found["budget"], found["batch"]) == (args.budget, run.batch):
+        if (found["budget"], found["batch"]) == (args.budget, run.batch) and "trials" in found:
             return found["trials"]
-    return [_run_once(name, replace(run, epochs=epochs, part=True), part, args)["cpu"] for epochs in TRIALS]
+    few, many = replace(run, epochs=1, part=True), replace(run, epochs=TOOLS[name].trial, part=True)
+    return [_run_once(name, trial, part, args)["cpu"] for trial in (few, many)]
 
 
 def take_part(photos: Path, folder: Path, batch: int) -> tuple[Path, float]:
@@ -336,6 +342,7 @@ def main() -> None:
     parser.add_argument("--timm", type=Path, help="train.py of timm's repository")
     parser.add_argument("--yolo", type=Path, help="folder of the program yolo")
     parser.add_argument("--budget", type=float, default=600.0, help="CPU seconds of each run")
+    parser.add_argument("--epochs", type=int, help="of each run, where its cost is known: without trials")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--work", type=Path, default=WORK)

@@ -140,10 +140,10 @@ def test_fine_tuning_follows_the_table_of_the_documentation(
     ("count", "side", "minutes", "epochs", "size", "batch"),
     [
         (240, 500, 10, 500, 96, 32),
-        (240, 500, 2, 150, 96, 32),
-        (3_000, 70, 10, 60, 64, 64),
-        (50_000, 8, 10, 5, 32, 64),
-        (50_000, 8, 60, 22, 32, 64),
+        (240, 500, 2, 250, 96, 32),
+        (3_000, 70, 2, 20, 64, 64),
+        (50_000, 8, 1, 5, 32, 64),
+        (50_000, 8, 60, 36, 32, 64),
     ],
 )
 def test_training_from_scratch_takes_about_the_minutes_of_a_core(  # noqa: PLR0913, PLR0917
@@ -152,6 +152,9 @@ def test_training_from_scratch_takes_about_the_minutes_of_a_core(  # noqa: PLR09
     choice = choose(imagined(count, side=side), pretrained=False, minutes=minutes)
     assert (choice.page, choice.epochs, choice.image_size) == ("photos_scratch", epochs, size)
     assert choice.batch == batch and choice.values["max_duration"][0] == f"{epochs}ep"
+    first = {96: 64, 64: 32, 32: 16}[size]
+    assert f"image_sizes: [{first}, {size}]" in choice.values["algorithms.Curriculum"][0]
+    assert choice.values["evaluation.image_size"][0] == str(size + 16)
     assert any("minutes of a core (--minutes)" in reason for reason in choice.reasons)
     assert choice.values.get("mixing.prob", ("",))[0] == ("0.5" if epochs >= MANY_PASSES else "")
 
