@@ -7,6 +7,7 @@ from composer import Trainer
 from vitcomposer.algorithms import CosineWeightDecay, FreezeAtStart, MomentumEncoder
 from vitcomposer.losses import DINOLoss
 from vitcomposer.models.heads import build_dino_head
+from vitcomposer.models.trunks import pooled_width
 from vitcomposer.schema.dino import DINO
 from vitcomposer.tasks import DINOTask
 from vitcomposer.training.self_supervised import build_pretraining, build_trunk, prepare_pretraining
@@ -32,8 +33,7 @@ def build(cfg: DINO) -> Trainer:
 def build_task(cfg: DINO) -> DINOTask:
     """Student, teacher and loss."""
     trunk = build_trunk(cfg, cfg.model)
-    width = getattr(trunk, "num_features")  # noqa: B009 (nn.Module says it may be a tensor)
-    head = build_dino_head(cfg, width)
+    head = build_dino_head(cfg, pooled_width(trunk))
     loss = DINOLoss(
         cfg.head.out_dim,
         student_temperature=cfg.loss.student_temperature,

@@ -61,6 +61,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, each) for each in get_args(hint))
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is (NoneType if hint is None else hint)

@@ -12,6 +12,7 @@ from vitcomposer.runs import layout
 from vitcomposer.schema import Distill, Probe, SelfSupervised, Supervised
 from vitcomposer.schema.probe import NO_STEP
 from vitcomposer.schema.recipe import Recipe
+from vitcomposer.stores.hub import check_address, is_on_hub
 from vitcomposer.stores.weights import how_to_get
 
 
@@ -83,7 +84,9 @@ def _class_faults(cfg: Recipe, local: str) -> list[str]:
 def _weights_faults(cfg: Recipe) -> list[str]:
     faults = []
     weights = known(cfg, "init.weights")
-    if weights is not None and not Path(weights).exists():
+    if weights is not None and is_on_hub(weights):
+        faults += [f"init.weights {problem}"] if (problem := check_address(weights)) else []
+    elif weights is not None and not Path(weights).exists():
         remedy = how_to_get(weights, "init.weights")
         faults.append(f"init.weights must be a file that is there, got {weights!r}. {remedy}")
     if not isinstance(cfg, Distill):

@@ -79,15 +79,16 @@ def param_groups(
 def layer_lrs(model: nn.Module, lr: float, layer_decay: float) -> list[float]:
     """``lr * layer_decay ** (depth + 1 - layer)`` of a transformer's layers 0 .. depth + 1: embedding, blocks, head.
 
-    As in BEiT (arXiv:2106.08254) and MAE (2111.06377, appendix A.2): norm and head learn at ``lr``.
+    As in BEiT (arXiv:2106.08254) and MAE (2111.06377, appendix A.2): norm and head learn at ``lr``. Layers of a network
+    of timm are those of its ``group_matcher``, which counts a final norm to the last block.
 
     Raises:
         ConfigError: A model without layers in a row.
     """
     remedy = "Set optimizer.layer_decay=1, or train a ViT, DeiT or ConViT."
     rule = f"1 for {type(model).__name__}, whose parameters are in no row of blocks"
-    require(hasattr(model, "layer_of"), "optimizer.layer_decay", rule, layer_decay, remedy)
-    top = len(cast(nn.ModuleList, model.blocks)) + 1
+    top = cast(int, getattr(model, "num_layer_groups", 0)) - 1
+    require(top > 1, "optimizer.layer_decay", rule, layer_decay, remedy)
     return [lr * layer_decay ** (top - layer) for layer in range(top + 1)]
 
 

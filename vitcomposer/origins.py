@@ -27,6 +27,7 @@ ARCHITECTURE = (
     "pool",
     "stem",
     "local_up_to_layer",
+    "arguments",
 )
 
 

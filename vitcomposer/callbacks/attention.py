@@ -15,9 +15,8 @@ from vitcomposer.data.evaluation import ChosenSamples, Statistics, choose_sample
 from vitcomposer.data.loader import source_of
 from vitcomposer.data.mds.stream import ImageStream
 from vitcomposer.data.synthetic import SyntheticImages
-from vitcomposer.errors import ConfigError
-from vitcomposer.models.attention import BlockAttention, nonlocality, observe_attention
-from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.errors import require
+from vitcomposer.models.attention import BlockAttention, has_attention, nonlocality, observe_attention
 from vitcomposer.schema.recipe import Recipe
 
 IMAGES = 16
@@ -100,11 +99,8 @@ def build_attention_monitor(
     interval = cfg.run.attention_interval
     if interval is None:
         return []
-    if not isinstance(network, ImageTransformer):
-        raise ConfigError(
-            f"run.attention_interval must be null for {cfg.model.name}, which has no attention, got {interval!r}. "
-            "Leave it out."
-        )
+    rule = f"null for {cfg.model.name}, which has no attention over all tokens"
+    require(has_attention(network), "run.attention_interval", rule, interval, "Leave it out.")
     collate = EvalCollate(
         image_size=cfg.evaluation.image_size or cfg.model.image_size,
         crop_ratio=cfg.evaluation.crop_ratio,

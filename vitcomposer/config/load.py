@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from vitcomposer.config.credentials import variable_within
 from vitcomposer.config.trees import Plain, Tree, find_page, is_null, read_overrides, read_page
 from vitcomposer.config.values import is_mapping, read
 from vitcomposer.errors import ConfigError, collect, did_you_mean, no_classes
@@ -20,8 +21,9 @@ from vitcomposer.json_file import read_json
 from vitcomposer.origins import recorded_model, recorded_page, recorded_statistics, take_over
 from vitcomposer.runs import layout
 from vitcomposer.schema import CONFIGS, Data, Run, expand_home
-from vitcomposer.schema.credentials import variable_within
+from vitcomposer.schema.model import FOLLOWED
 from vitcomposer.schema.recipe import Recipe
+from vitcomposer.stores.hub import is_on_hub
 
 # What ``${oc.env:NAME}`` may read: where a job runs and where its files lie. A run keeps its configuration, so
 # everything else of the environment stays out of it; the shell can write any other value into a key by itself.
@@ -72,6 +74,7 @@ def load(
         _check_secrets(tree)
         tree = expand_home(tree)
         _start_from_recorded(tree, set(_leaves(dict(changes))), path)
+        _note_what_follows(tree)
     with collect(problems):
         _fill_classes(tree, count=count_classes)
     cfg = read(schema, tree, problems)
@@ -184,6 +187,26 @@ def _start_from_recorded(tree: Tree, given: set[str], path: Path) -> None:
     if measured_as_it_is and isinstance(block, dict):
         statistics = _text_of(recorded_statistics(source))
         block.update({key: value for key, value in statistics.items() if f"{prefix}{key}" not in given})
+
+
+def _note_what_follows(tree: Tree) -> None:
+    """Write into ``init.follow`` which keys the yaml leaves to weights on a hub."""
+    init = tree.get("init")
+    if (
+        not isinstance(init, dict)
+        or not is_on_hub(init.get("weights"))
+        or not is_null(init.get("follow", Plain("null")))
+    ):
+        return
+    colors = tree if tree.get("recipe") == "knn" else tree.get("crops", tree.get("augment"))
+    places = {
+        "mean": colors,
+        "std": colors,
+        "crop_ratio": tree.get("evaluation"),
+        "interpolation": tree.get("evaluation"),
+    }
+    open_keys = [key for key in FOLLOWED if isinstance(block := places[key], dict) and key not in block]
+    tree["init"] = {**init, "follow": open_keys}
 
 
 def _leaves(block: dict[str, Any], prefix: str = "") -> Iterator[str]:

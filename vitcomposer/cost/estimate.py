@@ -35,6 +35,7 @@ from vitcomposer.errors import ConfigError, did_you_mean, require
 from vitcomposer.models import build_model
 from vitcomposer.models.heads import build_dino_head, build_moco_heads, build_simclr_head, build_swav_head
 from vitcomposer.models.transformer import num_recomputed
+from vitcomposer.models.trunks import pooled_width
 from vitcomposer.schema import DINO, Distill, MoCo, Model, SelfSupervised, SimCLR, Supervised, SwAV
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.teacher.network import build_teacher_network
@@ -181,7 +182,7 @@ def stages_of(cfg: Supervised | SelfSupervised, network: Network, *, steps_per_e
     curriculum.check_network(options, network.module, image_size=size, rand_augment=rand_augment)
 
     def of_all_crops(cfg: SelfSupervised, module: Any, image_size: int) -> float:
-        learning, averaged = _heads(cfg, module.num_features)
+        learning, averaged = _heads(cfg, pooled_width(module))
         trained = flops.TRAIN_FACTOR * flops.multi_crop_flops(module, cfg.crops.sizes, learning)
         # A momentum encoder sees the first two crops, forward alone.
         return trained + (flops.multi_crop_flops(module, cfg.crops.sizes[:2], averaged) if averaged else 0)

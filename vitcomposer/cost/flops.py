@@ -1,6 +1,5 @@
 """Counts the FLOPs of a network, for one image forward and for a training step."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,6 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcomposer.models.heads import WeightNormLinear
+from vitcomposer.models.trunks import Trunk
+from vitcomposer.models.without_storage import meta_copy
 
 # Forward passes that a training step costs: the backward pass multiplies once for the gradient of a layer's input and
 # once for that of its weights.
@@ -31,14 +32,19 @@ def forward_flops(model: nn.Module, image_size: int, *, patch_keep_rate: float =
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, 3, image_size, image_size, dtype=dtype, device="meta")
-    measured: Any = _meta_copy(model).eval()
+    measured: Any = meta_copy(model).eval().requires_grad_(False)
     if patch_keep_rate < 1.0:
         measured.num_patches_kept = _patches(model, image_size, patch_keep_rate)
         # Of this module alone: stochastic depth in its blocks would skip samples, and dropout has no product.
         measured.training = True
     # MATH spells attention out as two products, which the counter knows; it doesn't know every fused operator.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        measured(image)
+        try:
+            measured(image)
+        except (RuntimeError, AssertionError, ValueError):
+            if isinstance(model, Trunk):  # of timm, whose own words tell less
+                model.require_size(image_size, "model.image_size, or a size of a curriculum, of crops or of a teacher,")
+            raise
     return counter.get_total_flops()
 
 
@@ -61,7 +67,8 @@ def train_factor(model: nn.Module, train_blocks: int | None) -> float:
     """
     if train_blocks is None:
         return TRAIN_FACTOR
-    return 1 + (TRAIN_FACTOR - 1) * train_blocks / len(cast(nn.ModuleList, model.blocks))
+    blocks = cast(int, model.num_layer_groups) - 2
+    return 1 + (TRAIN_FACTOR - 1) * train_blocks / blocks
 
 
 def multi_crop_flops(trunk: nn.Module, crop_sizes: Sequence[int], heads: Sequence[nn.Module] = ()) -> int:
@@ -88,17 +95,3 @@ def _patches(model: nn.Module, image_size: int, keep_rate: float) -> int:
         raise ValueError(f"patch dropout needs a ViT or DeiT, got {type(model).__name__}. Leave it out.")
     patches = (image_size // getattr(model, "patch_size", image_size)) ** 2
     return max(1, round(patches * keep_rate))
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy whose every tensor is on the meta device. ``deepcopy`` takes what its memo holds for a copy."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        # vars() also finds tensors that are neither parameter nor buffer, such as cached relative positions.
-        for held in (vars(module), module._parameters, module._buffers):
-            for value in held.values():
-                if isinstance(value, nn.Parameter):
-                    memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
-                elif isinstance(value, torch.Tensor):
-                    memo[id(value)] = value.detach().to("meta")
-    return copy.deepcopy(model, memo)

@@ -16,6 +16,7 @@ from vitcomposer.cost.gpu_speed import Network, View
 from vitcomposer.cost.gpus import peak_flops
 from vitcomposer.models import build_model
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.models.trunks import Trunk
 from vitcomposer.schema import Supervised
 
 # Images of a step where the yaml leaves its share of a batch to the run: more make no step on that device much cheaper.
@@ -84,7 +85,7 @@ def measure_step(cfg: Supervised, image_size: int, device: torch.device, seconds
 
 def _build(cfg: Supervised, device: torch.device) -> torch.nn.Module:
     model = build_model(**cfg.model.options()).to(device).train()
-    if cfg.init.train_blocks is not None and isinstance(model, ImageTransformer):
+    if cfg.init.train_blocks is not None and isinstance(model, ImageTransformer | Trunk):
         model.freeze_below(cfg.init.train_blocks)
     return model
 

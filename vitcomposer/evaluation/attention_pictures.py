@@ -1,15 +1,21 @@
 """Draws the pictures of ``vitcomposer attention`` by matplotlib, without a display."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
-from vitcomposer.models.attention import BlockAttention, attention_rollout, patch_distances, seen_by_output
+from vitcomposer.models.attention import (
+    BlockAttention,
+    attention_rollout,
+    patch_distances,
+    reads_token,
+    seen_by_output,
+)
 from vitcomposer.models.positions import Grid
-from vitcomposer.models.transformer import ImageTransformer
 
 HEAT, MARK = "inferno", "#39d0ff"  # of attention, and of the patch that looks
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1600a", "#6e6e6e"
@@ -19,7 +25,7 @@ OVERVIEW = 3.2  # inches of the pictures above the heads
 
 
 def draw_image(
-    network: ImageTransformer,
+    network: Any,
     photo: Tensor,
     blocks: Sequence[BlockAttention],
     *,
@@ -37,7 +43,7 @@ def draw_image(
         blocks: All of them, of this image alone.
         layers, heads: Whose maps are drawn, from 0.
     """
-    reader = "class token" if network.config.pool == "token" else "mean over the patches"
+    reader = "class token" if reads_token(network) else "mean over the patches"
     columns = min(MOST_COLUMNS, max(3, len(heads)))
     lines = -(-len(heads) // columns)
     heights = [OVERVIEW, *[1.25 * CELL * lines + 0.3] * len(layers)]
@@ -47,7 +53,7 @@ def draw_image(
     for part, layer in zip(parts, layers, strict=True):
         block = blocks[layer]
         attention, query = block.map[0], None
-        if block.num_prefix_tokens < network.num_prefix_tokens and network.config.pool == "token":
+        if block.num_prefix_tokens < network.num_prefix_tokens and reads_token(network):
             query = _middle(block.grid)
             maps = attention[:, query]
         else:
@@ -61,7 +67,7 @@ def draw_image(
 
 
 def _draw_overview(
-    figure: SubFigure, network: ImageTransformer, photo: Tensor, blocks: Sequence[BlockAttention], reader: str
+    figure: SubFigure, network: Any, photo: Tensor, blocks: Sequence[BlockAttention], reader: str
 ) -> None:
     last = blocks[-1]
     rollout = attention_rollout([block.map for block in blocks])[0]
@@ -84,7 +90,7 @@ def _draw_overview(
         axes.axis("off")
 
 
-def _as_read(network: ImageTransformer, block: BlockAttention, attention: Tensor) -> Tensor:
+def _as_read(network: Any, block: BlockAttention, attention: Tensor) -> Tensor:
     """(h, R C), also of a local layer of a network that reads the mean of the patches."""
     if block.num_prefix_tokens:
         return seen_by_output(network, attention)

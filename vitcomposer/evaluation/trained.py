@@ -13,10 +13,12 @@ from vitcomposer.data.mds.index import CLASS_NAMES
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.json_file import read_json, to_block
 from vitcomposer.models import build_model, load_weights
+from vitcomposer.models.trunks import Trunk
 from vitcomposer.models.weights.averages import averaging_window, better_weights, saved_weights
 from vitcomposer.models.weights.formats import model_tensors
 from vitcomposer.models.weights.load import read_checkpoint
-from vitcomposer.origins import EXPORTED, weights_file
+from vitcomposer.models.weights.published import follow_weights, local_weights
+from vitcomposer.origins import EXPORTED
 from vitcomposer.runs import layout
 from vitcomposer.runs.identity import read_identity
 from vitcomposer.runs.metrics import last_evaluation
@@ -132,6 +134,8 @@ def _build(saved: _Saved, kind: str) -> Trained:
     require(
         size % patch == 0, "evaluation.image_size", f"divisible by {patch}", size, f"Use {-(-size // patch) * patch}."
     )
+    if isinstance(network, Trunk):
+        network.require_size(size, "evaluation.image_size")
     return Trained(network=network.eval(), model=saved.model, averaged=kind == "ema", **saved.facts)
 
 
@@ -177,7 +181,11 @@ def _of_yaml(path: Path, overrides: Sequence[str]) -> _Saved:
             f"init.weights must be the file of the trained network for {path}, got None. Add init.weights=FILE, or "
             "give the folder of a run instead of a yaml."
         )
-    return _saved(cfg, weights_file(cfg.init.weights), cfg.init.weights, _names_of_data(cfg), trained_upright(cfg))
+    cfg, line = follow_weights(cfg)
+    if line is not None:
+        print(line, file=sys.stderr)
+    assert cfg.init.weights is not None
+    return _saved(cfg, local_weights(cfg.init.weights), cfg.init.weights, _names_of_data(cfg), trained_upright(cfg))
 
 
 def _load_config(path: Path, overrides: Sequence[str]) -> Supervised:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from vitcomposer.models import convit, resnet, vit
+from vitcomposer.models.trunks import Trunk
 from vitcomposer.schema import Model
 
 
@@ -36,6 +37,14 @@ def timm_form(network: nn.Module, model: Model) -> TimmForm | None:
     Raises:
         ValueError: timm has no such network.
     """
+    if isinstance(network, Trunk):
+        facts, page = network.of_timm, cast(Any, network).pretrained_cfg
+        rates = ("drop_rate", "attn_drop_rate", "drop_path_rate")  # which are for training
+        arguments = {key: value for key, value in facts.arguments.items() if key not in rates}
+        first, pool = page.get("first_conv", ""), getattr(network, "global_pool", "")
+        head = facts.heads[0] if len(facts.heads) == 1 else list(facts.heads)
+        pool = pool if isinstance(pool, str) else page.get("pool", "avg")
+        return TimmForm(facts.name.partition(".")[0], arguments, head, first_conv=first, global_pool=pool)
     if isinstance(network, resnet.ResNet):
         return TimmForm(model.name, {}, head="fc", first_conv="conv1", global_pool="avg")
     if isinstance(network, vit.VisionTransformer):
@@ -88,4 +97,10 @@ def from_folder(folder: Path) -> Callable[[Tensor], Tensor]:
     """What timm makes of the folder."""
     import timm
 
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except RuntimeError as error:  # tensors of other shapes or names
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"timm must load what --format safetensors writes, it says: {line} Use --format onnx or torch-export."
+        ) from error

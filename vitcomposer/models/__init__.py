@@ -8,7 +8,9 @@ from vitcomposer.models import convit, resnet, transformer, vit
 from vitcomposer.models.batch_norm import convert_sync_bn
 from vitcomposer.models.heads import DINOHead, MLPHead, SwAVHead
 from vitcomposer.models.mean_color import MeanColor
+from vitcomposer.models.trunks import Trunk, build_trunk
 from vitcomposer.models.weights.load import LoadReport, load_weights
+from vitcomposer.schema.model import TIMM
 
 __all__ = [
     "DINOHead",
@@ -34,13 +36,14 @@ def model_names() -> list[str]:
 
 def build_model(
     name: str, *, num_classes: int, image_size: int, most_weights: int | None = None, **options: Any
-) -> transformer.ImageTransformer | resnet.ResNet | MeanColor:
+) -> transformer.ImageTransformer | resnet.ResNet | MeanColor | Trunk:
     """Build a model with new weights; all but ``mean_color`` have timm's feature interface (``ImageTransformer``).
 
     Weights start as in DeiT's code, a ResNet's as in torchvision's; ``weight_init`` (``initialization``) changes that.
 
     Args:
-        name: One of ``model_names()``, or ``mean_color`` for a model that costs nothing and takes no options.
+        name: One of ``model_names()``, ``timm/<name>`` for any network of timm (see ``trunks``), whose weights
+            start as timm starts them, or ``mean_color`` for a model that costs nothing and takes no options.
         num_classes: Outputs of the head; 0 builds a model without head that returns pooled features.
         image_size: Side in pixels the position embedding is made for; the forward pass takes other sizes too.
         most_weights: Refuse a network with more, before anything of it is built: what is said to fill it has no more.
@@ -56,6 +59,8 @@ def build_model(
         >>> model.num_features, model.num_prefix_tokens
         (192, 1)
     """
+    if name.startswith(TIMM):
+        return build_trunk(name, num_classes=num_classes, image_size=image_size, most_weights=most_weights, **options)
     if name in vit.VARIANTS:
         changes = _known_options(name, options, _VIT_OPTIONS, other_family="convit", other_options=_CONVIT_OPTIONS)
         config = replace(vit.VARIANTS[name], **changes)
@@ -76,7 +81,7 @@ def build_model(
         if name == MEAN_COLOR:
             return MeanColor(num_classes=num_classes)
         return resnet.ResNet(name, num_classes=num_classes, image_size=image_size)
-    known = f" Known: {', '.join(model_names())}."
+    known = f" Known: {', '.join(model_names())}, and {TIMM}NAME for any network of timm."
     raise ValueError(f"model.name must be a known model, got {name!r}.{did_you_mean(name, model_names()) or known}")
 
 

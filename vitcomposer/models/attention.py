@@ -5,15 +5,18 @@ Shapes: B batch, h heads, N tokens, P prefix tokens (class, distillation), R x C
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitcomposer.models.convit import GPSA
 from vitcomposer.models.layers import split_heads
 from vitcomposer.models.positions import Grid, axis_offsets
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.models.trunks import Trunk
 
 T = TypeVar("T")
 
@@ -45,11 +48,46 @@ def observe_attention(network: nn.Module, images: Tensor, reduce: Callable[[Bloc
     Raises:
         ValueError: The network is no vision transformer.
     """
-    if not isinstance(network, ImageTransformer):
+    if not has_attention(network):
         raise ValueError(
-            f"model.name must be a ViT, DeiT or ConViT to show its attention, got a {type(network).__name__}. "
-            "Choose another model."
+            "model.name must be a ViT, DeiT or ConViT, or a network of timm of their shape, to show its attention, "
+            f"got a {type(network).__name__}. Choose another model."
         )
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            return (
+                _of_timm(network, images, reduce) if isinstance(network, Trunk) else _of_ours(network, images, reduce)
+            )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def has_attention(network: nn.Module) -> bool:
+    """Whether every block attends over all tokens, so that there is a map of each."""
+    if isinstance(network, Trunk):
+        facts = network.of_timm
+        return facts.vit_shaped and all(hasattr(block, "attn") for block in network.block_list)
+    return isinstance(network, ImageTransformer)
+
+
+def reads_token(network: Any) -> bool:
+    """Whether the head reads the class token, and not all of the patches."""
+    pool = network.global_pool if isinstance(network, Trunk) else network.config.pool
+    return pool == "token"
+
+
+def attention_size(network: Any) -> tuple[int, int]:
+    """Blocks, and heads of each."""
+    if isinstance(network, Trunk):
+        attention: Any = network.block_list[0].attn
+        return len(network.block_list), int(attention.num_heads)
+    return network.config.depth, network.config.num_heads
+
+
+def _of_ours(network: Any, images: Tensor, reduce: Callable[[BlockAttention], T]) -> list[T]:
     patch = network.patch_size
     grid = (images.shape[-2] // patch, images.shape[-1] // patch)
     found: list[T] = []
@@ -60,19 +98,85 @@ def observe_attention(network: nn.Module, images: Tensor, reduce: Callable[[Bloc
         gate = module.gating_param.sigmoid() if isinstance(module, GPSA) else None
         found.append(reduce(BlockAttention(attention, grid, prefix, gate)))
 
-    modes = [(module, module.training) for module in network.modules()]
-    blocks: Any = network.blocks
-    hooks = [block.attn.register_forward_pre_hook(observe) for block in blocks]
-    network.eval()
+    hooks = [block.attn.register_forward_pre_hook(observe) for block in network.blocks]
     try:
-        with torch.no_grad():
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+class _SeenAttention(TorchFunctionMode):
+    """Makes the map of each call of torch's attention from what it is given: rotated, normed, with its bias."""
+
+    def __init__(self, keep: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self._keep(_map_of(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _map_of(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+) -> Tensor:
+    """(B, h, N, N) in float32 or wider."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = more.get("scale") or query.shape[-1] ** -0.5
+    scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * scale  # (B, h, N, N)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(dim=-1)
+
+
+def _of_timm(network: Trunk, images: Tensor, reduce: Callable[[BlockAttention], T]) -> list[T]:
+    """By the calls of torch's attention within the blocks, one each; a head that attends is none of them."""
+    found: list[T] = []
+    inside = False
+    prefix = int(cast(Any, network).num_prefix_tokens)
+
+    def switch(on: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal inside
+            inside = on
+
+        return hook
+
+    def keep(attention: Tensor) -> None:
+        if inside:
+            grid = _grid_of(images, attention.shape[-1] - prefix)
+            found.append(reduce(BlockAttention(attention, grid, prefix, None)))
+
+    hooks = [block.register_forward_pre_hook(switch(True)) for block in network.block_list]
+    hooks += [block.register_forward_hook(switch(False)) for block in network.block_list]
+    try:
+        with _SeenAttention(keep):
             network(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
+    if len(found) != len(network.block_list):
+        raise ValueError(
+            f"model.name must be a network of timm whose every block calls torch's attention once, "
+            f"{network.of_timm.name} calls it {len(found)} times in {len(network.block_list)} blocks. "
+            "Unset TIMM_FUSED_ATTN, or choose another."
+        )
     return found
+
+
+def _grid_of(images: Tensor, patches: int) -> Grid:
+    """Rows and columns of square patches."""
+    height, width = images.shape[-2:]
+    rows = round((patches * height / width) ** 0.5)
+    if rows < 1 or patches % rows:
+        raise ValueError(
+            f"a network of {patches} patches for images of {height} x {width} pixels has no grid of squares"
+        )
+    return rows, patches // rows
 
 
 def attention_map(attention: Any, x: Tensor, *offsets: Tensor) -> Tensor:
@@ -137,12 +241,12 @@ def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
     return rolled
 
 
-def seen_by_output(network: ImageTransformer, attention: Tensor) -> Tensor:
+def seen_by_output(network: Any, attention: Tensor) -> Tensor:
     """What the head reads of an attention map or rollout (..., N, N) of the last block: (..., R C) over the patches.
 
     The row of the class token, or, where the head takes the mean of the patches (``pool=avg``), the mean of their rows.
     """
     first = network.num_prefix_tokens
-    if network.config.pool == "token":
+    if reads_token(network):
         return attention[..., 0, first:]
     return attention[..., first:, first:].mean(dim=-2)

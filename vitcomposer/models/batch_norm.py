@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -80,6 +81,17 @@ class SyncBatchNorm(_BatchNorm):
         return copied
 
 
+class _SyncBatchNormAct(SyncBatchNorm):
+    """As timm's batch norms, which hold the dropout and the activation that follow them."""
+
+    def __init__(self, like: _BatchNorm, group: dist.ProcessGroup | None) -> None:
+        super().__init__(like, group)
+        self.drop, self.act = like.get_submodule("drop"), like.get_submodule("act")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
 def convert_sync_bn(module: nn.Module, group: SyncGroup) -> nn.Module:
     """Let every BatchNorm layer of ``module`` take its statistics from a group of ranks; changes ``module`` in place.
 
@@ -123,7 +135,7 @@ def _convert(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
         setattr(module, name, _convert(child, group))
     if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return module
-    synced = SyncBatchNorm(module, group)
+    synced = _SyncBatchNormAct(module, group) if isinstance(module, BatchNormAct2d) else SyncBatchNorm(module, group)
     if module.affine:
         synced.weight, synced.bias = module.weight, module.bias
     for name, buffer in module.named_buffers():

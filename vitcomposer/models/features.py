@@ -2,7 +2,8 @@
 
 Names, after VISSL's: ``lastCLS`` is the class token after the last block, ``concatCLS<n>`` those of the last n blocks
 side by side (DINO's evaluation of ViT-S takes 4, arXiv:2104.14294, appendix), ``mean`` the mean of the patch tokens
-after the last block, each after the final norm. ``pooled`` is what the trunk itself returns, the only one of a ResNet.
+after the last block, each after the final norm. ``pooled`` is what the trunk itself returns, the only one of a ResNet
+and of networks of timm that are no ViT.
 """
 
 import re
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vitcomposer.errors import ConfigError
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.models.trunks import Trunk, pooled_width
 
 _CONCAT = re.compile(r"concatCLS([1-9]\d*)")
 _NAMES = "lastCLS, concatCLS4 (or another number of blocks), mean or pooled"
@@ -38,6 +40,7 @@ class FrozenFeatures(nn.Module):
         self._blocks = {name: _num_class_tokens(trunk, name) for name in names}
         width: Any = trunk.num_features
         self.widths = {name: width * max(1, count) for name, count in self._blocks.items()}
+        self.widths |= {name: pooled_width(trunk) for name in names if name == "pooled"}
         self._outputs: list[Tensor] = []
         if max(self._blocks.values()) > 1:
             blocks: Any = trunk.blocks
@@ -75,14 +78,15 @@ def _num_class_tokens(trunk: nn.Module, name: str) -> int:
         raise ConfigError(f"heads.features must be {_NAMES}, got {name!r}. Correct the name.")
     if name == "pooled":
         return 0
-    if not isinstance(trunk, ImageTransformer):
+    network: Any = trunk
+    if not isinstance(trunk, ImageTransformer) and not (isinstance(trunk, Trunk) and trunk.of_timm.vit_shaped):
         raise ConfigError(f"heads.features must be pooled for a {type(trunk).__name__}, got {name!r}. Use [pooled].")
     if name == "mean":
         return 0
-    if not trunk.num_prefix_tokens:
+    if not network.num_prefix_tokens or getattr(network, "cls_token", None) is None:
         raise ConfigError(f"heads.features must be mean or pooled for a model without class token, got {name!r}.")
     # The class token of ConViT joins after its local blocks.
-    having = len(trunk.blocks) - getattr(trunk.config, "local_up_to_layer", 0)
+    having = len(network.blocks) - getattr(getattr(network, "config", None), "local_up_to_layer", 0)
     count = int(match[1]) if match else 1
     if count > having:
         raise ConfigError(

@@ -219,6 +219,11 @@ class ImageTransformer(nn.Module):
         self.num_classes = num_classes
         self.head = self._new_head()
 
+    @property
+    def num_layer_groups(self) -> int:
+        """Layers that :meth:`layer_of` counts: embedding, blocks, norm and heads."""
+        return self.config.depth + 2
+
     def layer_of(self, name: str) -> int:
         """Depth of a parameter: 0 for patches, tokens and positions, i + 1 in block i, above it norm and heads."""
         part, _, rest = name.partition(".")

@@ -12,9 +12,7 @@ from vitcomposer.schema.blocks import (
     Augment,
     Data,
     Evaluation,
-    Init,
     Mixing,
-    Model,
     Optimizer,
     Run,
     Schedule,
@@ -23,6 +21,7 @@ from vitcomposer.schema.blocks import (
 from vitcomposer.schema.dino import DINO
 from vitcomposer.schema.distill import Distill, Distillation, Teacher, TeacherCache
 from vitcomposer.schema.moco import MoCo
+from vitcomposer.schema.model import Init, Model
 from vitcomposer.schema.paths import expand_home
 from vitcomposer.schema.probe import KNN, Heads, Neighbors, Probe
 from vitcomposer.schema.self_supervised import Crops, SelfSupervised

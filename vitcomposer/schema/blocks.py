@@ -1,7 +1,7 @@
 """The keys of the blocks that the yamls of several recipes share, such as ``data`` and ``optimizer``."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vitcomposer.data.jpeg import MAX_PIXELS
@@ -23,7 +23,8 @@ def require_plain_address(key: str, address: str | None) -> None:
     require(not secret, key, "an address without password, query and signature", shown, remedy)
 
 
-def _fraction(key: str, value: float, remedy: str) -> None:
+def require_fraction(key: str, value: float, remedy: str) -> None:
+    """:func:`require` of a number from 0 to 1."""
     require(0.0 <= value <= 1.0, key, "in [0, 1]", value, remedy)
 
 
@@ -32,86 +33,6 @@ def check_colors(block: str, mean: tuple[float, ...], std: tuple[float, ...]) ->
     require_within(f"{block}mean", mean, -10, 10, "Use the ImageNet values.")
     require(all(s > 0 for s in std), f"{block}std", "positive", std, "Use the ImageNet values.")
     require_within(f"{block}std", std, 0.001, 100, "Use the ImageNet values.")
-
-
-_MODEL_RANGES: dict[str, tuple[float, float]] = {
-    "image_size": (1, MAX_IMAGE_SIZE),
-    "patch_size": (1, 1024),
-    "embed_dim": (1, 65536),
-    "depth": (1, 1000),
-    "num_heads": (1, 1024),
-    "mlp_ratio": (0.01, 100),
-    "init_values": (0, 100),
-    "local_up_to_layer": (0, 1000),
-    "locality_strength": (1e-6, 1e6),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """Which network. ``name`` fixes the published structure; a field that is null keeps the published value."""
-
-    name: str
-    num_classes: int
-    image_size: int  # pixels
-    drop_path_rate: float
-    drop_rate: float = 0.0
-    attn_drop_rate: float | None = None
-    drop_path_mode: Literal["linear", "constant"] | None = None
-    pool: Literal["token", "avg"] | None = None
-    patch_size: int | None = None  # pixels
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    init_values: float | None = None  # LayerScale
-    qkv_bias: bool | None = None
-    class_token: bool | None = None  # ViT only
-    position_embedding: Literal["learned", "sincos", "sincos_moco3"] | None = None  # ViT only
-    stem: Literal["linear", "conv"] | None = None  # how patches become tokens; null: linear
-    weight_init: Literal["deit", "big_vision", "moco3"] | None = None  # as whose code starts the weights; null: deit
-    combine_heads: Literal["logits", "probabilities"] | None = None  # distilled only: of what evaluation takes the mean
-    local_up_to_layer: int | None = None  # ConViT only: the number of GPSA layers
-    locality_strength: float | None = None  # ConViT only
-    use_local_init: bool | None = None  # ConViT only
-
-    def __post_init__(self) -> None:
-        require_within("model.num_classes", self.num_classes, 0, 10**7, "0 is a trunk, no head.")
-        for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
-            rate = getattr(self, name)
-            require(rate is None or 0 <= rate < 1, f"model.{name}", "in [0, 1)", rate, "Use 0 to switch it off.")
-        for name, (low, high) in _MODEL_RANGES.items():
-            remedy = "Use 224." if name == "image_size" else "null keeps the published value."
-            require_within(f"model.{name}", getattr(self, name), low, high, remedy)
-
-    def options(self) -> dict[str, Any]:
-        """What the block sets, as the arguments of ``models.build_model``: a field that is null is left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Init:
-    """What training starts from, and which part of the network it changes.
-
-    ``weights`` is a checkpoint of a run or a file of timm, DeiT, ConViT, DINO, MoCo-v3 or SwAV, read without running
-    code in it.
-    """
-
-    weights: str | None = None  # null: as the model initialises itself
-    min_matched: float = 0.9  # least share of the network, heads aside, that the file has to fill
-    train_blocks: int | None = None  # the last blocks that learn, beside final norm and head; 0: the head; null: all
-
-    def __post_init__(self) -> None:
-        remedy = "0.9 refuses the file of another network; 1 takes nothing but the whole."
-        _fraction("init.min_matched", self.min_matched, remedy)
-        blocks = self.train_blocks
-        require_within("init.train_blocks", blocks, 0, 1000, "0 trains the head alone, null everything.")
-
-    def check_no_blocks(self, recipe: str) -> None:
-        """Refuse ``train_blocks`` in a recipe that decides by itself what learns."""
-        rule = f"null in the recipe {recipe}, which decides by itself what learns"
-        remedy = "Leave it out, or fine-tune with recipe: supervised."
-        require(self.train_blocks is None, "init.train_blocks", rule, self.train_blocks, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +96,7 @@ class Data:
         for name in ("predownload", "num_canonical_nodes", "shuffle_block_size"):
             require_within(f"data.{name}", getattr(self, name), 1, 10**9, "null is usual.")
         remedy = "0 lets none pass, 0.001 one in a thousand."
-        _fraction("data.max_bad_fraction", self.max_bad_fraction, remedy)
+        require_fraction("data.max_bad_fraction", self.max_bad_fraction, remedy)
         require_within("data.synthetic_samples", self.synthetic_samples, 1, 10**9, "Use 1024.")
 
     def split_name(self, split: Literal["train", "val"]) -> str:
@@ -211,8 +132,10 @@ class Augment:
         low, high = self.crop_ratio
         fits, remedy = 0.01 <= low <= high <= 100, "Use [0.75, 1.3333]."
         require(fits, "augment.crop_ratio", "0.01 <= low <= high <= 100", self.crop_ratio, remedy)
-        _fraction("augment.flip_prob", self.flip_prob, "Use 0.5, or 0 where left and right differ (digits, text).")
-        _fraction("augment.random_erasing", self.random_erasing, "Use 0.25, or 0 to switch it off.")
+        require_fraction(
+            "augment.flip_prob", self.flip_prob, "Use 0.5, or 0 where left and right differ (digits, text)."
+        )
+        require_fraction("augment.random_erasing", self.random_erasing, "Use 0.25, or 0 to switch it off.")
         require_within("augment.color_jitter", self.color_jitter, 0, 10, "0 switches it off.")
         views = self.repeated_augmentation
         require_within("augment.repeated_augmentation", views, 1, 1000, "DeiT uses 3; 1 switches it off.")
@@ -249,8 +172,8 @@ class Mixing:
             value = getattr(self, name)
             fits = value == 0 or 0.001 <= value <= 1000
             require(fits, f"mixing.{name}", "0, or from 0.001 to 1000", value, "0 switches it off.")
-        _fraction("mixing.prob", self.prob, "1 mixes every batch.")
-        _fraction("mixing.switch_prob", self.switch_prob, "0.5 gives CutMix half of the batches.")
+        require_fraction("mixing.prob", self.prob, "1 mixes every batch.")
+        require_fraction("mixing.switch_prob", self.switch_prob, "0.5 gives CutMix half of the batches.")
         require(
             0 <= self.label_smoothing < 1, "mixing.label_smoothing", "in [0, 1)", self.label_smoothing, "DeiT uses 0.1."
         )
@@ -318,8 +241,8 @@ class Schedule:
     progress: Literal["steps", "compute"] = "steps"  # the same where all steps cost the same
 
     def __post_init__(self) -> None:
-        _fraction("schedule.alpha_i", self.alpha_i, "It is the first learning rate as a share of the peak.")
-        _fraction("schedule.alpha_f", self.alpha_f, "It is the last learning rate as a share of the peak.")
+        require_fraction("schedule.alpha_i", self.alpha_i, "It is the first learning rate as a share of the peak.")
+        require_fraction("schedule.alpha_f", self.alpha_f, "It is the last learning rate as a share of the peak.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +315,7 @@ class Run:
         require(fits, "run.sharded_checkpoints", "false with run.parallelism=ddp", shares, remedy)
         require(not shares or self.remote is None, "run.sharded_checkpoints", "false with run.remote", shares, remedy)
         remedy = "1 is all of them, 0 switches it off."
-        _fraction("run.activation_checkpointing", self.activation_checkpointing, remedy)
+        require_fraction("run.activation_checkpointing", self.activation_checkpointing, remedy)
         backends = self.attention_backends
         named = backends is None or (backends and len(set(backends)) == len(backends))
         remedy = "Write [cudnn, flash, efficient, math], or null for PyTorch's own order."

@@ -16,7 +16,7 @@ from vitcomposer.schema.supervised import Supervised
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A trained classifier of the same classes, frozen. ``name`` is one of ours or of timm's."""
+    """A trained classifier of the same classes, frozen. ``name`` is one of ours or of timm's, ``timm/NAME``."""
 
     name: str
     weights: str  # file with all of its weights, read without running code in it

@@ -10,14 +10,13 @@ from vitcomposer.schema.blocks import (
     Augment,
     Data,
     Evaluation,
-    Init,
     Mixing,
-    Model,
     Optimizer,
     Run,
     Schedule,
     check_colors,
 )
+from vitcomposer.schema.model import Init, Model
 from vitcomposer.schema.recipe import check_balance, check_no_balance, check_steps
 from vitcomposer.schema.times import check_interval, check_seed
 

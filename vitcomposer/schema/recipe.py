@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 from vitcomposer.errors import noting, require, require_within
-from vitcomposer.schema.blocks import Augment, Data, Evaluation, Init, Model, Optimizer, Run, Schedule
+from vitcomposer.schema.blocks import Augment, Data, Evaluation, Optimizer, Run, Schedule
+from vitcomposer.schema.model import Init, Model
 from vitcomposer.schema.times import check_schedule, check_seed
 
 

@@ -11,13 +11,12 @@ from vitcomposer.schema.blocks import (
     MAX_IMAGE_SIZE,
     Data,
     Evaluation,
-    Init,
-    Model,
     Optimizer,
     Run,
     Schedule,
     check_colors,
 )
+from vitcomposer.schema.model import Init, Model
 from vitcomposer.schema.probe import KNN
 from vitcomposer.schema.recipe import check_no_balance, check_steps
 

@@ -5,17 +5,8 @@ from typing import Any, Literal
 
 from vitcomposer.errors import noting, require, require_within
 from vitcomposer.schema.algorithms import check_algorithms, check_company, check_schedule_free
-from vitcomposer.schema.blocks import (
-    Augment,
-    Data,
-    Evaluation,
-    Init,
-    Mixing,
-    Model,
-    Optimizer,
-    Run,
-    Schedule,
-)
+from vitcomposer.schema.blocks import Augment, Data, Evaluation, Mixing, Optimizer, Run, Schedule
+from vitcomposer.schema.model import Init, Model
 from vitcomposer.schema.recipe import check_balance, check_steps, require_labels_here
 
 

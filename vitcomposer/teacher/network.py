@@ -8,6 +8,7 @@ from torch import nn
 
 from vitcomposer.errors import did_you_mean
 from vitcomposer.models import build_model, load_weights, model_names
+from vitcomposer.schema.model import TIMM
 from vitcomposer.stores.weights import how_to_get
 
 
@@ -17,7 +18,8 @@ def build_teacher(
     """A frozen classifier in evaluation mode: images (B, 3, image_size, image_size) to logits (B, num_classes).
 
     Args:
-        name: One of ``model_names()``, else one of timm's.
+        name: One of ``model_names()``, else one of timm's; ``timm/<name>`` is built for ``image_size``, to which
+            positions are resized.
         weights: As ``load_weights`` reads them, without running code in the file. All of the network has to be in it.
         options: Of ``build_model``, or of that network of timm.
 
@@ -41,11 +43,14 @@ def build_teacher_network(name: str, *, num_classes: int, image_size: int, **opt
     Raises:
         ValueError: A name or an option that neither we nor timm know.
     """
-    if name in model_names():
+    if name.startswith(TIMM):
+        options = {"arguments": options}
+    if name.startswith(TIMM) or name in model_names():
         try:
             return build_model(name, num_classes=num_classes, image_size=image_size, **options)
         except ValueError as error:
-            raise ValueError(str(error).replace("model.", "teacher.options.")) from error
+            said = str(error).replace("model.name", "teacher.name").replace("model.image_size", "teacher.image_size")
+            raise ValueError(said.replace("model.", "teacher.options.")) from error
     import timm  # all its models: a second that a teacher of ours does not take
 
     if not timm.is_model(name):

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
 
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.models.layers import Block
-from vitcomposer.models.resnet import RESIDUAL_BLOCKS
 from vitcomposer.models.transformer import ImageTransformer, num_recomputed
+from vitcomposer.models.trunks import Trunk, blocks_in
 from vitcomposer.schema import Run
 from vitcomposer.schema.recipe import Trainable
 
@@ -29,7 +31,6 @@ ELEMENTWISE, BY_NORM = ("adamw", "sgd"), ("lamb", "lars")
 HAS_NORMS = SPLITS_RECOMPUTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 SHAREABLE = (*ELEMENTWISE, *BY_NORM) if HAS_NORMS else ELEMENTWISE  # do to shares what they do to the whole tensor
 CLIPPED = ("norm", "value", "norm_per_parameter")
-BLOCKS = (Block, *RESIDUAL_BLOCKS)  # what FSDP2 gathers by itself
 ATTENTION_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -93,13 +94,37 @@ def recompute_activations(task: nn.Module, share: float) -> None:
         ConfigError: No transformer block learns.
     """
     found = False
-    for network in [module for module in task.modules() if isinstance(module, ImageTransformer)]:
-        learning = [block for block in network.blocks if any(p.requires_grad for p in block.parameters())]
+    for network in [module for module in task.modules() if isinstance(module, ImageTransformer | Trunk)]:
+        blocks = network.block_list if isinstance(network, Trunk) else network.blocks
+        learning = [block for block in blocks if any(p.requires_grad for p in block.parameters())]
         for block in learning[: num_recomputed(share, len(learning))]:
-            assert isinstance(block, Block)
-            block.recompute = found = True
+            found = True
+            if isinstance(block, Block):
+                block.recompute = True
+            else:
+                _recompute_forward(block, share)
     rule = "0 where no transformer block learns"
     require(found, "run.activation_checkpointing", rule, share, "Leave it out.")
+
+
+def _recompute_forward(block: nn.Module, share: float) -> None:
+    """Have a block of timm keep its inputs alone; within the module, as our own blocks do it."""
+    normed = next((each for each in block.modules() if isinstance(each, _BatchNorm)), None)
+    rule = "0 for a network with batch norms, whose running statistics would count each image twice"
+    require(normed is None, "run.activation_checkpointing", rule, share, "Leave it out.")
+    block.__class__ = _recomputed(type(block))
+
+
+@functools.cache
+def _recomputed(base: type) -> type:
+    """A class, since a copy of a network keeps it and would share a function that is set on one."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return checkpoint(functools.partial(base.forward, self), *args, use_reentrant=False, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": __name__})
 
 
 def compile_forward(module: nn.Module, graphs: int = GRAPH_LIMIT) -> None:
@@ -145,7 +170,7 @@ def compile_networks(networks: Sequence[nn.Module], *, shared: bool) -> None:
         for network in networks:
             compile_forward(network)
         return
-    blocks = [module for network in networks for module in network.modules() if isinstance(module, BLOCKS)]
+    blocks = list(dict.fromkeys(block for network in networks for block in blocks_in(network)))
     for block in blocks:
         compile_forward(block, graphs=GRAPH_LIMIT * len(blocks))  # those that drop different shares are not alike
 
@@ -180,13 +205,17 @@ def share_blocks(task: nn.Module, run: Run, *, world_size: int) -> ParallelismCo
     """
     remedy = "Set run.parallelism=ddp."
     require(world_size > 1, "run.parallelism", "ddp on one rank, which has nobody to share with", SHARDED, remedy)
-    networks = [child for child in task.children() if any(isinstance(module, BLOCKS) for module in child.modules())]
+    networks = [child for child in task.children() if blocks_in(child)]
     require(bool(networks), "run.parallelism", "ddp for a network without blocks", SHARDED, remedy)
     for network in networks:  # by a name that is no attribute of nn.Module
-        setattr(network, "fsdp_wrap_fn", lambda module: isinstance(module, BLOCKS))  # noqa: B010
+        setattr(network, "fsdp_wrap_fn", functools.partial(_is_among, set(blocks_in(network))))  # noqa: B010
     # A dict would need an environment variable too: its key fsdp2 Composer passes over, and trains DDP.
     saved = "sharded" if run.sharded_checkpoints else "full"
     return ParallelismConfig(fsdp2=FSDP2Config(state_dict_type=saved, mixed_precision="FULL"))
+
+
+def _is_among(blocks: set[nn.Module], module: nn.Module) -> bool:
+    return module in blocks
 
 
 def average_gradients(task: nn.Module) -> None:

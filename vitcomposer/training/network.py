@@ -10,6 +10,7 @@ from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import message
 from vitcomposer.models import build_model, load_weights
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.models.trunks import Trunk
 from vitcomposer.runs.folder import (
     resumes,
 )
@@ -53,5 +54,5 @@ def build_network(model: Model, init: Init) -> nn.Module:
 def _freeze(network: nn.Module, train_blocks: int, name: str) -> None:
     remedy = "Leave it out, or choose a ViT, DeiT or ConViT."
     rule = f"null for {name}, which has no transformer blocks"
-    require(isinstance(network, ImageTransformer), "init.train_blocks", rule, train_blocks, remedy)
-    cast(ImageTransformer, network).freeze_below(train_blocks)
+    require(isinstance(network, ImageTransformer | Trunk), "init.train_blocks", rule, train_blocks, remedy)
+    cast(ImageTransformer | Trunk, network).freeze_below(train_blocks)

@@ -16,6 +16,7 @@ from vitcomposer.data.multicrop_loader import build_multicrop_dataspec
 from vitcomposer.errors import require
 from vitcomposer.models import convert_sync_bn
 from vitcomposer.models.batch_norm import SyncBatchNorm
+from vitcomposer.models.trunks import Trunk, pooled_width
 from vitcomposer.schema import Model, SelfSupervised
 from vitcomposer.schema.ranks import adjustments
 from vitcomposer.tasks import SelfSupervisedTask
@@ -59,7 +60,10 @@ def build_trunk(
     fits = all(size % patch == 0 for size in cfg.crops.size_crops)
     remedy = f"A patch has {patch} pixels: use multiples of it."
     require(fits, "crops.size_crops", f"divisible by {patch}", cfg.crops.size_crops, remedy)
-    width = getattr(trunk, "num_features")  # noqa: B009 (nn.Module says it may be a tensor)
+    if isinstance(trunk, Trunk):
+        for size in sorted(set(cfg.crops.size_crops)):
+            trunk.require_size(size, "crops.size_crops")
+    width = pooled_width(trunk)
     fits = dims is None or dims[0] == width
     require(fits, key, f"widths that begin with {width}, that of {model.name}", dims, f"Write {width} first.")
     return trunk

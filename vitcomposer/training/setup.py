@@ -8,7 +8,9 @@ from typing import TypeVar
 from composer.utils import dist, reproducibility
 
 from vitcomposer.data.workers import choose_workers, here
-from vitcomposer.errors import require
+from vitcomposer.errors import ConfigError, require
+from vitcomposer.escape import message
+from vitcomposer.models.weights.published import follow_weights
 from vitcomposer.runs.devices import current_device, with_precision
 from vitcomposer.runs.folder import (
     check_folders,
@@ -47,6 +49,7 @@ def prepare(cfg: _Recipe) -> tuple[_Recipe, BatchShare]:
         ConfigError: A batch that the ranks cannot share, or a precision that the device does not have.
     """
     initialize_dist(cfg.run.dist_timeout)
+    cfg = _follow(cfg)
     check_folders(cfg)
     device = current_device()
     cfg = with_precision(cfg)
@@ -87,6 +90,17 @@ def _batch_bytes(cfg: Recipe, share: BatchShare) -> int:
     pixels = cfg.crops.pixels if isinstance(cfg, SelfSupervised) else cfg.model.image_size**2
     evaluated = (cfg.evaluation.image_size or cfg.model.image_size) ** 2
     return 3 * max(share.device_train_batch_size * pixels, share.device_eval_batch_size * evaluated)
+
+
+def _follow(cfg: _Recipe) -> _Recipe:
+    """What the images take from published weights, said on one line."""
+    try:
+        cfg, line = follow_weights(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if line is not None and dist.get_global_rank() == 0:
+        print(message(line))
+    return cfg
 
 
 def keep_freed_memory() -> None:

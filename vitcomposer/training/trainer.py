@@ -35,6 +35,7 @@ from vitcomposer.data.labels import class_imbalance
 from vitcomposer.errors import ConfigError, require
 from vitcomposer.escape import message
 from vitcomposer.models.cpu_linear import speed_up_linears
+from vitcomposer.models.trunks import Trunk
 from vitcomposer.models.weights.averages import EMA_LABEL
 from vitcomposer.runs import layout
 from vitcomposer.runs.checkpoint_loading import own_reader
@@ -68,6 +69,8 @@ def check_evaluation_size(cfg: Recipe, network: nn.Module) -> None:
     below, above = max(1, (size or patch) // patch) * patch, -(-(size or patch) // patch) * patch
     remedy = f"Use {below} or {above}."
     require(size is None or size % patch == 0, "evaluation.image_size", f"divisible by {patch}", size, remedy)
+    if isinstance(network, Trunk) and size is not None:
+        network.require_size(size, "evaluation.image_size")
 
 
 def build_evaluators(val: DataSpec, task: ComposerModel, *, ema: bool, interval: str) -> list[Evaluator]:

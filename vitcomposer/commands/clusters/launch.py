@@ -6,8 +6,8 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from vitcomposer.config.credentials import holds_credential, is_credential_name, variable_within
 from vitcomposer.errors import require
-from vitcomposer.schema.credentials import holds_credential, is_credential_name, variable_within
 from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import write_whole
 

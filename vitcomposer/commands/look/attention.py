@@ -19,11 +19,10 @@ from vitcomposer.schema.recipe import Recipe
 from vitcomposer.whole_files import whole_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from vitcomposer.evaluation.trained import Trained, Weights
     from vitcomposer.models.attention import BlockAttention
-    from vitcomposer.models.transformer import ImageTransformer
 
 EPILOG = """SOURCE is a run folder, a checkpoint in one, a folder of `vitcomposer export`, or a yaml with
 init.weights=FILE, of networks trained without labels too. Layers and heads count from 1."""
@@ -52,13 +51,14 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from vitcomposer.evaluation import attention_pictures as pictures
-    from vitcomposer.models.attention import nonlocality, observe_attention
+    from vitcomposer.models.attention import attention_size, nonlocality, observe_attention
 
     set_reading(given_reading(args))
     model = load_network(args.source, args.overrides, weights=args.weights)
     network = _transformer(model)
-    layers = _choose("--layers", args.layers or [network.config.depth], network.config.depth)
-    heads = _choose("--heads", args.heads or range(1, network.config.num_heads + 1), network.config.num_heads)
+    depth, width = attention_size(network)
+    layers = _choose("--layers", args.layers or [depth], depth)
+    heads = _choose("--heads", args.heads or range(1, width + 1), width)
     photos, images = read_images(args.images, model)
     args.out.mkdir(parents=True, exist_ok=True)
     reach, blocks = [], []
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _draw_network(
-    network: "ImageTransformer", blocks: "Sequence[BlockAttention]", reach: "Tensor", heads: list[int], out: Path
+    network: Any, blocks: "Sequence[BlockAttention]", reach: "Tensor", heads: list[int], out: Path
 ) -> None:
     """How far every layer reaches, and what a ConViT adds, which does not depend on the image."""
     from vitcomposer.evaluation import attention_pictures as pictures
@@ -141,12 +141,11 @@ def _file_of_trunk(cfg: SelfSupervised | Probe | Neighbors, path: Path) -> Path 
     return file
 
 
-def _transformer(model: "Trained") -> "ImageTransformer":
-    from vitcomposer.models.transformer import ImageTransformer
+def _transformer(model: "Trained") -> "nn.Module":
+    from vitcomposer.models.attention import has_attention
 
-    fits = isinstance(model.network, ImageTransformer)
-    require(fits, "SOURCE", "a ViT, DeiT or ConViT, which have attention", model.model.name, "Give another run.")
-    assert isinstance(model.network, ImageTransformer)
+    rule = "a ViT, DeiT or ConViT, or a network of timm of their shape, which have attention"
+    require(has_attention(model.network), "SOURCE", rule, model.model.name, "Give another run.")
     return model.network
 
 

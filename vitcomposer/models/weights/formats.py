@@ -95,8 +95,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} could not be read, is it a whole checkpoint? {line}") from error
 
 
-def model_tensors(content: Any) -> tuple[dict[str, Tensor], list[str]]:
+def model_tensors(content: Any, *, as_ours: bool = True) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of a checkpoint's content by the names of a model, and the names of those that are none of the model.
+
+    Args:
+        as_ours: By the names of our own networks; those of timm's others have rules of their own.
 
     Of pre-training the trunk that is meant to be used is taken: DINO's teacher, MoCo's encoder (not its momentum
     encoder), SwAV's and SimCLR's trunk.
@@ -107,6 +110,8 @@ def model_tensors(content: Any) -> tuple[dict[str, Tensor], list[str]]:
     chosen = {key: value for key, value in found.items() if key.startswith(trunk)}
     # A head of pre-training is none of the model, also where it has the same name.
     others = [key for key in found if key not in chosen]
+    if not as_ours:
+        return {_WRAPPER_PREFIX.sub("", key.removeprefix(trunk)): value for key, value in chosen.items()}, others
     named = ((_model_name(key.removeprefix(trunk)), value) for key, value in chosen.items())
     return {name: _as_ours(name, value) for name, value in named}, others
 

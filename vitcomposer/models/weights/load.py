@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from vitcomposer.models.positions import resize_positions
 from vitcomposer.models.transformer import ImageTransformer
+from vitcomposer.models.trunks import Trunk
 from vitcomposer.models.weights.architecture import check_same, declared, fixed_positions, notes_on
 from vitcomposer.models.weights.formats import check_harmless, model_tensors, read_checkpoint
+from vitcomposer.models.weights.timm_files import fit_to_trunk, lost_from
 from vitcomposer.origins import weights_file
+from vitcomposer.stores.hub import OnHub, fetch_from_hub, is_on_hub
 
 __all__ = ["LoadReport", "check_harmless", "load_weights", "read_checkpoint"]
 
@@ -51,6 +54,7 @@ class LoadReport:
         missing: In the model but not in the source; they keep their initial values.
         unexpected: In the source but not in the model.
         notes: What the source says about its network, what had to be assumed, which of several weights were taken.
+        heads: What of the model is a classifier.
     """
 
     source: str
@@ -61,12 +65,13 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
     @property
     def matched(self) -> float:
         """Share of the model's tensors, heads aside, that came from the source; in [0, 1]."""
-        loaded = sum(not _HEAD.match(name) for name in self.loaded)
-        missing = sum(not _HEAD.match(name) for name in self.missing)
+        loaded = len(set(self.loaded) - set(self.heads))
+        missing = len(set(self.missing) - set(self.heads))
         return loaded / max(1, loaded + missing)
 
     def __str__(self) -> str:
@@ -99,7 +104,8 @@ def load_weights(
     distilled model from a plain one, the distillation token and its head.
 
     Args:
-        source: File, run folder (its newest checkpoint) or exported folder, or what ``torch.load`` made of a file.
+        source: ``timm:NAME.TAG`` or ``hf:OWNER/NAME`` on the Hugging Face hub.
+            Or a file, run folder (its newest checkpoint) or exported folder, or what ``torch.load`` made of a file.
             Files are read without running code from them.
         min_matched: Least share of the model's tensors, heads aside, the source has to fill.
         origin: The file that a given state dict was read from, which what lies beside it may say more about.
@@ -112,23 +118,29 @@ def load_weights(
     """
     path = origin if isinstance(source, Mapping) else source
     name = str(path) if path is not None else "state dict"
-    content = source if isinstance(source, Mapping) else read_checkpoint(weights_file(source))
-    found, others = model_tensors(content)
+    on_hub = fetch_from_hub(source) if isinstance(source, str) and is_on_hub(source) else None
+    path = on_hub.file if on_hub else path
+    content = (
+        source if isinstance(source, Mapping) else read_checkpoint(weights_file(on_hub.file if on_hub else source))
+    )
+    of_timm = isinstance(model, Trunk)
+    found, others = model_tensors(content, as_ours=not of_timm)
     wanted = model.state_dict()
     said = declared(path, content, found)
     check_same(model, said, name)
     _drop_computed_positions(model, found)
 
-    resized = (
-        _fit_positions(model, found, name) if isinstance(model, ImageTransformer) and "pos_embed" in wanted else ()
-    )
+    resized: tuple[str, ...] = ()
+    if isinstance(model, ImageTransformer) and "pos_embed" in wanted:
+        resized = _fit_positions(model, found, name)
+    elif isinstance(model, Trunk):
+        found, resized = fit_to_trunk(model, found, name)
     zeroed = _add_missing_biases(found, wanted)
-    replaced = {
-        key for key in found.keys() & wanted.keys() if _HEAD.match(key) and found[key].shape != wanted[key].shape
-    }
+    is_head = _heads_of(model)
+    replaced = {key for key in found.keys() & wanted.keys() if is_head(key) and found[key].shape != wanted[key].shape}
     # Weight and bias of a head stay together: half a head is no head.
-    replaced_modules = {key.partition(".")[0] for key in replaced}
-    replaced = {key for key in wanted if key.partition(".")[0] in replaced_modules}
+    replaced_modules = {key.rpartition(".")[0] for key in replaced}
+    replaced = {key for key in wanted if key.rpartition(".")[0] in replaced_modules}
     loaded = {key: found[key] for key in wanted if key in found and key not in replaced}
     report = LoadReport(
         source=name,
@@ -138,14 +150,24 @@ def load_weights(
         replaced_heads=tuple(sorted(replaced)),
         missing=tuple(key for key in wanted if key not in found and key not in replaced),
         unexpected=tuple(sorted({*(found.keys() - wanted.keys()), *others})),
-        notes=notes_on(model, said, content),
+        notes=(*_notes_on_hub(on_hub), *notes_on(model, said, content)),
+        heads=tuple(key for key in wanted if is_head(key)),
     )
     _check_shapes(name, loaded, wanted)
     _check_matched(report, min_matched)
-    _check_nothing_lost(name, found, wanted)
+    lost = lost_from(model, found) if isinstance(model, Trunk) else _lost(found, wanted)
+    _check_nothing_lost(name, lost)
     _check_nothing_random(report)
     model.load_state_dict(loaded, strict=False)
     return report
+
+
+def _notes_on_hub(found: OnHub | None) -> tuple[str, ...]:
+    return () if found is None else (f"{found.repository}, licence: {found.licence or 'not stated'}",)
+
+
+def _heads_of(model: nn.Module) -> Callable[[str], bool]:
+    return model.is_head if isinstance(model, Trunk) else lambda key: _HEAD.match(key) is not None
 
 
 def _drop_computed_positions(model: nn.Module, found: dict[str, Tensor]) -> None:
@@ -214,13 +236,17 @@ def _check_matched(report: LoadReport, min_matched: float) -> None:
         )
 
 
-def _check_nothing_lost(name: str, found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse to drop what the source computes with; biases of zero compute nothing."""
-    lost = [
+def _lost(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What the source computes with and the model does not have; biases of zero compute nothing."""
+    return [
         key
         for key in found
         if key not in wanted and _NEEDED.match(key) and not (key.endswith(".bias") and not found[key].any())
     ]
+
+
+def _check_nothing_lost(name: str, lost: list[str]) -> None:
+    """Refuse to drop what the source computes with."""
     if lost:
         remedy = next(remedy for pattern, remedy in _REMEDIES if all(pattern.search(key) for key in lost))
         raise ValueError(f"{name} is of another architecture: the model has no {_shorten(tuple(lost), 3)}; {remedy}")
