@@ -66,7 +66,13 @@ def _speedups(sizes: str) -> dict[str, Row]:
         "stochastic depth 0.3, subset": Row(VIT, {"model.drop_path_rate": 0.3, "model.drop_path_mode": "constant"}),
         "LAMB": Row(VIT, {"optimizer.name": "lamb", "optimizer.lr": 8e-3}),
         "schedule-free AdamW": Row(
-            VIT, {"optimizer.name": "adamw_schedulefree", "optimizer.lr": 4e-3, "algorithms.EMA": "null"}
+            VIT,
+            {
+                "optimizer.name": "adamw_schedulefree",
+                "optimizer.lr": 4e-3,
+                "schedule.alpha_f": 1.0,
+                "algorithms.EMA": "null",
+            },
         ),
         "Muon": Row(VIT, muon),
         "NAdaMuon": Row(VIT, {"optimizer.name": "nadamuon", "optimizer.lr": 2e-2}),
