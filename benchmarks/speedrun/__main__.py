@@ -19,6 +19,10 @@ def main() -> int:
         track = TRACKS[args.track]
         args.entry = args.out / args.name if args.out else track.entries / args.name
         entry.run(track, args.yaml, args.entry, args.seeds, args.work, args.weights)
+    if args.command == "adopt":
+        track = TRACKS[args.track]
+        args.entry = args.out / args.name if args.out else track.entries / args.name
+        entry.adopt(track, args.entry, args.results, args.work, args.weights)
     if not (args.entry / entry.RESULT).exists():
         raise SystemExit(f"error: {args.entry} is no entry: it has no {entry.RESULT}")
     verdict = entry.check(args.entry)
@@ -34,13 +38,16 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="train an entry with every seed, and write it")
-    run.add_argument("track", choices=TRACKS)
+    adopt = commands.add_parser("adopt", help="write an entry of runs of benchmarks.accuracy.photos")
+    for each in (run, adopt):
+        each.add_argument("track", choices=TRACKS)
+        each.add_argument("--name", required=True, help="of the entry's folder")
+        each.add_argument("--weights", choices=("raw", "ema"), default="raw", help="of the last step, measured here")
+        each.add_argument("--out", type=Path, help="folder of entries (default: that of the track)")
+        each.add_argument("--work", type=Path, default=ROOT / ".bench/speedrun", help="data sets and runs")
     run.add_argument("yaml", type=Path)
-    run.add_argument("--name", required=True, help="of the entry's folder")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    run.add_argument("--weights", choices=("raw", "ema"), default="raw", help="of the last step, which are measured")
-    run.add_argument("--out", type=Path, help="folder of entries (default: that of the track)")
-    run.add_argument("--work", type=Path, default=ROOT / ".bench/speedrun", help="data sets and runs")
+    adopt.add_argument("results", type=Path, nargs="+", help="files of its results, beside the run folders")
     check = commands.add_parser("check", help="judge an entry; exit code 1 where it does not count")
     check.add_argument("entry", type=Path, help="folder below entries/TRACK")
     commands.add_parser("table", help="write the tables of README.md anew")

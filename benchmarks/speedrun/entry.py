@@ -57,7 +57,34 @@ def run(track: Track, yaml: Path, folder: Path, seeds: list[int], work: Path, we
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(yaml, folder / RECIPE)
     work = work / f"{track.name}-{folder.name}"
-    runs = [_train(track, folder / RECIPE, data, seed, work, weights) for seed in seeds]
+    _write(track, folder, [_train(track, folder / RECIPE, data, seed, work, weights) for seed in seeds], weights)
+
+
+def adopt(track: Track, folder: Path, results: list[Path], work: Path, weights: str) -> None:
+    """An entry of runs that ``benchmarks.accuracy.photos`` trained from a yaml as it is and timed, process by process.
+
+    Args:
+        results: Its files, one a seed, each beside the run folder of its name.
+    """
+    data, yaml = prepare(track, work), ROOT / json.loads(results[0].read_text())["yaml"]
+    faults = faults_of_recipe(track, yaml, data)
+    if faults:
+        sys.exit("\n".join(f"error: {fault}" for fault in faults))
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    shutil.copy(yaml, folder / RECIPE)
+    runs = []
+    for path in results:
+        found, trained = json.loads(path.read_text()), path.with_suffix("")
+        changed = set(found["keys"]) - {"seed", "data.train_split"}
+        if changed or found["keys"].get("data.train_split") != "train":
+            sys.exit(f"error: {path} has other keys than {yaml.name}: {sorted(changed)}")
+        summary = json.loads((trained / "summary.json").read_text())
+        cost = {"cpu_seconds": round(found["cpu"], 1), "wall_seconds": round(summary["seconds"], 1)}
+        runs.append(_measured(track, trained, folder, data, found["seed"], weights) | cost)
+    _write(track, folder, runs, weights)
+
+
+def _write(track: Track, folder: Path, runs: list[dict[str, Any]], weights: str) -> None:
     versions = {package: version(package) for package in ("torch", "timm", "mosaicml")}
     machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[2]}
     found = {"track": track.name, "weights": weights, "runs": runs, "machine": machine}
@@ -101,17 +128,23 @@ def _train(track: Track, yaml: Path, data: Path, seed: int, work: Path, weights:
     began, used = time.monotonic(), _children()
     _vitcomposer("train", str(yaml), *(f"{key}={value}" for key, value in keys.items()))
     wall, cpu = time.monotonic() - began, _children() - used
+    found = _measured(track, folder, yaml.parent, data, seed, weights)
+    found |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
+    print(f"seed {seed}: top-1 {100 * found['top1']:.2f} %, {cpu:.1f} CPU s, {wall:.1f} s", flush=True)
+    return found
+
+
+def _measured(track: Track, folder: Path, entry: Path, data: Path, seed: int, weights: str) -> dict[str, Any]:
+    """What a run reached, measured again from its checkpoint; its log goes into the entry."""
     summary = json.loads((folder / "summary.json").read_text())
     _vitcomposer("eval", str(folder), "--data", str(data), "--weights", weights, "--out", str(folder / "checked"))
     (measured,) = json.loads((folder / "checked" / "eval.json").read_text())["results"]
-    logs = yaml.parent / "logs"
+    logs = entry / "logs"
     logs.mkdir(exist_ok=True)
     shutil.copy(folder / "metrics.jsonl", logs / f"seed{seed}.jsonl")
     found = {"seed": seed, "top1": measured["top1"], "images": measured["images"], "bad_images": measured["bad_images"]}
-    found |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1), "steps": summary["steps"]}
-    found["gpu_hours"] = summary["world_size"] * wall / 3600 if track.clock == "GPU-hours" else None
-    print(f"seed {seed}: top-1 {100 * found['top1']:.2f} %, {cpu:.1f} CPU s, {wall:.1f} s", flush=True)
-    return found
+    hours = summary["world_size"] * summary["seconds"] / 3600 if track.clock == "GPU-hours" else None
+    return found | {"steps": summary["steps"], "gpu_hours": hours}
 
 
 def _vitcomposer(*words: str) -> None:
