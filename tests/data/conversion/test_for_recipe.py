@@ -75,7 +75,7 @@ def test_a_page_may_leave_its_classes_to_the_data_set_that_is_written(
     text = (YAMLS / "photos_scratch.yaml").read_text()
     page.write_text(re.sub(r"num_classes: 10", "num_classes: null", text).replace("datasets/photos", str(out)))
     assert run(images, out, "--for", str(page)) == 0
-    assert "shorter side 160, raw pixels: views of 96 px" in capsys.readouterr().out
+    assert "shorter side 160, raw pixels: views of 64 and 96 px" in capsys.readouterr().out
     assert json.loads((out / "summary.json").read_text())["splits"]["train"]["stored"] == {"kept": 54}
     assert load(page).model.num_classes == 2
 
@@ -99,7 +99,7 @@ def test_the_plan_is_printed_before_and_is_true(
     assert run(images, out, "--for", "vit_s_medium") == 0
     printed = capsys.readouterr().out
     assert printed.index("for vit_s_medium: images are turned upright") < printed.index("60 of 60 images")
-    assert "shorter side 160, raw pixels: views of 96 px" in printed
+    assert "shorter side 160, raw pixels: views of 64 and 96 px" in printed
     assert "as it came: views of 160, 192 and 224 px, evaluation" in printed
     (expected,) = re.findall(r"in all +([\d.]+) GB  for 60 images", printed)
     stored = sum(facts["shard_bytes"] for facts in json.loads((out / "summary.json").read_text())["splits"].values())
