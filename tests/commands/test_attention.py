@@ -96,4 +96,5 @@ def test_resnet_is_refused(photos: list[str], tmp_path: Path, capsys: pytest.Cap
     keys = [*DATA, "model.name=resnet50", "model.drop_path_rate=0", f"init.weights={tmp_path / 'model.pth'}"]
 
     assert main(["attention", "yamls/deit_ti.yaml", photos[0], *keys, "--out", str(tmp_path / "out")]) == 2
-    assert "SOURCE must be a ViT, DeiT or ConViT, which have attention, got 'resnet50'" in capsys.readouterr().err
+    rule = "a ViT, DeiT or ConViT, or a network of timm of their shape, which have attention"
+    assert f"SOURCE must be {rule}, got 'resnet50'" in capsys.readouterr().err
