@@ -7,7 +7,7 @@ imported on first use: importing this package imports nothing heavy.
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 _HOME = {"Classifier": "vitcomposer.evaluation.classifier", "load": "vitcomposer.evaluation.classifier"}
 
 __all__ = ["Classifier", "load"]  # pyright: ignore[reportUnsupportedDunderAll]

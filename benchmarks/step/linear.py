@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.provenance import commit, cpu_name
 from benchmarks.step.plain_loop import CLASSES, TrainingStep, classify
 from vitcomposer.models import build_model
-from vitcomposer.models.cpu_linear import linear, onednn_is_faster, speed_up_linears
+from vitcomposer.models.cpu_linear import ONEDNN_IS_FASTER, linear, speed_up_linears
 from vitcomposer.training.setup import keep_freed_memory
 
 # Rows, inputs, outputs: MLPs of small networks on small images, ViT-Ti and ViT-S at 224 px, batch 8.
@@ -124,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()  # as a run does
-    if not onednn_is_faster():
+    if not ONEDNN_IS_FASTER:
         parser.exit(2, "error: on this processor PyTorch's own library multiplies, so there is nothing to compare\n")
     report = {
         "products": [measure_shape(*shape) for shape in SHAPES],

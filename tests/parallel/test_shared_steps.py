@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tests.gloo_ranks import on_ranks
 from vitcomposer.algorithms.gradient_clipping import ParameterGradientClipping
 from vitcomposer.models import build_model
+from vitcomposer.models.trunks import blocks_in
 from vitcomposer.optim import build_optimizer
 from vitcomposer.schema import Optimizer
 from vitcomposer.tasks import Head, LinearProbeTask
 from vitcomposer.training.execution import (
-    BLOCKS,
     BY_NORM,
     CLIPPED,
     HAS_NORMS,
@@ -117,7 +117,7 @@ NETWORKS = (resnet, convit, probe)
 
 def share(module: nn.Module) -> None:
     """As Composer does with what ``share_blocks`` gives it."""
-    for block in [each for each in module.modules() if isinstance(each, BLOCKS)]:
+    for block in blocks_in(module):
         fully_shard(block)
     for network in module.children() if isinstance(module, LinearProbeTask) else [module]:
         fully_shard(network)  # in float64 it takes the mean over the ranks by itself, with gloo too

@@ -6,7 +6,6 @@ on one core of an AMD EPYC 75 to 105 GFLOP/s, where oneDNN, which PyTorch brings
 """
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,22 @@ SMALLEST_PRODUCT = 1 << 21
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
+def _onednn_is_faster() -> bool:
+    """Whether the processor has AVX-512 and is not Intel's, for which MKL has no kernels of that width."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return False
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return known and _CPU_INFO.exists() and "GenuineIntel" not in _CPU_INFO.read_text()
+
+
+# A constant, which the compiler can read: it may not ask the backends.
+ONEDNN_IS_FASTER = _onednn_is_faster()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, by oneDNN where it is the faster; inputs (..., K) and weights (N, K) to (..., N)."""
     fits = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    if fits and x.numel() * weight.shape[0] >= SMALLEST_PRODUCT and onednn_is_faster():
+    if fits and x.numel() * weight.shape[0] >= SMALLEST_PRODUCT and ONEDNN_IS_FASTER:
         return _Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -39,19 +50,10 @@ def speed_up_linears(module: nn.Module) -> None:
 
     A processor on which oneDNN is not the faster leaves the module as it is.
     """
-    if onednn_is_faster():
+    if ONEDNN_IS_FASTER:
         for layer in module.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = CPULinear
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether the processor has AVX-512 and is not Intel's, for which MKL has no kernels of that width."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return False
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return known and _CPU_INFO.exists() and "GenuineIntel" not in _CPU_INFO.read_text()
 
 
 class _Product(torch.autograd.Function):
