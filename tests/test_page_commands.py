@@ -30,6 +30,7 @@ NOT_RUN = {
     r"make test": "runs this test",
     r"docker run": "needs Docker",
     r"vitcomposer weights": "downloads 88 MB; tests/stores/test_weights.py runs it against a server",
+    r"vitcomposer (convert torchvision CIFAR10|train cifar10_convit)": "downloads 170 MB, and takes 25 minutes",
     r"kubectl|sky jobs|sbatch|scancel|id=\$\(sbatch": "needs a cluster",
     r"vitcomposer convert folder /shared/photos .*--engine ray": "needs Ray; `make integrations` tests it",
     r"vitcomposer convert (folder /shared/photos|merge) s3:": "needs a bucket; tests/faults/test_s3.py has one",
