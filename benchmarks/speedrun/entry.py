@@ -57,7 +57,9 @@ def run(track: Track, yaml: Path, folder: Path, seeds: list[int], work: Path, we
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(yaml, folder / RECIPE)
     work = work / f"{track.name}-{folder.name}"
-    _write(track, folder, [_train(track, folder / RECIPE, data, seed, work, weights) for seed in seeds], weights)
+    _write(
+        track, folder, [_train(track, folder / RECIPE, data, seed, work, weights) for seed in seeds], weights, commit()
+    )
 
 
 def adopt(track: Track, folder: Path, results: list[Path], work: Path, weights: str) -> None:
@@ -81,14 +83,15 @@ def adopt(track: Track, folder: Path, results: list[Path], work: Path, weights: 
         summary = json.loads((trained / "summary.json").read_text())
         cost = {"cpu_seconds": round(found["cpu"], 1), "wall_seconds": round(summary["seconds"], 1)}
         runs.append(_measured(track, trained, folder, data, found["seed"], weights) | cost)
-    _write(track, folder, runs, weights)
+    trained_at = {json.loads(path.read_text())["commit"] for path in results}
+    _write(track, folder, runs, weights, ", ".join(sorted(trained_at)))
 
 
-def _write(track: Track, folder: Path, runs: list[dict[str, Any]], weights: str) -> None:
+def _write(track: Track, folder: Path, runs: list[dict[str, Any]], weights: str, trained_at: str) -> None:
     versions = {package: version(package) for package in ("torch", "timm", "mosaicml")}
     machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[2]}
     found = {"track": track.name, "weights": weights, "runs": runs, "machine": machine}
-    found |= {"commit": commit(), "versions": versions, "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    found |= {"commit": trained_at, "versions": versions, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n")
 
 

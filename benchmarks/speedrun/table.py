@@ -31,7 +31,7 @@ def _row(verdict: entry.Verdict, folder: Path) -> str:
     found = json.loads((folder / entry.RESULT).read_text())
     machine, where = found["machine"], folder.relative_to(FOLDER).as_posix()
     cells = (
-        f"{verdict.seconds:.3g}" if not verdict.faults else f"({verdict.seconds:.3g}, does not count)",
+        f"{_number(verdict.seconds)}" if not verdict.faults else f"({_number(verdict.seconds)}, does not count)",
         f"[{folder.name}]({where}/{entry.RECIPE}), [logs]({where}/logs)",
         f"{100 * verdict.mean:.2f} +- {100 * verdict.deviation:.2f} (n={len(found['runs'])})",
         f"{verdict.p:.1g}",
@@ -40,3 +40,7 @@ def _row(verdict: entry.Verdict, folder: Path) -> str:
         f"{found['commit']}, {found['date']}",
     )
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
